@@ -1,0 +1,163 @@
+"""Barlow Twins: make the cross-correlation of two views the identity.
+
+Jure Zbontar, Li Jing, Ishan Misra, Yann LeCun, Stephane Deny: "Barlow Twins: Self-Supervised Learning via Redundancy Reduction",
+ICML 2021, arXiv 2103.03230. Official code: facebookresearch/barlowtwins.
+
+The idea. Correlate every channel of one view with every channel of the other, over the batch. A channel shall correlate fully with
+itself, which makes it invariant to the augmentation, and not at all with the others, which makes the channels say different things.
+A constant channel correlates with nothing, so nothing can collapse.
+
+The loss (Eq. 1 and 2) for embeddings standardised over the batch, channel by channel:
+
+    C = Z1^T Z2 / N                                      [d, d], Z1, Z2 [N, d] with mean 0 and variance 1 per channel
+    L = sum_i (1 - C_ii)^2 + lambda sum_i sum_{j != i} C_ij^2
+
+One step:
+    z1, z2 = projector(backbone(x1)), projector(backbone(x2))
+    c = standardise(z1).T @ standardise(z2) / N
+    loss = sum((1 - diagonal(c))^2) + lambda * sum(off_diagonal(c)^2)
+
+Its value is large and should be: independent random embeddings give about d + lambda d (d - 1) / N.
+
+What prevents collapse: decorrelation (soft whitening of the channels). No negatives, predictor, stop-gradient or EMA.
+Diff it against vicreg.py: one term between the branches there, two terms per branch here become one between them.
+
+Deviations: biased variance with 1e-5 inside the root, as the official code's batch norm; over all processes' rows at once, with
+gradient (the official sum over processes halves the gradient on two); Adam, cosine schedule, the W-MSE augmentation and 2048 channels,
+so that the nine methods differ in the idea alone; more than two views: the mean over pairs of views.
+
+    python methods/barlow.py                             # two minutes on a laptop, offline
+    torchrun --nproc_per_node=8 methods/barlow.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 --proj-hidden 8192 --proj-dim 8192 \
+        --augment byol --optimizer lars --batch-size 2048 --lr 1.6 --lr-bias 0.0384 --weight-decay 1e-6 --warmup 6250 --epochs 1000
+"""
+
+import os
+import sys
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # common.py: beside this file, or one folder up
+import common  # noqa: E402
+
+# ==============================================================================
+# 2. Hyper-parameters
+# ==============================================================================
+
+
+def parse_args(argv=None):
+    parser = common.shared_arguments("barlow", __doc__)
+    parser.add_argument("--proj-hidden", type=common.number(int, 1), default=2048, help="width of the projector's hidden layers; the paper's 8192")
+    parser.add_argument("--proj-dim", type=common.number(int, 2), default=2048, help="d, channels of the embedding Z; the paper's 8192")
+    parser.add_argument("--proj-layers", type=common.number(int, 1, 8), default=3, help="the paper's 3")
+    parser.add_argument("--lambd", type=common.number(float, 0, example=0.0051), default=0.0051, help="lambda, weight of the off-diagonal; the official code's 0.0051")
+    parser.add_argument("--standardize", choices=("batch", "l2"), default="batch", help="`l2`: rows of length sqrt(d) in place of channels of variance 1")
+    args = common.finish_arguments(parser, argv)
+    return args
+
+
+# ==============================================================================
+# 3. Loss
+# ==============================================================================
+
+
+def barlow_twins_loss(z1, z2, lambd=0.0051, standardize="batch"):
+    """Barlow Twins (Eq. 1 and 2), a scalar: the sum over all d^2 entries of the cross-correlation, not divided by d.
+
+    z1, z2: [N, d]. standardize: `batch`, every channel to mean 0 and variance 1 over the batch (biased, 1e-5 added to the variance); or
+    `l2`, every row to length sqrt(d) (the variation of UniGrad, arXiv 2112.05141)."""
+
+    def standardise(z):
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        if standardize == "l2":
+            return F.normalize(z, dim=1) * z.shape[1] ** 0.5
+        return (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt()
+
+    n, d = z1.shape
+    c = standardise(z1).T @ standardise(z2) / n  # [d, d], Eq. 2
+    on_diagonal = (1 - c.diagonal()).square().sum()  # invariance
+    off_diagonal = c.square().sum() - c.diagonal().square().sum()  # redundancy reduction
+    return on_diagonal + lambd * off_diagonal  # Eq. 1
+
+
+# ==============================================================================
+# 4. Model
+# ==============================================================================
+
+
+class BarlowTwins(nn.Module):
+    """Backbone and projector. `forward(views)`: list of image batches [n, 3, H, W] -> scalar loss."""
+
+    def __init__(self, backbone, feature_dim, proj_hidden=2048, proj_dim=2048, proj_layers=3, lambd=0.0051, standardize="batch"):
+        super().__init__()
+        self.backbone = backbone
+        widths = [feature_dim] + [proj_hidden] * (proj_layers - 1)
+        hidden = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(inplace=True))]
+        self.projector = nn.Sequential(*hidden, nn.Linear(widths[-1], proj_dim, bias=False))
+        self.lambd, self.standardize = lambd, standardize
+
+    def forward(self, views):
+        h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
+        z = [self.projector(v) for v in h]  # s x [n, d]
+        with torch.autocast(h[0].device.type, enabled=False):  # the loss: float32 or better, over the global batch
+            z = [common.gather(v) for v in z]  # s x [N, d]
+            pairs = [(z[i], z[j]) for j in range(len(z)) for i in range(j)]
+            return sum(barlow_twins_loss(a, b, self.lambd, self.standardize) for a, b in pairs) / len(pairs)
+
+
+def build(args):
+    backbone, feature_dim = common.build_backbone(args.backbone, args.image_size)
+    return BarlowTwins(backbone, feature_dim, args.proj_hidden, args.proj_dim, args.proj_layers, args.lambd, args.standardize)
+
+
+# ==============================================================================
+# 5. Training
+# ==============================================================================
+
+
+def train(args):
+    device = common.set_up(args)  # GPU or CPU, precision, torchrun
+    data = common.load_data(args, device)  # uint8 images, on the device where they fit
+    torch.manual_seed(args.seed)  # the same initial weights in every process
+    model = build(args).to(device, memory_format=torch.channels_last)
+    optimizer = common.build_optimizer(model, args)
+    run = common.Run(args, model, optimizer, data)  # its folder: config.json, metrics.csv, checkpoints
+    network = common.distribute(model, args)  # torchrun: global batch statistics, averaged gradients; --compile
+    step = run.resume()  # 0, or with --resume where the last checkpoint was
+
+    while step < run.total_steps:
+        model.train()
+        epoch, first_batch = divmod(step, data.steps_per_epoch)
+        for batch in data.batches(epoch, first_batch):  # uint8 [n, 3, H, W], this process's part of the global batch
+            # Every random draw is a function of (seed, step), the learning rate of the step: a resumed run is the same run.
+            torch.manual_seed(common.step_seed(args.seed, step))
+            views = data.augment(batch, step)  # s x [n, 3, H, W]
+            factor = common.learning_rate(args, step, run.total_steps, data.steps_per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * (1.0 if group["constant"] else factor)
+
+            with run.guard(step), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                loss = network(views)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            run.watch(step, loss)  # notes on the device whether loss and gradients are finite, without waiting for it
+            step += 1
+
+            if step % args.log_every == 0:
+                run.progress(step, loss)
+            if step % data.steps_per_epoch:
+                run.save_if_due(step)  # --save-every; after Ctrl-C or SIGTERM it saves and leaves
+        run.end_epoch(step, factor * args.lr)  # kNN, collapse figures, a row of metrics.csv, last.pt
+
+    torch.manual_seed(args.seed)
+    run.finish(untrained=build(args))  # backbone.pt; kNN beside raw pixels and the untrained backbone
+
+
+# ==============================================================================
+# 6. Start
+# ==============================================================================
+
+if __name__ == "__main__":
+    common.main(train, parse_args)

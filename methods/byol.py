@@ -1,0 +1,203 @@
+"""BYOL: predict the embedding that a slowly moving copy of the network gives to another view.
+
+Jean-Bastien Grill, Florian Strub, Florent Altche, Corentin Tallec, Pierre Richemond, Elena Buchatskaya, Carl Doersch, Bernardo Avila
+Pires, Zhaohan Guo, Mohammad Gheshlaghi Azar, Bilal Piot, Koray Kavukcuoglu, Remi Munos, Michal Valko: "Bootstrap Your Own Latent",
+NeurIPS 2020, arXiv 2006.07733. Official code: google-deepmind/deepmind-research, folder byol.
+
+The idea. An online network with a predictor on top shall foretell what a target network says of another view. The target is a
+moving average of the online network and gets no gradient. There are no negatives, and yet nothing collapses: the predictor
+and the slow target make constant embeddings unstable.
+
+The loss (Eq. 2) for the prediction p of one view and the target embedding z' of the other, summed over both directions:
+
+    L = |p/|p| - z'/|z'||^2 = 2 - 2 cos(p, z')                                           p, z' [N, d]
+    xi <- tau xi + (1 - tau) theta,   tau_k = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2   at step k of K
+
+One step:
+    p1, p2 = predictor(projector(backbone(x1))), the same of x2
+    z1, z2 = target_projector(target_backbone(x1)), the same of x2       # no gradient
+    loss = mean(2 - 2 cos(p1, z2)) + mean(2 - 2 cos(p2, z1))
+    optimizer step
+    target <- tau * target + (1 - tau) * online                          # parameters only, with the new online network
+
+What prevents collapse: predictor, stop-gradient and the EMA target. No negatives, no whitening.
+Diff it against simsiam.py: the EMA target. Against moco.py: a predictor in place of the negatives.
+
+Deviations: Adam, cosine schedule and the W-MSE augmentation, heads 1024 and 64 and tau_base 0.99 of the W-MSE authors' CIFAR-10 runs, so
+that the nine methods differ in the idea alone (the paper: 4096, 256, 0.996); the target starts as a copy (official: its own random
+start); its batch norms use their own batch statistics (as official); more than two views: the mean over pairs of views.
+
+    python methods/byol.py                               # two minutes on a laptop, offline
+    torchrun --nproc_per_node=8 methods/byol.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 --proj-hidden 4096 --proj-dim 256 \
+        --momentum 0.996 --augment byol --optimizer lars --batch-size 4096 --lr 3.2 --weight-decay 1.5e-6 --warmup 3120 --epochs 1000
+"""
+
+import copy
+import math
+import os
+import sys
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # common.py: beside this file, or one folder up
+import common  # noqa: E402
+
+# ==============================================================================
+# 2. Hyper-parameters
+# ==============================================================================
+
+
+def parse_args(argv=None):
+    parser = common.shared_arguments("byol", __doc__)
+    parser.add_argument("--proj-hidden", type=common.number(int, 1), default=1024, help="width of the heads' hidden layers; the paper's 4096")
+    parser.add_argument("--proj-dim", type=common.number(int, 2), default=64, help="d, channels of the embedding Z; the paper's 256")
+    parser.add_argument("--momentum", type=common.number(float, 0, 1, example=0.99), default=0.99, help="tau_base, rising to 1; the paper's 0.996")
+    parser.add_argument("--predictor", choices=("mlp", "linear", "direct", "none"), default="mlp", help="`direct`: DirectPred, set from the "
+                        "correlation of the embeddings, not trained; `none` collapses sooner or later")
+    parser.add_argument("--norm", choices=("bn", "gn"), default="bn", help="norm layer of the heads: batch norm, or group norm, which sees no batch")
+    args = common.finish_arguments(parser, argv)
+    common.check(args.norm == "bn" or args.proj_hidden % 16 == 0, f"--norm gn has 16 groups, --proj-hidden {args.proj_hidden} is not a multiple; try --proj-hidden 1024")
+    return args
+
+
+# ==============================================================================
+# 3. Loss
+# ==============================================================================
+
+
+def byol_loss(p, z):
+    """One direction of the BYOL loss (Eq. 2), the mean over the batch: 2 - 2 cos, a scalar in [0, 4].
+
+    p: predictions [N, d] of one view; z: target embeddings [N, d] of the other, which get no gradient."""
+    p = F.normalize(p.to(torch.promote_types(p.dtype, torch.float32)), dim=1)
+    z = F.normalize(z.to(p.dtype), dim=1).detach()
+    return (2 - 2 * (p * z).sum(1)).mean()
+
+
+def momentum_at(base, progress):
+    """tau_k = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2 for progress = k / K in [0, 1]: from tau_base to 1."""
+    return 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
+
+
+def direct_predictor(correlation, eps=0.1):
+    """DirectPred (Tian et al. 2021, arXiv 2102.06810): W [d, d] from the correlation F [d, d] of the embeddings.
+
+    F = U diag(s) U^T  ->  W = U diag(sqrt(s / max s) + eps) U^T: the optimal linear predictor shares F's eigenvectors."""
+    s, u = torch.linalg.eigh(correlation)
+    root = (s / s.max().clamp_min(1e-12)).clamp_min(0).sqrt() + eps
+    return (u * root) @ u.mT
+
+
+# ==============================================================================
+# 4. Model
+# ==============================================================================
+
+
+def head(inputs, hidden, outputs, norm):
+    """Linear, norm, ReLU, linear: the shape of BYOL's projector and predictor."""
+    norm_layer = nn.BatchNorm1d(hidden) if norm == "bn" else nn.GroupNorm(16, hidden)
+    return nn.Sequential(nn.Linear(inputs, hidden), norm_layer, nn.ReLU(inplace=True), nn.Linear(hidden, outputs, bias=False))
+
+
+class BYOL(nn.Module):
+    """Online network, predictor and target network. `forward(views)`: list of image batches [n, 3, H, W] -> scalar loss."""
+
+    def __init__(self, backbone, feature_dim, proj_hidden=1024, proj_dim=64, momentum=0.99, predictor="mlp", norm="bn"):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = head(feature_dim, proj_hidden, proj_dim, norm)
+        self.predictor = {"mlp": lambda: head(proj_dim, proj_hidden, proj_dim, norm), "linear": lambda: nn.Linear(proj_dim, proj_dim, bias=False),
+                          "direct": nn.Identity, "none": nn.Identity}[predictor]()
+        self.target_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
+        self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        self.direct = predictor == "direct"
+        self.register_buffer("correlation", torch.eye(proj_dim) if self.direct else None)
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def update_target(self, progress):
+        """xi <- tau xi + (1 - tau) theta, progress = step / total steps: parameters only, batch statistics are the target's own."""
+        tau = momentum_at(self.momentum, progress)
+        for network, target in ((self.backbone, self.target_backbone), (self.projector, self.target_projector)):
+            for theta, xi in zip(network.parameters(), target.parameters()):
+                xi.lerp_(theta, 1 - tau)
+
+    def predict(self, z):
+        """Predictions [N, d] of embeddings [N, d]; with DirectPred W is set from the running correlation F <- 0.3 F + 0.7 z^T z / N."""
+        if not self.direct:
+            return self.predictor(z)
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            rows = common.gather(z)
+            self.correlation.mul_(0.3).add_(0.7 * rows.T @ rows / len(rows))
+            w = direct_predictor(self.correlation)
+        return z.to(w.dtype) @ w
+
+    def forward(self, views):
+        h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
+        p = [self.predict(self.projector(v)) for v in h]  # s x [n, d]
+        with torch.no_grad():
+            z = [self.target_projector(self.target_backbone(x)) for x in views]  # s x [n, d]
+        with torch.autocast(h[0].device.type, enabled=False):  # the loss: float32 or better, over the global batch
+            p, z = [common.gather(v) for v in p], [common.gather(v) for v in z]  # s x [N, d]
+            pairs = [(i, j) for j in range(len(z)) for i in range(j)]
+            return sum(byol_loss(p[i], z[j]) + byol_loss(p[j], z[i]) for i, j in pairs) / len(pairs)
+
+
+def build(args):
+    backbone, feature_dim = common.build_backbone(args.backbone, args.image_size)
+    return BYOL(backbone, feature_dim, args.proj_hidden, args.proj_dim, args.momentum, args.predictor, args.norm)
+
+
+# ==============================================================================
+# 5. Training
+# ==============================================================================
+
+
+def train(args):
+    device = common.set_up(args)  # GPU or CPU, precision, torchrun
+    data = common.load_data(args, device)  # uint8 images, on the device where they fit
+    torch.manual_seed(args.seed)  # the same initial weights in every process
+    model = build(args).to(device, memory_format=torch.channels_last)
+    optimizer = common.build_optimizer(model, args)
+    run = common.Run(args, model, optimizer, data)  # its folder: config.json, metrics.csv, checkpoints
+    network = common.distribute(model, args)  # torchrun: global batch statistics, averaged gradients; --compile
+    step = run.resume()  # 0, or with --resume where the last checkpoint was
+
+    while step < run.total_steps:
+        model.train()
+        epoch, first_batch = divmod(step, data.steps_per_epoch)
+        for batch in data.batches(epoch, first_batch):  # uint8 [n, 3, H, W], this process's part of the global batch
+            # Every random draw is a function of (seed, step), the learning rate of the step: a resumed run is the same run.
+            torch.manual_seed(common.step_seed(args.seed, step))
+            views = data.augment(batch, step)  # s x [n, 3, H, W]
+            factor = common.learning_rate(args, step, run.total_steps, data.steps_per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * (1.0 if group["constant"] else factor)
+
+            with run.guard(step), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                loss = network(views)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            model.update_target(step / run.total_steps)  # <- BYOL: the target follows the new weights
+            run.watch(step, loss)  # notes on the device whether loss and gradients are finite, without waiting for it
+            step += 1
+
+            if step % args.log_every == 0:
+                run.progress(step, loss)
+            if step % data.steps_per_epoch:
+                run.save_if_due(step)  # --save-every; after Ctrl-C or SIGTERM it saves and leaves
+        run.end_epoch(step, factor * args.lr)  # kNN, collapse figures, a row of metrics.csv, last.pt
+
+    torch.manual_seed(args.seed)
+    run.finish(untrained=build(args))  # backbone.pt; kNN beside raw pixels and the untrained backbone
+
+
+# ==============================================================================
+# 6. Start
+# ==============================================================================
+
+if __name__ == "__main__":
+    common.main(train, parse_args)

@@ -1,0 +1,161 @@
+"""SimCLR: contrast every view with all other images of the batch.
+
+Ting Chen, Simon Kornblith, Mohammad Norouzi, Geoffrey Hinton: "A Simple Framework for Contrastive Learning of Visual
+Representations", ICML 2020, arXiv 2002.05709. Official code: google-research/simclr.
+
+The idea. Two views of an image shall be more similar to each other than to the views of any other image in the batch.
+Telling the images apart needs embeddings that are spread out, so the negatives prevent collapse. Needs no second network
+and no memory, but batches large enough to hold hard negatives.
+
+The loss (NT-Xent, Eq. 1) for 2N embeddings, N images in two views, tau the temperature, sim the cosine:
+
+    l(i, j) = -log( exp(sim(z_i, z_j) / tau) / sum over k != i of exp(sim(z_i, z_k) / tau) )     z [2N, d]
+    L = 1 / (2N) * sum over the 2N ordered positive pairs (i, j) of l(i, j)
+
+The denominator has 2N - 1 terms: the positive is one of them, the view itself is not.
+
+One step:
+    x1, x2 = augment(x), augment(x)                      # N images
+    z1, z2 = projector(backbone(x1)), projector(backbone(x2))
+    z = normalise(concat(z1, z2))                        # [2N, d]
+    logits = z @ z.T / tau; diagonal of logits = -inf    # [2N, 2N]
+    loss = cross_entropy(logits, row of the other view)
+
+What prevents collapse: the negatives. No predictor, stop-gradient, EMA or whitening.
+Diff it against moco.py: where the negatives come from (this batch, or a queue filled by a slowly moving encoder).
+
+Deviations: the paper's value, the mean over 2N anchors (the official code returns twice that); Adam, cosine schedule and the
+W-MSE augmentation by default, so that the nine methods differ in the idea alone; each view alone sets the backbone's batch
+statistics (the official code sends both views through as one batch); more than two views: the mean over all pairs of views.
+
+    python methods/simclr.py                             # two minutes on a laptop, offline
+    torchrun --nproc_per_node=8 methods/simclr.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 --proj-layers 3 \
+        --proj-hidden 2048 --temperature 0.1 --augment simclr --optimizer lars --batch-size 4096 --lr 4.8 --weight-decay 1e-4 --warmup 3120 --epochs 100
+"""
+
+import os
+import sys
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # common.py: beside this file, or one folder up
+import common  # noqa: E402
+
+# ==============================================================================
+# 2. Hyper-parameters
+# ==============================================================================
+
+
+def parse_args(argv=None):
+    parser = common.shared_arguments("simclr", __doc__)
+    parser.add_argument("--proj-hidden", type=common.number(int, 1), default=512, help="width of the projector's hidden layers; the paper's: that of H")
+    parser.add_argument("--proj-dim", type=common.number(int, 2), default=128, help="d, channels of the embedding Z; the paper's 128")
+    parser.add_argument("--proj-layers", type=common.number(int, 1, 8), default=2, help="the paper's 2; the official code's 3")
+    parser.add_argument("--temperature", type=common.number(float, above=0, example=0.5), default=0.5, help="tau; 0.5 on CIFAR-10, 0.1 on ImageNet")
+    parser.add_argument("--stop-gradient", action="store_true", help="no gradient through the targets: MoCo without its queue")
+    args = common.finish_arguments(parser, argv)
+    return args
+
+
+# ==============================================================================
+# 3. Loss
+# ==============================================================================
+
+
+def nt_xent_loss(z1, z2, temperature=0.5, stop_gradient=False):
+    """NT-Xent (SimCLR Eq. 1), the mean over the 2N anchors, a scalar.
+
+    z1, z2: embeddings [N, d] of two views of the same N images, normalised here. stop_gradient: the positives and negatives that
+    an anchor is compared with get no gradient (the link to MoCo, UniGrad arXiv 2112.05141)."""
+    z = torch.cat([z1, z2])  # [2N, d]
+    z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+    targets = z.detach() if stop_gradient else z
+    logits = z @ targets.T / temperature  # [2N, 2N], sim(z_i, z_k) / tau
+    logits = logits.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), float("-inf"))  # k != i
+    positive = torch.arange(len(z), device=z.device).roll(len(z1))  # row i + N for i < N, row i - N for the others
+    return F.cross_entropy(logits, positive)  # Eq. 1 by log-sum-exp, mean over 2N
+
+
+# ==============================================================================
+# 4. Model
+# ==============================================================================
+
+
+class SimCLR(nn.Module):
+    """Backbone and projector. `forward(views)`: list of image batches [n, 3, H, W] -> scalar loss."""
+
+    def __init__(self, backbone, feature_dim, proj_hidden=512, proj_dim=128, proj_layers=2, temperature=0.5, stop_gradient=False):
+        super().__init__()
+        self.backbone = backbone
+        widths = [feature_dim] + [proj_hidden] * (proj_layers - 1)
+        hidden = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(inplace=True))]
+        self.projector = nn.Sequential(*hidden, nn.Linear(widths[-1], proj_dim, bias=False), nn.BatchNorm1d(proj_dim))  # as in the official code
+        self.projector[-1].bias.requires_grad_(False)  # the last norm scales, but does not shift
+        self.temperature, self.stop_gradient = temperature, stop_gradient
+
+    def forward(self, views):
+        h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
+        z = self.projector(torch.cat(h)).chunk(len(views))  # s x [n, d]
+        with torch.autocast(h[0].device.type, enabled=False):  # the loss: float32 or better, over the global batch
+            z = [common.gather(v) for v in z]  # s x [N, d]
+            pairs = [(z[i], z[j]) for j in range(len(z)) for i in range(j)]
+            return sum(nt_xent_loss(a, b, self.temperature, self.stop_gradient) for a, b in pairs) / len(pairs)
+
+
+def build(args):
+    backbone, feature_dim = common.build_backbone(args.backbone, args.image_size)
+    return SimCLR(backbone, feature_dim, args.proj_hidden, args.proj_dim, args.proj_layers, args.temperature, args.stop_gradient)
+
+
+# ==============================================================================
+# 5. Training
+# ==============================================================================
+
+
+def train(args):
+    device = common.set_up(args)  # GPU or CPU, precision, torchrun
+    data = common.load_data(args, device)  # uint8 images, on the device where they fit
+    torch.manual_seed(args.seed)  # the same initial weights in every process
+    model = build(args).to(device, memory_format=torch.channels_last)
+    optimizer = common.build_optimizer(model, args)
+    run = common.Run(args, model, optimizer, data)  # its folder: config.json, metrics.csv, checkpoints
+    network = common.distribute(model, args)  # torchrun: global batch statistics, averaged gradients; --compile
+    step = run.resume()  # 0, or with --resume where the last checkpoint was
+
+    while step < run.total_steps:
+        model.train()
+        epoch, first_batch = divmod(step, data.steps_per_epoch)
+        for batch in data.batches(epoch, first_batch):  # uint8 [n, 3, H, W], this process's part of the global batch
+            # Every random draw is a function of (seed, step), the learning rate of the step: a resumed run is the same run.
+            torch.manual_seed(common.step_seed(args.seed, step))
+            views = data.augment(batch, step)  # s x [n, 3, H, W]
+            factor = common.learning_rate(args, step, run.total_steps, data.steps_per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * (1.0 if group["constant"] else factor)
+
+            with run.guard(step), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                loss = network(views)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            run.watch(step, loss)  # notes on the device whether loss and gradients are finite, without waiting for it
+            step += 1
+
+            if step % args.log_every == 0:
+                run.progress(step, loss)
+            if step % data.steps_per_epoch:
+                run.save_if_due(step)  # --save-every; after Ctrl-C or SIGTERM it saves and leaves
+        run.end_epoch(step, factor * args.lr)  # kNN, collapse figures, a row of metrics.csv, last.pt
+
+    torch.manual_seed(args.seed)
+    run.finish(untrained=build(args))  # backbone.pt; kNN beside raw pixels and the untrained backbone
+
+
+# ==============================================================================
+# 6. Start
+# ==============================================================================
+
+if __name__ == "__main__":
+    common.main(train, parse_args)

@@ -1,0 +1,178 @@
+"""SimSiam: two views, one network, a predictor and a stop-gradient.
+
+Xinlei Chen, Kaiming He: "Exploring Simple Siamese Representation Learning", CVPR 2021, arXiv 2011.10566.
+Official code: facebookresearch/simsiam.
+
+The idea. A predictor on one view shall foretell the embedding of the other view by the same network, and the gradient flows
+through the predicting side alone. Take the stop-gradient away and everything collapses at once. With it, the training
+alternates as EM does: the targets are held fixed while the network moves towards them.
+
+The loss (Eq. 1 and 2) for predictions p and embeddings z of two views:
+
+    D(p, z) = -(p / |p|) . (z / |z|)                                                     p, z [N, d]
+    L = D(p1, stopgrad(z2)) / 2 + D(p2, stopgrad(z1)) / 2                                mean over the batch, at least -1
+
+One step:
+    z1, z2 = projector(backbone(x1)), projector(backbone(x2))
+    p1, p2 = predictor(z1), predictor(z2)
+    loss = D(p1, z2.detach()) / 2 + D(p2, z1.detach()) / 2
+
+What prevents collapse: predictor and stop-gradient. No negatives, EMA or whitening.
+Diff it against byol.py: the EMA target. Watch --no-stop-gradient and --predictor none collapse: loss -1, std 0.
+
+Deviations: Adam, cosine schedule and the W-MSE augmentation, so that the nine methods differ in the idea alone; the CIFAR-10 heads of the
+paper's appendix D (two-layer projector, 2048 channels, predictor 512); more than two views: the mean over pairs of views.
+The predictor's learning rate stays constant, as in the official command.
+
+    python methods/simsiam.py                            # two minutes on a laptop, offline
+    torchrun --nproc_per_node=8 methods/simsiam.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 --proj-layers 3 \
+        --augment moco-v2 --optimizer sgd --batch-size 512 --lr 0.1 --weight-decay 1e-4 --warmup 0 --epochs 100
+"""
+
+import os
+import sys
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # common.py: beside this file, or one folder up
+import common  # noqa: E402
+
+# ==============================================================================
+# 2. Hyper-parameters
+# ==============================================================================
+
+
+def parse_args(argv=None):
+    parser = common.shared_arguments("simsiam", __doc__)
+    parser.add_argument("--proj-dim", type=common.number(int, 4), default=2048, help="d, channels of the embedding Z and of the projector's hidden layers; the paper's 2048")
+    parser.add_argument("--proj-layers", type=common.number(int, 1, 8), default=2, help="the paper's 2 on CIFAR-10, 3 on ImageNet")
+    parser.add_argument("--pred-hidden", type=common.number(int, 1), default=512, help="width of the predictor's hidden layer; the paper's 512, d / 4")
+    parser.add_argument("--no-stop-gradient", action="store_true", help="let the gradient through the targets: collapses")
+    parser.add_argument("--predictor", choices=("mlp", "none", "fixed"), default="mlp", help="`none` collapses; `fixed` stays at its random start and does not converge")
+    parser.add_argument("--predictor-lr", choices=("constant", "decay"), default="constant", help="whether the predictor's learning rate leaves the schedule out")
+    parser.add_argument("--similarity", choices=("cosine", "softmax"), default="cosine", help="`softmax`: cross-entropy of softmax(z) and softmax(p)")
+    parser.add_argument("--asymmetric", action="store_true", help="one direction only: the first view of a pair predicts the second")
+    parser.add_argument("--head-bn", choices=("none", "hidden", "output", "all"), default="output", help="batch norm in the heads: nowhere, on hidden "
+                        "layers, also on the projector's output (the paper's), also on the predictor's")
+    args = common.finish_arguments(parser, argv)
+    return args
+
+
+# ==============================================================================
+# 3. Loss
+# ==============================================================================
+
+
+def negative_cosine(p, z):
+    """D(p, z) of SimSiam Eq. 1, the mean over the batch, in [-1, 1]. p, z: [N, d]. Both get a gradient: the caller detaches z."""
+    p = F.normalize(p.to(torch.promote_types(p.dtype, torch.float32)), dim=1)
+    z = F.normalize(z.to(p.dtype), dim=1)
+    return -(p * z).sum(1).mean()
+
+
+def softmax_similarity(p, z):
+    """The paper's section 4.5 in place of the cosine: D(p, z) = -softmax(z) . log softmax(p), mean over the batch. p, z: [N, d]."""
+    p, z = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (p, z))
+    return -(z.softmax(1) * p.log_softmax(1)).sum(1).mean()
+
+
+# ==============================================================================
+# 4. Model
+# ==============================================================================
+
+
+class SimSiam(nn.Module):
+    """Backbone, projector and predictor. `forward(views)`: list of image batches [n, 3, H, W] -> scalar loss."""
+
+    def __init__(self, backbone, feature_dim, proj_dim=2048, proj_layers=2, pred_hidden=512, stop_gradient=True, predictor="mlp",
+                 predictor_lr="constant", similarity="cosine", symmetric=True, head_bn="output"):
+        super().__init__()
+
+        def linear(inputs, outputs, norm, affine=True, relu=True):  # a linear layer needs no bias where batch norm follows
+            layers = [nn.Linear(inputs, outputs, bias=not norm)] + [nn.BatchNorm1d(outputs, affine=affine)] * norm
+            return layers + [nn.ReLU(inplace=True)] * relu
+
+        hidden, output, everywhere = head_bn != "none", head_bn in ("output", "all"), head_bn == "all"
+        self.backbone = backbone
+        widths = [feature_dim] + [proj_dim] * (proj_layers - 1)
+        layers = [layer for a, b in zip(widths, widths[1:]) for layer in linear(a, b, hidden)]
+        self.projector = nn.Sequential(*layers, *linear(widths[-1], proj_dim, output, affine=False, relu=False))
+        self.predictor = nn.Sequential(*linear(proj_dim, pred_hidden, hidden), *linear(pred_hidden, proj_dim, everywhere, relu=False))
+        self.predictor.constant_lr = predictor_lr == "constant"  # read by common.build_optimizer
+        if predictor == "none":
+            self.predictor = nn.Identity()
+        self.predictor.requires_grad_(predictor != "fixed")
+        self.stop_gradient, self.symmetric = stop_gradient, symmetric
+        self.similarity = negative_cosine if similarity == "cosine" else softmax_similarity
+
+    def forward(self, views):
+        h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
+        z = [self.projector(v) for v in h]  # s x [n, d]
+        p = [self.predictor(v) for v in z]  # s x [n, d]
+        with torch.autocast(h[0].device.type, enabled=False):  # the loss: float32 or better, over the global batch
+            p, z = [common.gather(v) for v in p], [common.gather(v) for v in z]  # s x [N, d]
+            z = [v.detach() for v in z] if self.stop_gradient else z
+            pairs = [(i, j) for j in range(len(z)) for i in range(j)]
+            if not self.symmetric:
+                return sum(self.similarity(p[i], z[j]) for i, j in pairs) / len(pairs)
+            return sum(self.similarity(p[i], z[j]) / 2 + self.similarity(p[j], z[i]) / 2 for i, j in pairs) / len(pairs)  # Eq. 2
+
+
+def build(args):
+    backbone, feature_dim = common.build_backbone(args.backbone, args.image_size)
+    return SimSiam(backbone, feature_dim, args.proj_dim, args.proj_layers, args.pred_hidden, not args.no_stop_gradient, args.predictor,
+                   args.predictor_lr, args.similarity, not args.asymmetric, args.head_bn)
+
+
+# ==============================================================================
+# 5. Training
+# ==============================================================================
+
+
+def train(args):
+    device = common.set_up(args)  # GPU or CPU, precision, torchrun
+    data = common.load_data(args, device)  # uint8 images, on the device where they fit
+    torch.manual_seed(args.seed)  # the same initial weights in every process
+    model = build(args).to(device, memory_format=torch.channels_last)
+    optimizer = common.build_optimizer(model, args)
+    run = common.Run(args, model, optimizer, data)  # its folder: config.json, metrics.csv, checkpoints
+    network = common.distribute(model, args)  # torchrun: global batch statistics, averaged gradients; --compile
+    step = run.resume()  # 0, or with --resume where the last checkpoint was
+
+    while step < run.total_steps:
+        model.train()
+        epoch, first_batch = divmod(step, data.steps_per_epoch)
+        for batch in data.batches(epoch, first_batch):  # uint8 [n, 3, H, W], this process's part of the global batch
+            # Every random draw is a function of (seed, step), the learning rate of the step: a resumed run is the same run.
+            torch.manual_seed(common.step_seed(args.seed, step))
+            views = data.augment(batch, step)  # s x [n, 3, H, W]
+            factor = common.learning_rate(args, step, run.total_steps, data.steps_per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * (1.0 if group["constant"] else factor)
+
+            with run.guard(step), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                loss = network(views)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            run.watch(step, loss)  # notes on the device whether loss and gradients are finite, without waiting for it
+            step += 1
+
+            if step % args.log_every == 0:
+                run.progress(step, loss)
+            if step % data.steps_per_epoch:
+                run.save_if_due(step)  # --save-every; after Ctrl-C or SIGTERM it saves and leaves
+        run.end_epoch(step, factor * args.lr)  # kNN, collapse figures, a row of metrics.csv, last.pt
+
+    torch.manual_seed(args.seed)
+    run.finish(untrained=build(args))  # backbone.pt; kNN beside raw pixels and the untrained backbone
+
+
+# ==============================================================================
+# 6. Start
+# ==============================================================================
+
+if __name__ == "__main__":
+    common.main(train, parse_args)

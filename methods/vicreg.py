@@ -1,0 +1,168 @@
+"""VICReg: keep every channel's variance up and the channels uncorrelated, branch by branch.
+
+Adrien Bardes, Jean Ponce, Yann LeCun: "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning",
+ICLR 2022, arXiv 2105.04906. Official code: facebookresearch/vicreg.
+
+The idea. Three terms say what is wanted, each on its own. Invariance: two views have the same embedding. Variance: every channel
+varies over the batch, so the embeddings are not one point. Covariance: the channels of a branch are uncorrelated, so they do
+not all say the same. Each regulariser looks at one branch, so the branches need not share anything.
+
+The loss (Eq. 1 to 6) for embeddings Z, Z' [N, d] of two views:
+
+    s(Z, Z') = mean square of Z - Z'                                     invariance
+    v(Z) = 1/d sum_j max(0, 1 - sqrt(Var(z_j) + 1e-4))                   variance, hinge at 1
+    c(Z) = 1/d sum_{i != j} Cov(Z)_ij^2                                  covariance, both with N - 1
+    L = lambda s(Z, Z') + mu (v(Z) + v(Z')) / 2 + nu (c(Z) + c(Z'))      lambda, mu, nu = 25, 25, 1
+
+One step:
+    z1, z2 = projector(backbone(x1)), projector(backbone(x2))
+    loss = 25 * mse(z1, z2) + 25 * (v(z1) + v(z2)) / 2 + c(z1) + c(z2)
+
+What prevents collapse: the variance term (one point) and the covariance term (few dimensions). No negatives, predictor, stop-gradient
+or EMA. Watch --var 0 and --cov 0.
+Diff it against barlow.py: there one correlation matrix between the branches, here two regularisers in each.
+
+Deviations: the official code's scaling: half the sum of the variance terms, mean square over N and d (the paper's Eq. 5 and 6: the whole
+sum, squared distance summed over d: --scaling paper); Adam, cosine schedule, the W-MSE augmentation and 2048 channels, so that the nine
+methods differ in the idea alone; more than two views: the mean over pairs of views.
+
+    python methods/vicreg.py                             # two minutes on a laptop, offline
+    torchrun --nproc_per_node=8 methods/vicreg.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 --proj-hidden 8192 --proj-dim 8192 \
+        --augment byol --optimizer lars --batch-size 2048 --lr 1.6 --weight-decay 1e-6 --warmup 6250 --epochs 1000
+"""
+
+import os
+import sys
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # common.py: beside this file, or one folder up
+import common  # noqa: E402
+
+# ==============================================================================
+# 2. Hyper-parameters
+# ==============================================================================
+
+
+def parse_args(argv=None):
+    parser = common.shared_arguments("vicreg", __doc__)
+    parser.add_argument("--proj-hidden", type=common.number(int, 1), default=2048, help="width of the projector's hidden layers; the paper's 8192")
+    parser.add_argument("--proj-dim", type=common.number(int, 2), default=2048, help="d, channels of the embedding Z; the paper's 8192")
+    parser.add_argument("--proj-layers", type=common.number(int, 1, 8), default=3, help="the paper's 3")
+    parser.add_argument("--inv", type=common.number(float, 0, example=25), default=25.0, help="lambda, weight of the invariance term; the paper's 25")
+    parser.add_argument("--var", type=common.number(float, 0, example=25), default=25.0, help="mu, weight of the variance term; the paper's 25; 0 collapses")
+    parser.add_argument("--cov", type=common.number(float, 0, example=1), default=1.0, help="nu, weight of the covariance term; the paper's 1; 0: few dimensions")
+    parser.add_argument("--scaling", choices=("code", "paper"), default="code", help="see the deviations above")
+    args = common.finish_arguments(parser, argv)
+    return args
+
+
+# ==============================================================================
+# 3. Loss
+# ==============================================================================
+
+
+def vicreg_loss(z1, z2, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, scaling="code"):
+    """VICReg (Eq. 6), a scalar. z1, z2: [N, d].
+
+    scaling `code`: mean square over N and d, and half the sum of the variance terms, as in the official code; `paper`: squared distance
+    summed over d (Eq. 5) and the whole sum (Eq. 6)."""
+    z1, z2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z1, z2))
+    n, d = z1.shape
+    invariance = (z1 - z2).square().mean() * (1 if scaling == "code" else d)  # Eq. 5
+
+    def variance(z):
+        return F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean()  # Eq. 1 and 2, Var with N - 1
+
+    def covariance(z):
+        z = z - z.mean(0)
+        c = z.T @ z / (n - 1)  # [d, d], Eq. 3
+        return (c.square().sum() - c.diagonal().square().sum()) / d  # Eq. 4
+
+    half = 0.5 if scaling == "code" else 1.0
+    return (inv_weight * invariance + var_weight * half * (variance(z1) + variance(z2))
+            + cov_weight * (covariance(z1) + covariance(z2)))  # Eq. 6
+
+
+# ==============================================================================
+# 4. Model
+# ==============================================================================
+
+
+class VICReg(nn.Module):
+    """Backbone and projector ("expander"). `forward(views)`: list of image batches [n, 3, H, W] -> scalar loss."""
+
+    def __init__(self, backbone, feature_dim, proj_hidden=2048, proj_dim=2048, proj_layers=3, inv=25.0, var=25.0, cov=1.0, scaling="code"):
+        super().__init__()
+        self.backbone = backbone
+        widths = [feature_dim] + [proj_hidden] * (proj_layers - 1)
+        hidden = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU(inplace=True))]
+        self.projector = nn.Sequential(*hidden, nn.Linear(widths[-1], proj_dim, bias=False))
+        self.weights, self.scaling = (inv, var, cov), scaling
+
+    def forward(self, views):
+        h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
+        z = [self.projector(v) for v in h]  # s x [n, d]
+        with torch.autocast(h[0].device.type, enabled=False):  # the loss: float32 or better, over the global batch
+            z = [common.gather(v) for v in z]  # s x [N, d]
+            pairs = [(z[i], z[j]) for j in range(len(z)) for i in range(j)]
+            return sum(vicreg_loss(a, b, *self.weights, self.scaling) for a, b in pairs) / len(pairs)
+
+
+def build(args):
+    backbone, feature_dim = common.build_backbone(args.backbone, args.image_size)
+    return VICReg(backbone, feature_dim, args.proj_hidden, args.proj_dim, args.proj_layers, args.inv, args.var, args.cov, args.scaling)
+
+
+# ==============================================================================
+# 5. Training
+# ==============================================================================
+
+
+def train(args):
+    device = common.set_up(args)  # GPU or CPU, precision, torchrun
+    data = common.load_data(args, device)  # uint8 images, on the device where they fit
+    torch.manual_seed(args.seed)  # the same initial weights in every process
+    model = build(args).to(device, memory_format=torch.channels_last)
+    optimizer = common.build_optimizer(model, args)
+    run = common.Run(args, model, optimizer, data)  # its folder: config.json, metrics.csv, checkpoints
+    network = common.distribute(model, args)  # torchrun: global batch statistics, averaged gradients; --compile
+    step = run.resume()  # 0, or with --resume where the last checkpoint was
+
+    while step < run.total_steps:
+        model.train()
+        epoch, first_batch = divmod(step, data.steps_per_epoch)
+        for batch in data.batches(epoch, first_batch):  # uint8 [n, 3, H, W], this process's part of the global batch
+            # Every random draw is a function of (seed, step), the learning rate of the step: a resumed run is the same run.
+            torch.manual_seed(common.step_seed(args.seed, step))
+            views = data.augment(batch, step)  # s x [n, 3, H, W]
+            factor = common.learning_rate(args, step, run.total_steps, data.steps_per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * (1.0 if group["constant"] else factor)
+
+            with run.guard(step), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                loss = network(views)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            run.watch(step, loss)  # notes on the device whether loss and gradients are finite, without waiting for it
+            step += 1
+
+            if step % args.log_every == 0:
+                run.progress(step, loss)
+            if step % data.steps_per_epoch:
+                run.save_if_due(step)  # --save-every; after Ctrl-C or SIGTERM it saves and leaves
+        run.end_epoch(step, factor * args.lr)  # kNN, collapse figures, a row of metrics.csv, last.pt
+
+    torch.manual_seed(args.seed)
+    run.finish(untrained=build(args))  # backbone.pt; kNN beside raw pixels and the untrained backbone
+
+
+# ==============================================================================
+# 6. Start
+# ==============================================================================
+
+if __name__ == "__main__":
+    common.main(train, parse_args)
