@@ -16,6 +16,7 @@ To borrow a method, copy its file and this one into a folder of your own.
 import argparse
 import contextlib
 import csv
+import http.client
 import io
 import json
 import math
@@ -34,6 +35,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from PIL import Image  # comes with torchvision
 from torchvision.transforms.v2 import functional
 
 # ==============================================================================
@@ -152,6 +154,9 @@ def shared_arguments(method, description):
     add("--schedule", choices=("cosine", "step", "constant"), default="cosine", help="`step`: x 0.2 at 50 and 25 epochs before the end")
     add("--optimizer", choices=("adam", "sgd", "lars"), default="adam", help="sgd and lars have momentum 0.9")
     add("--augment", choices=sorted(RECIPES), default="w-mse", help="recipe of the random views, see common.RECIPES")
+    add("--proj-hidden", type=number(int, 1, example=1024), help="width of the projector's hidden layers")
+    add("--proj-dim", type=number(int, 2, example=128), help="d, channels of the embedding Z, the projector's output")
+    add("--proj-layers", type=number(int, 1, 8, example=2), help="linear layers of the projector")
     add("--views", type=number(int, 2, 16, example=2), default=2, help="views of each image")
     add("--seed", type=number(int, 0, 2**31 - 1, example=0), default=0, help="of weights, order, views and every other draw")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
@@ -167,10 +172,10 @@ def shared_arguments(method, description):
     return parser
 
 
-def finish_arguments(parser, argv=None):
+def finish_arguments(parser, argv=None, size_rules=None):
     """Parse, fill in the defaults that depend on other flags, check what can be checked before any data is read.
 
-    Returns argparse.Namespace. Raises UserError."""
+    size_rules: a method's own checks of args. Returns argparse.Namespace. Raises UserError."""
     args = parser.parse_args(argv)
     check(args.backbone == "tiny" or args.backbone in resnet_names(),
           f"--backbone {args.backbone} is unknown; try tiny, {', '.join(resnet_names()[:5])}")
@@ -180,6 +185,8 @@ def finish_arguments(parser, argv=None):
           f"--batch-size {args.batch_size} is not a multiple of the {world_size()} processes; try "
           f"{max(1, args.batch_size // world_size()) * world_size()}")
     args.lr_bias = args.lr if args.lr_bias is None else args.lr_bias
+    if size_rules:
+        size_rules(args)
     return args
 
 
@@ -343,24 +350,26 @@ TINYIMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 class Data:
     """A data set, ready for training and measuring.
 
-    train        images to train on: uint8 [N, 3, H, W] on the device, or `Files` where they do not fit in memory
-    bank         labelled training images, bank_labels [N] int64 (None without labels): the neighbours of the kNN
-    test         test images (None if there are none), test_labels [M]
-    size         side of a view in pixels
-    mean, std    of the colours, [3, 1, 1] on the device
+    train                         images to train on: uint8 [N, 3, H, W] on the device, or `Files` where they do not fit in memory
+    labelled_train, train_labels  the labelled ones among them (all but for STL-10) and their labels, int64 [N]
+    test, test_labels             test images, the training images where there are none
+    labelled                      True if training and test images have labels, so that kNN means something
+    bank, bank_labels, queries, query_labels   at most 5000 training and 1000 test images, evenly spaced, to watch a run by
+    size                          side of a view in pixels
+    mean, std                     of the colours, three numbers each
     steps_per_epoch, fingerprint, class_names"""
 
     def __init__(self, args, device, train, labels, test, test_labels, class_names, unlabeled=None):
-        self.args, self.device, self.class_names = args, device, class_names
+        self.args, self.device, self.size, self.class_names = args, device, args.image_size, class_names
         self.fingerprint = f"{len(train)} training images"
-        self.bank = place(train, device)
-        self.train = self.bank if unlabeled is None else torch.cat([self.bank, place(unlabeled, device)])
-        self.test = place(test, device)
-        self.bank_labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64, device=device)
-        self.test_labels = None if test_labels is None else torch.as_tensor(test_labels, dtype=torch.int64, device=device)
-        self.size = args.image_size
-        mean, std = COLOUR_STATISTICS.get(args.dataset) or colour_statistics(self.train)
-        self.mean, self.std = (torch.tensor(x, dtype=torch.float32, device=device).view(3, 1, 1) for x in (mean, std))
+        self.labelled_train, self.train_labels = place(train, device), None if labels is None else torch.as_tensor(labels, device=device).long()
+        self.train = self.labelled_train if unlabeled is None else torch.cat([self.labelled_train, place(unlabeled, device)])
+        self.test = self.labelled_train if test is None else place(test, device)
+        self.test_labels = None if test is None or test_labels is None else torch.as_tensor(test_labels, device=device).long()
+        self.labelled = self.train_labels is not None and self.test_labels is not None
+        self.bank, self.bank_labels = evenly_spaced(self.labelled_train, self.train_labels, 5000)
+        self.queries, self.query_labels = evenly_spaced(self.test, self.test_labels, 1000)
+        self.mean, self.std = COLOUR_STATISTICS.get(args.dataset) or colour_statistics(self.train)
         self.steps_per_epoch = len(self.train) // args.batch_size
         check(self.steps_per_epoch > 0, f"--batch-size {args.batch_size} is larger than the data set of {len(self.train)} images; try "
               f"--batch-size {2 ** int(math.log2(max(2, len(self.train))))}")
@@ -387,11 +396,19 @@ class Data:
         parts = images.centres(index, batch_size, self.args.num_workers) if isinstance(images, Files) else (images[i] for i in index.split(batch_size))
         for x in parts:
             x = centre_view(x.to(self.device).float() / 255, self.size)
-            yield ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+            mean, std = (torch.tensor(m, device=self.device).view(3, 1, 1) for m in (self.mean, self.std))
+            yield ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def place(images, device):
     return images if images is None or isinstance(images, Files) else torch.as_tensor(images).to(device)
+
+
+def evenly_spaced(images, labels, count):
+    """At most `count` of the images, evenly spaced, and their labels."""
+    index = torch.linspace(0, len(images) - 1, min(count, len(images))).long()
+    part = Files([images.paths[i] for i in index], images.size, images.side) if isinstance(images, Files) else images[index.to(images.device)]
+    return part, None if labels is None else labels[index.to(labels.device)]
 
 
 def centre_view(x, size):
@@ -451,7 +468,7 @@ def local_or_downloaded(args, archive, open_dataset):
             return open_dataset(False)
         say(f"{args.dataset}: not in {args.data_dir}, downloading it")
         return open_dataset(True)
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, http.client.HTTPException) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"--dataset {args.dataset}: no complete copy in --data-dir {args.data_dir} and the download failed ({reason}); "
                         f"put {archive} there yourself, or train offline with --dataset patterns") from error
@@ -463,6 +480,9 @@ def load_tinyimagenet(args, device):
 
     def open_folder(download):
         if download:
+            archive = os.path.join(args.data_dir, os.path.basename(TINYIMAGENET_URL))
+            if os.path.isfile(archive) and not zipfile.is_zipfile(archive):
+                os.remove(archive)  # cut short by an interrupted download
             torchvision.datasets.utils.download_and_extract_archive(TINYIMAGENET_URL, args.data_dir)
         if not os.path.isfile(os.path.join(root, "val", "val_annotations.txt")):
             raise RuntimeError(f"no {root}/val/val_annotations.txt")
@@ -523,7 +543,7 @@ def data_from_files(args, device, train, labels, test, test_labels, class_names)
     stream = args.stream or 3 * side**2 * (len(train) + len(test or [])) > MEMORY_LIMIT
     fingerprint = f"{len(train)} files, {names_crc(os.path.relpath(path, args.data_dir) for path in train)}"
     if stream:
-        train, test = Files(train, args.image_size), test and Files(test, args.image_size)
+        train, test = Files(train, args.image_size, side), test and Files(test, args.image_size, side)
     else:
         train, labels = decode(train, labels, side)
         check(len(train) > 1, f"--data-dir {args.data_dir}: fewer than two readable images")
@@ -542,13 +562,13 @@ def names_crc(names):
 def read_image(path):
     """The image as RGB uint8 [3, H, W] (grey, palette, RGBA, CMYK and 16 bits are converted), or None if it cannot be read."""
     try:
-        image = torchvision.io.decode_image(path, mode="RGB")  # jpeg, png, gif, webp
-        return image if image.dtype == torch.uint8 else (image.to(torch.int32) >> 8).to(torch.uint8)
-    except RuntimeError:  # another format or a broken file: Pillow, which torchvision brings along, knows more formats
-        try:
-            return torch.from_numpy(np.array(torchvision.datasets.folder.pil_loader(path))).permute(2, 0, 1)
-        except (OSError, SyntaxError, ValueError):
-            return None
+        with open(path, "rb") as file:
+            image = Image.open(file)
+            if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion cuts off what is above 255
+                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's ways to say that a file is broken
+        return None
 
 
 def to_square(image, side):
@@ -579,8 +599,8 @@ def decode(paths, labels, side):
 class Files:
     """Images on disk, decoded and cropped by loader processes; the rest of the augmentation stays batched on the device."""
 
-    def __init__(self, paths, size):
-        self.paths, self.size = paths, size
+    def __init__(self, paths, size, side):
+        self.paths, self.size, self.side = paths, size, side  # side: of the centre squares for measuring, as in memory
 
     def __len__(self):
         return len(self.paths)
@@ -591,13 +611,21 @@ class Files:
         recipe = [RECIPES[args.augment][v % len(RECIPES[args.augment])] for v in range(args.views)]
         dataset = _CropTask(self.paths, self.size, recipe, args.seed)
         loader = torch.utils.data.DataLoader(dataset, batch_sampler=tasks, num_workers=args.num_workers, pin_memory=device.type == "cuda")
-        for views in loader:
+        for views in in_one_line(loader):
             yield [view.to(device, non_blocking=True) for view in views]
 
     def centres(self, index, batch_size, num_workers):
-        """uint8 [n, 3, 8/7 size, 8/7 size] centre squares of the images `index`, for measuring."""
-        dataset = _CentreTask(self.paths, math.ceil(self.size * 8 / 7))
-        yield from torch.utils.data.DataLoader(dataset, batch_size, sampler=index.tolist(), num_workers=num_workers)
+        """uint8 [n, 3, side, side] centre squares of the images `index`, for measuring."""
+        dataset = _CentreTask(self.paths, self.side)
+        yield from in_one_line(torch.utils.data.DataLoader(dataset, batch_size, sampler=index.tolist(), num_workers=num_workers))
+
+
+def in_one_line(loader):
+    """The loader's batches; what a worker process wants to tell the user comes back without its traceback."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
 
 
 class _CropTask(torch.utils.data.Dataset):
@@ -606,7 +634,7 @@ class _CropTask(torch.utils.data.Dataset):
 
     def __getitem__(self, task):
         step, row, index = task
-        image = must_read(self.paths[index])
+        image = read_or_next(self.paths, index)
         views = []
         for number_of_view, view in enumerate(self.recipe):
             crop = next((op for op in view if op[0] == "crop"), None)
@@ -632,13 +660,19 @@ class _CentreTask(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, index):
-        return to_square(must_read(self.paths[index]), self.side)
+        return to_square(read_or_next(self.paths, index), self.side)
 
 
-def must_read(path):
-    image = read_image(path)
-    check(image is not None, f"{path} vanished or cannot be read as an image; remove it from the folder and go on with --resume")
-    return image
+def read_or_next(paths, index):
+    """Image `index`; in place of one that cannot be read the next one, with a warning that names it. A vanished file raises UserError."""
+    for i in range(index, index + len(paths)):
+        path = paths[i % len(paths)]
+        image = read_image(path)
+        if image is not None:
+            return image
+        check(os.path.exists(path), f"{path} vanished; put it back and go on with --resume, or train afresh with another --out")
+        warn(f"{path} cannot be read as an image; the next one takes its place")
+    raise UserError("none of the image files can be read; see --data-dir")
 
 
 PATTERN_CLASSES = ["stripes", "checks", "dots", "bricks", "zigzag", "grid", "rings", "triangles", "scales", "crosses"]
@@ -831,7 +865,7 @@ def crop_and_resize(x, vertical, horizontal, size, interpolation):
     n, c, height, width = x.shape
     wx = resize_matrix(horizontal, width, size, interpolation)                                   # [n, size, W]
     wy = resize_matrix(vertical, height, size, interpolation)                                    # [n, size, H]
-    x = torch.bmm(wx, x.view(n, c * height, width).mT)                                           # [n, size, 3 H], transposed: no copy
+    x = torch.bmm(wx, x.view(n, c * height, width).mT)                                           # [n, size, 3 H]: no copy
     x = torch.bmm(x.view(n, size * c, height), wy.mT).view(n, size, c, size).permute(0, 2, 3, 1) # [n, 3, size, size]
     return x.clamp_(0, 1) if interpolation == "bicubic" else x                                   # bicubic overshoots
 
@@ -1091,6 +1125,7 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=20, temperature=0.0
 def collapse_metrics(z, eps=1e-4):
     """How much of its space a set of embeddings z [N, d] fills. Returns a dict of floats, computed in float64:
 
+    dim              d
     std_sqrt_d       mean over channels of the standard deviation of the l2-normalised rows, times sqrt(d): 1 if isotropic, 0 if constant (SimSiam)
     rank             singular values of centred z above max(N, d) * 2^-23 * the largest (float32's resolution: what numpy and torch call rank)
     rank_1pct        singular values above a hundredth of the largest
@@ -1117,6 +1152,7 @@ def collapse_metrics(z, eps=1e-4):
     off_diagonal = (correlation.sum() - correlation.diagonal().sum()) / max(1, d * (d - 1))
     entropy = 0.5 * torch.linalg.slogdet(2 * math.pi * math.e * (covariance + eps * torch.eye(d, dtype=z.dtype)))[1]
     figures = {
+        "dim": d,
         "std_sqrt_d": unit.std(0, unbiased=False).mean() * math.sqrt(d),
         "rank": (s > 0).sum(),
         "rank_1pct": (s > 0.01 * largest).sum(),
@@ -1165,45 +1201,6 @@ def project(projector, h, precision="fp32"):
         z = torch.cat([projector(part).float() for part in h.split(1000)])
     projector.train(was_training)
     return z
-
-
-MONITOR_BANK, MONITOR_QUERIES = 5000, 1000
-
-
-def monitor(model, data, args):
-    """The row of metrics.csv that needs the network: kNN of H, collapse figures of Z and the rank of H, on fixed images, in eval mode.
-
-    kNN here: 1000 test images against 5000 training images, evenly spaced, k = 20. The closing line of the run scores all."""
-    bank, bank_labels = evenly_spaced(data.bank, data.bank_labels, MONITOR_BANK)
-    queries, query_labels = evenly_spaced(data.bank if data.test is None else data.test, data.test_labels, MONITOR_QUERIES)
-    h = extract(model.backbone, data, queries, args.precision)
-    z = project(model.projector, h, args.precision)
-    figures = collapse_metrics(z)
-    row = {"knn": ""}
-    if bank_labels is not None and query_labels is not None:
-        row["knn"] = knn_accuracy(extract(model.backbone, data, bank, args.precision), bank_labels, h, query_labels)
-    row.update({name: figures[name] for name in ("std_sqrt_d", "rank", "rank_1pct", "stable_rank", "stable_rank_sq", "rankme", "corr")})
-    row["rank_h"] = collapse_metrics(h)["rank_1pct"]
-    return row, collapse_in_words(figures, z.shape[1])
-
-
-def evenly_spaced(images, labels, count):
-    """At most `count` of the images, evenly spaced, with their labels."""
-    index = torch.linspace(0, len(images) - 1, min(count, len(images))).long()
-    part = Files([images.paths[i] for i in index], images.size) if isinstance(images, Files) else images[index.to(images.device)]
-    return part, None if labels is None else labels[index.to(labels.device)]
-
-
-def closing_figures(model, untrained, data, args):
-    """kNN accuracy of all test images against all labelled training images: {"trained", "raw pixels", "untrained"}, or {} without labels."""
-    if data.bank_labels is None or data.test_labels is None:
-        return {}
-
-    def score(network):
-        bank, queries = (extract(network, data, images, args.precision) for images in (data.bank, data.test))
-        return knn_accuracy(bank, data.bank_labels, queries, data.test_labels)
-
-    return {"trained": score(model.backbone), "raw pixels": score(nn.Flatten()), "untrained": score(untrained.backbone)}
 
 
 # ==============================================================================
@@ -1392,40 +1389,45 @@ class Run:
         say(f"{self._clear()}stopped after step {step} of {self.total_steps}; go on with --resume" + (f" --out {self.args.out}" if self.args.out else ""))
         sys.exit(128 + self.stop_signal)
 
-    def end_epoch(self, step, lr):
-        """Measure, write the epoch's row, save, print a line."""
-        steps = self.data.steps_per_epoch
-        epoch, seconds = step // steps, self.epoch_seconds()
-        row, collapse = {}, ""
-        if epoch == self.args.epochs or (self.args.eval_every and epoch % self.args.eval_every == 0):
-            row, collapse = monitor(self.model, self.data, self.args)
-        row = {"epoch": epoch, "step": step, "loss": self.loss_sum.item() / steps, "lr": lr, **row,
-               "images_per_s": round(steps * self.args.batch_size / seconds, 1), "seconds": round(self.seconds(), 1)}
+    def mean_loss(self):
+        """Mean loss of the epoch, read after its last step; the clock for images/s stops here. Waits for the device."""
+        mean = self.loss_sum.item() / self.data.steps_per_epoch
+        self.training_seconds = self.epoch_seconds()
+        return mean
+
+    def end_epoch(self, step, row):
+        """Complete and keep the epoch's row, write metrics.csv and last.pt, print a line; leave if a signal came."""
+        seconds = self.epoch_seconds()
+        row.update(images_per_s=round(self.data.steps_per_epoch * self.args.batch_size / self.training_seconds, 1), seconds=round(self.seconds(), 1))
         self.rows.append(row)
         self.loss_sum.zero_()
-        self.epoch_seconds_before = 0.0
+        self.epoch_seconds_before, self.epoch_started = 0.0, time.monotonic()
         self.save(step)
         if rank() == 0:
             self._write_metrics()
-        knn = f"  kNN {100 * row['knn']:5.2f} %" if row.get("knn", "") != "" else ""
-        health = f"  std*sqrt(d) {row['std_sqrt_d']:.2f}  rank {row['rank_1pct']:.0f}" if "std_sqrt_d" in row else ""
-        say(f"{self._clear()}{self._where(step)}  loss {row['loss']:.4f}{knn}{health}  {row['images_per_s']:.0f} images/s  {self._time_left(step)} left")
+        knn = f"  kNN {100 * row['knn']:5.2f} %" if row["knn"] != "" else ""
+        health = f"  std*sqrt(d) {row['std_sqrt_d']:.2f}  rank {row['rank_1pct']:.0f}" if "rank" in row else ""
+        left = format_seconds((self.total_steps - step) * seconds / self.data.steps_per_epoch)
+        say(f"{self._clear()}{self._where(step)}  loss {row['loss']:.4f}{knn}{health}  {row['images_per_s']:.0f} images/s  {left} left")
+        collapse = collapse_in_words(row, row["dim"]) if "rank" in row else ""
         if collapse:
             say(collapse)
-        self.epoch_started = time.monotonic()
         if self.should_stop(step * self.args.log_every) and step < self.total_steps:
             self._leave(step)
 
-    def finish(self, untrained):
-        """backbone.pt, and the closing line: kNN of all test images beside raw pixels and the untrained backbone, measured now."""
+    def save_backbone(self):
+        """backbone.pt: the backbone's weights alone, in torchvision's own names."""
         if rank() == 0:
             buffer = io.BytesIO()
             torch.save(self.model.backbone.state_dict(), buffer)
             write_file(os.path.join(self.folder, "backbone.pt"), buffer.getvalue())
-        figures = closing_figures(self.model, untrained.to(self.data.device), self.data, self.args)
-        if figures:
-            say(f"kNN {100 * figures['trained']:.2f} %  (raw pixels {100 * figures['raw pixels']:.2f} %, untrained backbone {100 * figures['untrained']:.2f} %; "
-                f"k = 20, cosine, T = 0.07, {len(self.data.test)} test images against {len(self.data.bank)} training images)")
+
+    def close(self, scores):
+        """The last lines: kNN accuracies by name, with the protocol, and where everything lies."""
+        data = self.data
+        if scores:
+            first, *others = (f"{name} {100 * score:.2f} %" for name, score in scores.items())
+            say(f"{first}  ({', '.join(others)}; k = 20, cosine, T = 0.07, {len(data.test)} test images against {len(data.labelled_train)} training images)")
         else:
             say("no labelled training and test images, so no kNN; the collapse figures are in metrics.csv")
         say(f"{self.folder}: config.json metrics.csv last.pt backbone.pt  ({format_seconds(self.seconds())})")

@@ -27,8 +27,9 @@ gradient (the official sum over processes halves the gradient on two); Adam, cos
 so that the nine methods differ in the idea alone; more than two views: the mean over pairs of views.
 
     python methods/barlow.py                             # two minutes on a laptop, offline
-    torchrun --nproc_per_node=8 methods/barlow.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 --proj-hidden 8192 --proj-dim 8192 \
-        --augment byol --optimizer lars --batch-size 2048 --lr 1.6 --lr-bias 0.0384 --weight-decay 1e-6 --warmup 6250 --epochs 1000
+    torchrun --nproc_per_node=8 methods/barlow.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
+        --proj-hidden 8192 --proj-dim 8192 --augment byol --optimizer lars --batch-size 2048 --lr 1.6 --lr-bias 0.0384 \
+        --weight-decay 1e-6 --warmup 6250 --epochs 1000
 """
 
 import os
@@ -48,13 +49,10 @@ import common  # noqa: E402
 
 def parse_args(argv=None):
     parser = common.shared_arguments("barlow", __doc__)
-    parser.add_argument("--proj-hidden", type=common.number(int, 1), default=2048, help="width of the projector's hidden layers; the paper's 8192")
-    parser.add_argument("--proj-dim", type=common.number(int, 2), default=2048, help="d, channels of the embedding Z; the paper's 8192")
-    parser.add_argument("--proj-layers", type=common.number(int, 1, 8), default=3, help="the paper's 3")
-    parser.add_argument("--lambd", type=common.number(float, 0, example=0.0051), default=0.0051, help="lambda, weight of the off-diagonal; the official code's 0.0051")
-    parser.add_argument("--standardize", choices=("batch", "l2"), default="batch", help="`l2`: rows of length sqrt(d) in place of channels of variance 1")
-    args = common.finish_arguments(parser, argv)
-    return args
+    parser.set_defaults(proj_hidden=2048, proj_dim=2048, proj_layers=3)  # solo-learn's on CIFAR-10; the paper on ImageNet: 8192, 8192, 3
+    parser.add_argument("--lambd", type=common.number(float, 0, example=0.0051), default=0.0051, help="lambda; the official code's 0.0051")
+    parser.add_argument("--standardize", choices=("batch", "l2"), default="batch", help="`l2`: rows of length sqrt(d), not channels of variance 1")
+    return common.finish_arguments(parser, argv)
 
 
 # ==============================================================================
@@ -117,6 +115,7 @@ def build(args):
 
 
 def train(args):
+    # ---- Set up --------------------------------------------------------------
     device = common.set_up(args)  # GPU or CPU, precision, torchrun
     data = common.load_data(args, device)  # uint8 images, on the device where they fit
     torch.manual_seed(args.seed)  # the same initial weights in every process
@@ -124,20 +123,22 @@ def train(args):
     optimizer = common.build_optimizer(model, args)
     run = common.Run(args, model, optimizer, data)  # its folder: config.json, metrics.csv, checkpoints
     network = common.distribute(model, args)  # torchrun: global batch statistics, averaged gradients; --compile
+    autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
     step = run.resume()  # 0, or with --resume where the last checkpoint was
 
     while step < run.total_steps:
+        # ---- One epoch -------------------------------------------------------
         model.train()
         epoch, first_batch = divmod(step, data.steps_per_epoch)
         for batch in data.batches(epoch, first_batch):  # uint8 [n, 3, H, W], this process's part of the global batch
             # Every random draw is a function of (seed, step), the learning rate of the step: a resumed run is the same run.
             torch.manual_seed(common.step_seed(args.seed, step))
-            views = data.augment(batch, step)  # s x [n, 3, H, W]
+            views = data.augment(batch, step)  # s x [n, 3, size, size]
             factor = common.learning_rate(args, step, run.total_steps, data.steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * (1.0 if group["constant"] else factor)
 
-            with run.guard(step), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            with run.guard(step), torch.autocast(**autocast):
                 loss = network(views)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -146,13 +147,33 @@ def train(args):
             step += 1
 
             if step % args.log_every == 0:
-                run.progress(step, loss)
+                run.progress(step, loss)  # the only wait for the device: status line, stop on a non-finite number
             if step % data.steps_per_epoch:
                 run.save_if_due(step)  # --save-every; after Ctrl-C or SIGTERM it saves and leaves
-        run.end_epoch(step, factor * args.lr)  # kNN, collapse figures, a row of metrics.csv, last.pt
 
-    torch.manual_seed(args.seed)
-    run.finish(untrained=build(args))  # backbone.pt; kNN beside raw pixels and the untrained backbone
+        # ---- Measure: fixed images, no augmentation, eval mode ---------------
+        epoch += 1
+        row = {"epoch": epoch, "step": step, "loss": run.mean_loss(), "lr": factor * args.lr, "knn": ""}
+        if epoch == args.epochs or (args.eval_every and epoch % args.eval_every == 0):
+            h = common.extract(model.backbone, data, data.queries, args.precision)  # [M, feature_dim], at most 1000 test images
+            z = common.project(model.projector, h, args.precision)  # [M, d]
+            row.update(common.collapse_metrics(z), rank_h=common.collapse_metrics(h)["rank_1pct"])
+            if data.labelled:
+                bank = common.extract(model.backbone, data, data.bank, args.precision)  # at most 5000 training images
+                row["knn"] = common.knn_accuracy(bank, data.bank_labels, h, data.query_labels)
+        run.end_epoch(step, row)  # metrics.csv, last.pt, a line on the screen, and a word if the figures show a collapse
+
+    # ---- Close: kNN of all test images, beside two baselines -----------------
+    run.save_backbone()
+    if data.labelled:
+        torch.manual_seed(args.seed)
+        networks = {"kNN": model.backbone, "raw pixels": nn.Flatten(), "untrained backbone": build(args).backbone.to(device)}
+        for name, network in networks.items():
+            bank, queries = (common.extract(network, data, images, args.precision) for images in (data.labelled_train, data.test))
+            networks[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
+        run.close(networks)
+    else:
+        run.close({})
 
 
 # ==============================================================================

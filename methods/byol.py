@@ -28,8 +28,9 @@ that the nine methods differ in the idea alone (the paper: 4096, 256, 0.996); th
 start); its batch norms use their own batch statistics (as official); more than two views: the mean over pairs of views.
 
     python methods/byol.py                               # two minutes on a laptop, offline
-    torchrun --nproc_per_node=8 methods/byol.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 --proj-hidden 4096 --proj-dim 256 \
-        --momentum 0.996 --augment byol --optimizer lars --batch-size 4096 --lr 3.2 --weight-decay 1.5e-6 --warmup 3120 --epochs 1000
+    torchrun --nproc_per_node=8 methods/byol.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
+        --proj-hidden 4096 --proj-dim 256 --momentum 0.996 --augment byol --optimizer lars --batch-size 4096 --lr 3.2 \
+        --weight-decay 1.5e-6 --warmup 3120 --epochs 1000
 """
 
 import copy
@@ -51,20 +52,23 @@ import common  # noqa: E402
 
 def parse_args(argv=None):
     parser = common.shared_arguments("byol", __doc__)
-    parser.add_argument("--proj-hidden", type=common.number(int, 1), default=1024, help="width of the heads' hidden layers; the paper's 4096")
-    parser.add_argument("--proj-dim", type=common.number(int, 2), default=64, help="d, channels of the embedding Z; the paper's 256")
+    parser.set_defaults(proj_hidden=1024, proj_dim=64, proj_layers=2)  # the W-MSE authors' CIFAR-10 runs; the paper on ImageNet: 4096, 256, 2
     parser.add_argument("--momentum", type=common.number(float, 0, 1, example=0.99), default=0.99, help="tau_base, rising to 1; the paper's 0.996")
-    parser.add_argument("--predictor", choices=("mlp", "linear", "direct", "none"), default="mlp", help="`direct`: DirectPred, set from the "
-                        "correlation of the embeddings, not trained; `none` collapses sooner or later")
-    parser.add_argument("--norm", choices=("bn", "gn"), default="bn", help="norm layer of the heads: batch norm, or group norm, which sees no batch")
-    args = common.finish_arguments(parser, argv)
-    common.check(args.norm == "bn" or args.proj_hidden % 16 == 0, f"--norm gn has 16 groups, --proj-hidden {args.proj_hidden} is not a multiple; try --proj-hidden 1024")
-    return args
+    parser.add_argument("--predictor", choices=("mlp", "linear", "direct", "none"), default="mlp",
+                        help="`direct`: DirectPred, computed from the embeddings' correlation; `none` has no predictor")
+    parser.add_argument("--norm", choices=("bn", "gn"), default="bn", help="norm of the heads: batch norm, or group norm, which sees no batch")
+    return common.finish_arguments(parser, argv, size_rules)
 
 
 # ==============================================================================
 # 3. Loss
 # ==============================================================================
+
+
+def size_rules(args):
+    """What the loss demands of the sizes. Raises UserError that names a flag and a value that works."""
+    common.check(args.norm == "bn" or args.proj_hidden % 16 == 0, f"--norm gn needs a multiple of 16, not --proj-hidden {args.proj_hidden}; "
+                 "try --proj-hidden 1024")
 
 
 def byol_loss(p, z):
@@ -95,21 +99,26 @@ def direct_predictor(correlation, eps=0.1):
 # ==============================================================================
 
 
-def head(inputs, hidden, outputs, norm):
-    """Linear, norm, ReLU, linear: the shape of BYOL's projector and predictor."""
-    norm_layer = nn.BatchNorm1d(hidden) if norm == "bn" else nn.GroupNorm(16, hidden)
-    return nn.Sequential(nn.Linear(inputs, hidden), norm_layer, nn.ReLU(inplace=True), nn.Linear(hidden, outputs, bias=False))
+def head(inputs, hidden, outputs, layers, norm):
+    """Linear, norm, ReLU, ..., linear: the shape of BYOL's projector and predictor."""
+    widths = [inputs] + [hidden] * (layers - 1)
+    norm_layer = {"bn": nn.BatchNorm1d, "gn": lambda width: nn.GroupNorm(16, width)}[norm]
+    hidden = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Linear(a, b), norm_layer(b), nn.ReLU(inplace=True))]
+    return nn.Sequential(*hidden, nn.Linear(widths[-1], outputs, bias=False))
 
 
 class BYOL(nn.Module):
     """Online network, predictor and target network. `forward(views)`: list of image batches [n, 3, H, W] -> scalar loss."""
 
-    def __init__(self, backbone, feature_dim, proj_hidden=1024, proj_dim=64, momentum=0.99, predictor="mlp", norm="bn"):
+    def __init__(self, backbone, feature_dim, proj_hidden=1024, proj_dim=64, proj_layers=2, momentum=0.99, predictor="mlp", norm="bn"):
         super().__init__()
         self.backbone = backbone
-        self.projector = head(feature_dim, proj_hidden, proj_dim, norm)
-        self.predictor = {"mlp": lambda: head(proj_dim, proj_hidden, proj_dim, norm), "linear": lambda: nn.Linear(proj_dim, proj_dim, bias=False),
-                          "direct": nn.Identity, "none": nn.Identity}[predictor]()
+        self.projector = head(feature_dim, proj_hidden, proj_dim, proj_layers, norm)
+        self.predictor = nn.Identity()  # of `direct` and `none`
+        if predictor == "mlp":
+            self.predictor = head(proj_dim, proj_hidden, proj_dim, 2, norm)
+        if predictor == "linear":
+            self.predictor = nn.Linear(proj_dim, proj_dim, bias=False)
         self.target_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
         self.direct = predictor == "direct"
@@ -147,7 +156,7 @@ class BYOL(nn.Module):
 
 def build(args):
     backbone, feature_dim = common.build_backbone(args.backbone, args.image_size)
-    return BYOL(backbone, feature_dim, args.proj_hidden, args.proj_dim, args.momentum, args.predictor, args.norm)
+    return BYOL(backbone, feature_dim, args.proj_hidden, args.proj_dim, args.proj_layers, args.momentum, args.predictor, args.norm)
 
 
 # ==============================================================================
@@ -156,6 +165,7 @@ def build(args):
 
 
 def train(args):
+    # ---- Set up --------------------------------------------------------------
     device = common.set_up(args)  # GPU or CPU, precision, torchrun
     data = common.load_data(args, device)  # uint8 images, on the device where they fit
     torch.manual_seed(args.seed)  # the same initial weights in every process
@@ -163,20 +173,22 @@ def train(args):
     optimizer = common.build_optimizer(model, args)
     run = common.Run(args, model, optimizer, data)  # its folder: config.json, metrics.csv, checkpoints
     network = common.distribute(model, args)  # torchrun: global batch statistics, averaged gradients; --compile
+    autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
     step = run.resume()  # 0, or with --resume where the last checkpoint was
 
     while step < run.total_steps:
+        # ---- One epoch -------------------------------------------------------
         model.train()
         epoch, first_batch = divmod(step, data.steps_per_epoch)
         for batch in data.batches(epoch, first_batch):  # uint8 [n, 3, H, W], this process's part of the global batch
             # Every random draw is a function of (seed, step), the learning rate of the step: a resumed run is the same run.
             torch.manual_seed(common.step_seed(args.seed, step))
-            views = data.augment(batch, step)  # s x [n, 3, H, W]
+            views = data.augment(batch, step)  # s x [n, 3, size, size]
             factor = common.learning_rate(args, step, run.total_steps, data.steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * (1.0 if group["constant"] else factor)
 
-            with run.guard(step), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            with run.guard(step), torch.autocast(**autocast):
                 loss = network(views)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -186,13 +198,33 @@ def train(args):
             step += 1
 
             if step % args.log_every == 0:
-                run.progress(step, loss)
+                run.progress(step, loss)  # the only wait for the device: status line, stop on a non-finite number
             if step % data.steps_per_epoch:
                 run.save_if_due(step)  # --save-every; after Ctrl-C or SIGTERM it saves and leaves
-        run.end_epoch(step, factor * args.lr)  # kNN, collapse figures, a row of metrics.csv, last.pt
 
-    torch.manual_seed(args.seed)
-    run.finish(untrained=build(args))  # backbone.pt; kNN beside raw pixels and the untrained backbone
+        # ---- Measure: fixed images, no augmentation, eval mode ---------------
+        epoch += 1
+        row = {"epoch": epoch, "step": step, "loss": run.mean_loss(), "lr": factor * args.lr, "knn": ""}
+        if epoch == args.epochs or (args.eval_every and epoch % args.eval_every == 0):
+            h = common.extract(model.backbone, data, data.queries, args.precision)  # [M, feature_dim], at most 1000 test images
+            z = common.project(model.projector, h, args.precision)  # [M, d]
+            row.update(common.collapse_metrics(z), rank_h=common.collapse_metrics(h)["rank_1pct"])
+            if data.labelled:
+                bank = common.extract(model.backbone, data, data.bank, args.precision)  # at most 5000 training images
+                row["knn"] = common.knn_accuracy(bank, data.bank_labels, h, data.query_labels)
+        run.end_epoch(step, row)  # metrics.csv, last.pt, a line on the screen, and a word if the figures show a collapse
+
+    # ---- Close: kNN of all test images, beside two baselines -----------------
+    run.save_backbone()
+    if data.labelled:
+        torch.manual_seed(args.seed)
+        networks = {"kNN": model.backbone, "raw pixels": nn.Flatten(), "untrained backbone": build(args).backbone.to(device)}
+        for name, network in networks.items():
+            bank, queries = (common.extract(network, data, images, args.precision) for images in (data.labelled_train, data.test))
+            networks[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
+        run.close(networks)
+    else:
+        run.close({})
 
 
 # ==============================================================================

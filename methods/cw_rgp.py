@@ -31,7 +31,7 @@ sees all views as one batch (as in the official code); the whitening has a backw
 With random groups per view the loss has a positive floor, even for equal views: the partition acts as noise.
 
     python methods/cw_rgp.py                             # two minutes on a laptop, offline
-    torchrun --nproc_per_node=8 methods/cw_rgp.py --dataset cifar10 --backbone resnet18 --epochs 1000 --schedule step
+    torchrun --nproc_per_node=4 methods/cw_rgp.py --dataset cifar10 --backbone resnet18 --epochs 1000 --schedule step --warmup 500
 """
 
 import os
@@ -51,28 +51,32 @@ import common  # noqa: E402
 
 def parse_args(argv=None):
     parser = common.shared_arguments("cw_rgp", __doc__)
-    parser.add_argument("--proj-hidden", type=common.number(int, 1), default=1024, help="width of the projector's hidden layer")
-    parser.add_argument("--proj-dim", type=common.number(int, 2), default=512, help="d, channels of the embedding Z")
-    parser.add_argument("--groups", type=common.number(int, 1), default=4, help="g, random groups of channels; the paper's 4, for Tiny-ImageNet 2")
-    parser.add_argument("--w-size", type=common.number(int, 2), default=64, help="w, images whitened together; the paper's 64, for Tiny-ImageNet 128")
-    parser.add_argument("--w-iter", type=common.number(int, 1), default=4, help="random partitions of the batch per step; the paper's 4, with four views 1")
-    parser.add_argument("--eps", type=common.number(float, 0, below=1), default=0.0, help="covariance becomes (1 - eps) S + eps I; the official code's 0")
-    parser.add_argument("--permutation", choices=("per-view", "shared", "fixed"), default="per-view", help="who shares the random groups: "
-                        "nobody (official), the views of a slice, or all slices of all steps (channels in their own order)")
+    parser.set_defaults(proj_hidden=1024, proj_dim=512, proj_layers=2)  # the paper's; on ImageNet 2048, 1024, 3
+    parser.add_argument("--groups", type=common.number(int, 1), default=4, help="g, random groups of channels; the paper's 4 (Tiny-ImageNet 2)")
+    parser.add_argument("--w-size", type=common.number(int, 2), default=64, help="w, images whitened together; the paper's 64 (Tiny-ImageNet 128)")
+    parser.add_argument("--w-iter", type=common.number(int, 1), default=4, help="random partitions per step; the paper's 4, with four views 1")
+    parser.add_argument("--eps", type=common.number(float, 0, below=1), default=0.0, help="S becomes (1 - eps) S + eps I; the official code's 0")
+    parser.add_argument("--permutation", choices=("per-view", "shared", "fixed"), default="per-view",
+                        help="random groups: for every slice and view (official); the same for all views; or neighbouring channels, always")
     parser.add_argument("--detach-whitening", action="store_true", help="no gradient through the whitening matrix, as in ICL")
-    args = common.finish_arguments(parser, argv)
-    width = args.proj_dim // args.groups
-    common.check(args.proj_dim % args.groups == 0, f"--groups {args.groups} does not divide --proj-dim {args.proj_dim}; try --groups {common.divisor_near(args.proj_dim, args.groups)}")
-    common.check(args.batch_size % args.w_size == 0, f"--w-size {args.w_size} does not divide --batch-size {args.batch_size}; try --w-size {common.divisor_near(args.batch_size, args.w_size)}")
-    limit = width - 1 if args.groups == 1 else width  # largest number of independent samples among the channels of a group
-    common.check(args.w_size <= limit or args.eps > 0, f"--w-size {args.w_size} samples cannot be uncorrelated over {width} channels (--proj-dim / --groups); "
-                 f"try --w-size {common.divisor_near(args.batch_size, max(2, width // 2))} or --eps 1e-3")
-    return args
+    return common.finish_arguments(parser, argv, size_rules)
 
 
 # ==============================================================================
 # 3. Loss
 # ==============================================================================
+
+
+def size_rules(args):
+    """What the loss demands of the sizes. Raises UserError that names a flag and a value that works."""
+    width, near = args.proj_dim // args.groups, common.divisor_near
+    common.check(args.proj_dim % args.groups == 0, f"--groups {args.groups} does not divide --proj-dim {args.proj_dim}; "
+                 f"try --groups {near(args.proj_dim, args.groups)}")
+    common.check(args.batch_size % args.w_size == 0, f"--w-size {args.w_size} does not divide --batch-size {args.batch_size}; "
+                 f"try --w-size {near(args.batch_size, args.w_size)}")
+    limit = width - 1 if args.groups == 1 else width  # no more samples can be uncorrelated over so many channels
+    common.check(args.w_size <= limit or args.eps > 0, f"--w-size {args.w_size} is too large for --proj-dim / --groups = {width} channels; "
+                 f"try --w-size {near(args.batch_size, max(2, width // 2))} or --eps 1e-3")
 
 
 class InverseSquareRoot(torch.autograd.Function):
@@ -154,14 +158,15 @@ def cw_rgp_loss(views, groups=4, w_size=64, w_iter=1, eps=0.0, generator=None, p
 
 
 class CWRGP(nn.Module):
-    """Backbone and two-layer projector. `forward(views)`: list of image batches [n, 3, H, W] -> scalar loss."""
+    """Backbone and projector. `forward(views)`: list of image batches [n, 3, H, W] -> scalar loss."""
 
-    def __init__(self, backbone, feature_dim, proj_hidden=1024, proj_dim=512, groups=4, w_size=64, w_iter=4, eps=0.0,
-                 permutation="per-view", detach_whitening=False):
+    def __init__(self, backbone, feature_dim, proj_hidden=1024, proj_dim=512, proj_layers=2, groups=4, w_size=64, w_iter=4,
+                 eps=0.0, permutation="per-view", detach_whitening=False):
         super().__init__()
         self.backbone = backbone
-        self.projector = nn.Sequential(
-            nn.Linear(feature_dim, proj_hidden), nn.BatchNorm1d(proj_hidden), nn.ReLU(inplace=True), nn.Linear(proj_hidden, proj_dim))
+        widths = [feature_dim] + [proj_hidden] * (proj_layers - 1)
+        hidden = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU(inplace=True))]
+        self.projector = nn.Sequential(*hidden, nn.Linear(widths[-1], proj_dim))
         self.whitening = dict(groups=groups, w_size=w_size, w_iter=w_iter, eps=eps, permutation=permutation, detach=detach_whitening)
 
     def forward(self, views):
@@ -173,8 +178,8 @@ class CWRGP(nn.Module):
 
 def build(args):
     backbone, feature_dim = common.build_backbone(args.backbone, args.image_size)
-    return CWRGP(backbone, feature_dim, args.proj_hidden, args.proj_dim, args.groups, args.w_size, args.w_iter, args.eps,
-                 args.permutation, args.detach_whitening)
+    return CWRGP(backbone, feature_dim, args.proj_hidden, args.proj_dim, args.proj_layers, args.groups, args.w_size, args.w_iter,
+                 args.eps, args.permutation, args.detach_whitening)
 
 
 # ==============================================================================
@@ -183,6 +188,7 @@ def build(args):
 
 
 def train(args):
+    # ---- Set up --------------------------------------------------------------
     device = common.set_up(args)  # GPU or CPU, precision, torchrun
     data = common.load_data(args, device)  # uint8 images, on the device where they fit
     torch.manual_seed(args.seed)  # the same initial weights in every process
@@ -190,20 +196,22 @@ def train(args):
     optimizer = common.build_optimizer(model, args)
     run = common.Run(args, model, optimizer, data)  # its folder: config.json, metrics.csv, checkpoints
     network = common.distribute(model, args)  # torchrun: global batch statistics, averaged gradients; --compile
+    autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
     step = run.resume()  # 0, or with --resume where the last checkpoint was
 
     while step < run.total_steps:
+        # ---- One epoch -------------------------------------------------------
         model.train()
         epoch, first_batch = divmod(step, data.steps_per_epoch)
         for batch in data.batches(epoch, first_batch):  # uint8 [n, 3, H, W], this process's part of the global batch
             # Every random draw is a function of (seed, step), the learning rate of the step: a resumed run is the same run.
             torch.manual_seed(common.step_seed(args.seed, step))
-            views = data.augment(batch, step)  # s x [n, 3, H, W]
+            views = data.augment(batch, step)  # s x [n, 3, size, size]
             factor = common.learning_rate(args, step, run.total_steps, data.steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * (1.0 if group["constant"] else factor)
 
-            with run.guard(step), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            with run.guard(step), torch.autocast(**autocast):
                 loss = network(views)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -212,13 +220,33 @@ def train(args):
             step += 1
 
             if step % args.log_every == 0:
-                run.progress(step, loss)
+                run.progress(step, loss)  # the only wait for the device: status line, stop on a non-finite number
             if step % data.steps_per_epoch:
                 run.save_if_due(step)  # --save-every; after Ctrl-C or SIGTERM it saves and leaves
-        run.end_epoch(step, factor * args.lr)  # kNN, collapse figures, a row of metrics.csv, last.pt
 
-    torch.manual_seed(args.seed)
-    run.finish(untrained=build(args))  # backbone.pt; kNN beside raw pixels and the untrained backbone
+        # ---- Measure: fixed images, no augmentation, eval mode ---------------
+        epoch += 1
+        row = {"epoch": epoch, "step": step, "loss": run.mean_loss(), "lr": factor * args.lr, "knn": ""}
+        if epoch == args.epochs or (args.eval_every and epoch % args.eval_every == 0):
+            h = common.extract(model.backbone, data, data.queries, args.precision)  # [M, feature_dim], at most 1000 test images
+            z = common.project(model.projector, h, args.precision)  # [M, d]
+            row.update(common.collapse_metrics(z), rank_h=common.collapse_metrics(h)["rank_1pct"])
+            if data.labelled:
+                bank = common.extract(model.backbone, data, data.bank, args.precision)  # at most 5000 training images
+                row["knn"] = common.knn_accuracy(bank, data.bank_labels, h, data.query_labels)
+        run.end_epoch(step, row)  # metrics.csv, last.pt, a line on the screen, and a word if the figures show a collapse
+
+    # ---- Close: kNN of all test images, beside two baselines -----------------
+    run.save_backbone()
+    if data.labelled:
+        torch.manual_seed(args.seed)
+        networks = {"kNN": model.backbone, "raw pixels": nn.Flatten(), "untrained backbone": build(args).backbone.to(device)}
+        for name, network in networks.items():
+            bank, queries = (common.extract(network, data, images, args.precision) for images in (data.labelled_train, data.test))
+            networks[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
+        run.close(networks)
+    else:
+        run.close({})
 
 
 # ==============================================================================

@@ -1,7 +1,8 @@
 """MoCo: contrast every view with a queue of earlier keys from a slowly moving encoder.
 
 Kaiming He, Haoqi Fan, Yuxin Wu, Saining Xie, Ross Girshick: "Momentum Contrast for Unsupervised Visual Representation Learning",
-CVPR 2020, arXiv 1911.05722; v2: Xinlei Chen, Haoqi Fan, Ross Girshick, Kaiming He, arXiv 2003.04297. Official code: facebookresearch/moco.
+CVPR 2020, arXiv 1911.05722; v2: Xinlei Chen, Haoqi Fan, Ross Girshick, Kaiming He, arXiv 2003.04297.
+Official code: facebookresearch/moco.
 
 The idea. A query shall match the key of the same image among many keys of other images. The other keys are taken from a queue of
 the last steps, so their number does not depend on the batch. For the queue to be consistent, keys come from a second encoder
@@ -12,7 +13,7 @@ The loss (InfoNCE, Eq. 1) for a query q, its key k+ and K keys k_i of the queue,
     L = -log( exp(q.k+ / tau) / (exp(q.k+ / tau) + sum_i exp(q.k_i / tau)) )             q, k [N, d], queue [K, d]
     theta_k <- m theta_k + (1 - m) theta_q                                               Eq. 2
 
-One step (the official code's order):
+One step:                                                (the official code's order)
     q = projector(backbone(x1))
     key encoder <- m * key encoder + (1 - m) * encoder   # parameters only; with the encoder of before this step
     k = key_projector(key_backbone(shuffle(x2)))         # no gradient; un-shuffled afterwards
@@ -30,8 +31,9 @@ Deviations: sizes of the authors' CIFAR-10 demo (queue 4096, m 0.99, tau 0.1, on
 augmentation, so that the nine methods differ in the idea alone; more than two views: the mean over pairs, view i asking for view j > i.
 
     python methods/moco.py                               # two minutes on a laptop, offline
-    torchrun --nproc_per_node=8 methods/moco.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 --proj-layers 2 --proj-hidden 2048 \
-        --queue-size 65536 --momentum 0.999 --temperature 0.2 --augment moco-v2 --optimizer sgd --lr 0.03 --weight-decay 1e-4 --warmup 0 --epochs 200
+    torchrun --nproc_per_node=8 methods/moco.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
+        --proj-layers 2 --proj-hidden 2048 --queue-size 65536 --momentum 0.999 --temperature 0.2 --augment moco-v2 \
+        --optimizer sgd --lr 0.03 --weight-decay 1e-4 --warmup 0 --epochs 200
 """
 
 import copy
@@ -52,28 +54,28 @@ import common  # noqa: E402
 
 def parse_args(argv=None):
     parser = common.shared_arguments("moco", __doc__)
-    parser.add_argument("--proj-hidden", type=common.number(int, 1), default=512, help="width of the projector's hidden layer, where it has one")
-    parser.add_argument("--proj-dim", type=common.number(int, 2), default=128, help="d, channels of the embedding Z; the paper's 128")
-    parser.add_argument("--proj-layers", type=common.number(int, 1, 8), default=1, help="v1 and the CIFAR-10 demo: 1; v2: 2")
+    parser.set_defaults(proj_hidden=512, proj_dim=128, proj_layers=1)  # the authors' CIFAR-10 demo and v1: one linear layer; v2: 2048, 128, 2
     parser.add_argument("--queue-size", type=common.number(int, 1, example=4096), default=4096, help="K, keys in the queue; 65536 on ImageNet")
     parser.add_argument("--momentum", type=common.number(float, 0, 1, example=0.99), default=0.99, help="m of the key encoder; 0.999 on ImageNet")
-    parser.add_argument("--temperature", type=common.number(float, above=0, example=0.1), default=0.1, help="tau; v1 0.07, v2 0.2, CIFAR-10 demo 0.1")
-    parser.add_argument("--symmetric", action="store_true", help="sum of both directions, both views' keys into the queue (the demo's option)")
-    parser.add_argument("--bn-splits", type=common.number(int, 1, example=8), default=8, help="parts of the batch that are normalised apart; 1: plain batch norm")
+    parser.add_argument("--temperature", type=common.number(float, above=0, example=0.1), default=0.1, help="tau; v1 0.07, v2 0.2")
+    parser.add_argument("--symmetric", action="store_true", help="sum of both directions, all keys into the queue")
+    parser.add_argument("--bn-splits", type=common.number(int, 1, example=8), default=8, help="parts of the batch normalised apart")
     parser.add_argument("--no-shuffle", action="store_true", help="leave the keys in the queries' order: batch norm then leaks")
-    args = common.finish_arguments(parser, argv)
-    keys = args.batch_size * (args.views - 1) * (1 + args.symmetric) if args.views == 2 else args.batch_size * (args.views - 1 + args.symmetric)
-    common.check(args.queue_size % keys == 0, f"--queue-size {args.queue_size} is not a multiple of the {keys} keys of a step; try {max(1, args.queue_size // keys) * keys}")
-    common.check(args.batch_size % args.bn_splits == 0 and args.batch_size > args.bn_splits,
-                 f"--bn-splits {args.bn_splits} does not divide --batch-size {args.batch_size} into parts of two or more; try --bn-splits 1")
-    common.check(args.bn_splits == 1 or args.bn_splits % common.world_size() == 0,
-                 f"--bn-splits {args.bn_splits} is not a multiple of the {common.world_size()} processes; try --bn-splits {common.world_size()}")
-    return args
+    return common.finish_arguments(parser, argv, size_rules)
 
 
 # ==============================================================================
 # 3. Loss
 # ==============================================================================
+
+
+def size_rules(args):
+    """What the loss demands of the sizes. Raises UserError that names a flag and a value that works."""
+    keys, splits, processes = args.batch_size * (args.views - 1 + args.symmetric), args.bn_splits, common.world_size()
+    common.check(args.queue_size % keys == 0, f"--queue-size {args.queue_size} is not a multiple of the {keys} keys of a step; "
+                 f"try --queue-size {max(1, args.queue_size // keys) * keys}")
+    common.check(args.batch_size % splits == 0 and args.batch_size > splits and (splits == 1 or splits % processes == 0),
+                 f"--bn-splits {splits} does not cut --batch-size {args.batch_size} and {processes} processes evenly; try --bn-splits {processes}")
 
 
 def info_nce_loss(q, k, queue, temperature=0.1):
@@ -194,6 +196,7 @@ def build(args):
 
 
 def train(args):
+    # ---- Set up --------------------------------------------------------------
     device = common.set_up(args)  # GPU or CPU, precision, torchrun
     data = common.load_data(args, device)  # uint8 images, on the device where they fit
     torch.manual_seed(args.seed)  # the same initial weights in every process
@@ -201,20 +204,22 @@ def train(args):
     optimizer = common.build_optimizer(model, args)
     run = common.Run(args, model, optimizer, data)  # its folder: config.json, metrics.csv, checkpoints
     network = common.distribute(model, args)  # torchrun: global batch statistics, averaged gradients; --compile
+    autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
     step = run.resume()  # 0, or with --resume where the last checkpoint was
 
     while step < run.total_steps:
+        # ---- One epoch -------------------------------------------------------
         model.train()
         epoch, first_batch = divmod(step, data.steps_per_epoch)
         for batch in data.batches(epoch, first_batch):  # uint8 [n, 3, H, W], this process's part of the global batch
             # Every random draw is a function of (seed, step), the learning rate of the step: a resumed run is the same run.
             torch.manual_seed(common.step_seed(args.seed, step))
-            views = data.augment(batch, step)  # s x [n, 3, H, W]
+            views = data.augment(batch, step)  # s x [n, 3, size, size]
             factor = common.learning_rate(args, step, run.total_steps, data.steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * (1.0 if group["constant"] else factor)
 
-            with run.guard(step), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            with run.guard(step), torch.autocast(**autocast):
                 loss = network(views)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -223,13 +228,33 @@ def train(args):
             step += 1
 
             if step % args.log_every == 0:
-                run.progress(step, loss)
+                run.progress(step, loss)  # the only wait for the device: status line, stop on a non-finite number
             if step % data.steps_per_epoch:
                 run.save_if_due(step)  # --save-every; after Ctrl-C or SIGTERM it saves and leaves
-        run.end_epoch(step, factor * args.lr)  # kNN, collapse figures, a row of metrics.csv, last.pt
 
-    torch.manual_seed(args.seed)
-    run.finish(untrained=build(args))  # backbone.pt; kNN beside raw pixels and the untrained backbone
+        # ---- Measure: fixed images, no augmentation, eval mode ---------------
+        epoch += 1
+        row = {"epoch": epoch, "step": step, "loss": run.mean_loss(), "lr": factor * args.lr, "knn": ""}
+        if epoch == args.epochs or (args.eval_every and epoch % args.eval_every == 0):
+            h = common.extract(model.backbone, data, data.queries, args.precision)  # [M, feature_dim], at most 1000 test images
+            z = common.project(model.projector, h, args.precision)  # [M, d]
+            row.update(common.collapse_metrics(z), rank_h=common.collapse_metrics(h)["rank_1pct"])
+            if data.labelled:
+                bank = common.extract(model.backbone, data, data.bank, args.precision)  # at most 5000 training images
+                row["knn"] = common.knn_accuracy(bank, data.bank_labels, h, data.query_labels)
+        run.end_epoch(step, row)  # metrics.csv, last.pt, a line on the screen, and a word if the figures show a collapse
+
+    # ---- Close: kNN of all test images, beside two baselines -----------------
+    run.save_backbone()
+    if data.labelled:
+        torch.manual_seed(args.seed)
+        networks = {"kNN": model.backbone, "raw pixels": nn.Flatten(), "untrained backbone": build(args).backbone.to(device)}
+        for name, network in networks.items():
+            bank, queries = (common.extract(network, data, images, args.precision) for images in (data.labelled_train, data.test))
+            networks[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
+        run.close(networks)
+    else:
+        run.close({})
 
 
 # ==============================================================================

@@ -24,11 +24,12 @@ Diff it against wmse.py: groups of shuffled channels, the whole batch, ZCA, plai
 
 Deviations: the code is the authority where the paper is silent: biased covariance without eps, other permutations for the two views, plain
 squared distance; d = 512 with a hidden layer of 1024 as in its CIFAR-10 configuration; Adam, cosine schedule and the W-MSE augmentation, so
-that the nine methods differ in the idea alone; ZCA has a backward of its own, stable for equal eigenvalues; more than two views: the mean over pairs.
+that the nine methods differ in the idea alone; ZCA has a backward of its own, stable for equal eigenvalues; more than two views: the
+mean over pairs of views.
 
     python methods/shuffled_dbn.py                       # two minutes on a laptop, offline
-    torchrun --nproc_per_node=8 methods/shuffled_dbn.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 --proj-layers 3 --proj-hidden 2048 \
-        --augment moco-v2 --optimizer sgd --batch-size 256 --lr 0.05 --weight-decay 5e-4 --epochs 200
+    torchrun --nproc_per_node=8 methods/shuffled_dbn.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
+        --proj-layers 3 --proj-hidden 2048 --augment moco-v2 --optimizer sgd --batch-size 256 --lr 0.05 --weight-decay 5e-4 --epochs 200
 """
 
 import os
@@ -48,22 +49,24 @@ import common  # noqa: E402
 
 def parse_args(argv=None):
     parser = common.shared_arguments("shuffled_dbn", __doc__)
-    parser.add_argument("--proj-hidden", type=common.number(int, 1), default=1024, help="width of the projector's hidden layers")
-    parser.add_argument("--proj-dim", type=common.number(int, 2), default=512, help="d, channels of the embedding Z")
-    parser.add_argument("--proj-layers", type=common.number(int, 1, 8), default=2, help="2 on CIFAR-10, 3 on ImageNet")
-    parser.add_argument("--groups", type=common.number(int, 0), default=0, help="g, random groups of channels; 0: 2 d / batch size, rounded up to a divisor of d")
+    parser.set_defaults(proj_hidden=1024, proj_dim=512, proj_layers=2)  # the authors' CIFAR-10 configuration; on ImageNet 2048, 512, 3
+    parser.add_argument("--groups", type=common.number(int, 0), default=0, help="g, random groups of channels; 0: 2 d / batch size, rounded up")
     parser.add_argument("--no-shuffle", action="store_true", help="groups of neighbouring channels, always the same: plain DBN")
-    args = common.finish_arguments(parser, argv)
-    args.groups = args.groups or automatic_groups(args.proj_dim, args.batch_size)
-    common.check(args.proj_dim % args.groups == 0, f"--groups {args.groups} does not divide --proj-dim {args.proj_dim}; try --groups {common.divisor_near(args.proj_dim, args.groups)}")
-    common.check(args.batch_size > args.proj_dim // args.groups, f"--batch-size {args.batch_size} samples cannot fill the {args.proj_dim // args.groups} channels of a group; "
-                 f"try --groups {automatic_groups(args.proj_dim, args.batch_size)}")
-    return args
+    return common.finish_arguments(parser, argv, size_rules)
 
 
 # ==============================================================================
 # 3. Loss
 # ==============================================================================
+
+
+def size_rules(args):
+    """What the loss demands of the sizes. Raises UserError that names a flag and a value that works."""
+    args.groups = args.groups or automatic_groups(args.proj_dim, args.batch_size)  # 0: automatic
+    common.check(args.proj_dim % args.groups == 0, f"--groups {args.groups} does not divide --proj-dim {args.proj_dim}; "
+                 f"try --groups {common.divisor_near(args.proj_dim, args.groups)}")
+    common.check(args.batch_size > args.proj_dim // args.groups, f"--batch-size {args.batch_size} is too small for the "
+                 f"{args.proj_dim // args.groups} channels of a group; try --groups {automatic_groups(args.proj_dim, args.batch_size)}")
 
 
 class InverseSquareRoot(torch.autograd.Function):
@@ -159,6 +162,7 @@ def build(args):
 
 
 def train(args):
+    # ---- Set up --------------------------------------------------------------
     device = common.set_up(args)  # GPU or CPU, precision, torchrun
     data = common.load_data(args, device)  # uint8 images, on the device where they fit
     torch.manual_seed(args.seed)  # the same initial weights in every process
@@ -166,20 +170,22 @@ def train(args):
     optimizer = common.build_optimizer(model, args)
     run = common.Run(args, model, optimizer, data)  # its folder: config.json, metrics.csv, checkpoints
     network = common.distribute(model, args)  # torchrun: global batch statistics, averaged gradients; --compile
+    autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
     step = run.resume()  # 0, or with --resume where the last checkpoint was
 
     while step < run.total_steps:
+        # ---- One epoch -------------------------------------------------------
         model.train()
         epoch, first_batch = divmod(step, data.steps_per_epoch)
         for batch in data.batches(epoch, first_batch):  # uint8 [n, 3, H, W], this process's part of the global batch
             # Every random draw is a function of (seed, step), the learning rate of the step: a resumed run is the same run.
             torch.manual_seed(common.step_seed(args.seed, step))
-            views = data.augment(batch, step)  # s x [n, 3, H, W]
+            views = data.augment(batch, step)  # s x [n, 3, size, size]
             factor = common.learning_rate(args, step, run.total_steps, data.steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * (1.0 if group["constant"] else factor)
 
-            with run.guard(step), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            with run.guard(step), torch.autocast(**autocast):
                 loss = network(views)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -188,13 +194,33 @@ def train(args):
             step += 1
 
             if step % args.log_every == 0:
-                run.progress(step, loss)
+                run.progress(step, loss)  # the only wait for the device: status line, stop on a non-finite number
             if step % data.steps_per_epoch:
                 run.save_if_due(step)  # --save-every; after Ctrl-C or SIGTERM it saves and leaves
-        run.end_epoch(step, factor * args.lr)  # kNN, collapse figures, a row of metrics.csv, last.pt
 
-    torch.manual_seed(args.seed)
-    run.finish(untrained=build(args))  # backbone.pt; kNN beside raw pixels and the untrained backbone
+        # ---- Measure: fixed images, no augmentation, eval mode ---------------
+        epoch += 1
+        row = {"epoch": epoch, "step": step, "loss": run.mean_loss(), "lr": factor * args.lr, "knn": ""}
+        if epoch == args.epochs or (args.eval_every and epoch % args.eval_every == 0):
+            h = common.extract(model.backbone, data, data.queries, args.precision)  # [M, feature_dim], at most 1000 test images
+            z = common.project(model.projector, h, args.precision)  # [M, d]
+            row.update(common.collapse_metrics(z), rank_h=common.collapse_metrics(h)["rank_1pct"])
+            if data.labelled:
+                bank = common.extract(model.backbone, data, data.bank, args.precision)  # at most 5000 training images
+                row["knn"] = common.knn_accuracy(bank, data.bank_labels, h, data.query_labels)
+        run.end_epoch(step, row)  # metrics.csv, last.pt, a line on the screen, and a word if the figures show a collapse
+
+    # ---- Close: kNN of all test images, beside two baselines -----------------
+    run.save_backbone()
+    if data.labelled:
+        torch.manual_seed(args.seed)
+        networks = {"kNN": model.backbone, "raw pixels": nn.Flatten(), "untrained backbone": build(args).backbone.to(device)}
+        for name, network in networks.items():
+            bank, queries = (common.extract(network, data, images, args.precision) for images in (data.labelled_train, data.test))
+            networks[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
+        run.close(networks)
+    else:
+        run.close({})
 
 
 # ==============================================================================

@@ -25,8 +25,8 @@ paper's appendix D (two-layer projector, 2048 channels, predictor 512); more tha
 The predictor's learning rate stays constant, as in the official command.
 
     python methods/simsiam.py                            # two minutes on a laptop, offline
-    torchrun --nproc_per_node=8 methods/simsiam.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 --proj-layers 3 \
-        --augment moco-v2 --optimizer sgd --batch-size 512 --lr 0.1 --weight-decay 1e-4 --warmup 0 --epochs 100
+    torchrun --nproc_per_node=8 methods/simsiam.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
+        --proj-layers 3 --augment moco-v2 --optimizer sgd --batch-size 512 --lr 0.1 --weight-decay 1e-4 --warmup 0 --epochs 100
 """
 
 import os
@@ -46,18 +46,15 @@ import common  # noqa: E402
 
 def parse_args(argv=None):
     parser = common.shared_arguments("simsiam", __doc__)
-    parser.add_argument("--proj-dim", type=common.number(int, 4), default=2048, help="d, channels of the embedding Z and of the projector's hidden layers; the paper's 2048")
-    parser.add_argument("--proj-layers", type=common.number(int, 1, 8), default=2, help="the paper's 2 on CIFAR-10, 3 on ImageNet")
+    parser.set_defaults(proj_hidden=2048, proj_dim=2048, proj_layers=2)  # the paper's on CIFAR-10; on ImageNet 2048, 2048, 3
     parser.add_argument("--pred-hidden", type=common.number(int, 1), default=512, help="width of the predictor's hidden layer; the paper's 512, d / 4")
     parser.add_argument("--no-stop-gradient", action="store_true", help="let the gradient through the targets: collapses")
-    parser.add_argument("--predictor", choices=("mlp", "none", "fixed"), default="mlp", help="`none` collapses; `fixed` stays at its random start and does not converge")
-    parser.add_argument("--predictor-lr", choices=("constant", "decay"), default="constant", help="whether the predictor's learning rate leaves the schedule out")
-    parser.add_argument("--similarity", choices=("cosine", "softmax"), default="cosine", help="`softmax`: cross-entropy of softmax(z) and softmax(p)")
+    parser.add_argument("--predictor", choices=("mlp", "none", "fixed"), default="mlp", help="`none` collapses")
+    parser.add_argument("--predictor-lr", choices=("constant", "decay"), default="constant", help="of the predictor; the paper's constant")
+    parser.add_argument("--similarity", choices=("cosine", "softmax"), default="cosine", help="`softmax`: a cross-entropy")
     parser.add_argument("--asymmetric", action="store_true", help="one direction only: the first view of a pair predicts the second")
-    parser.add_argument("--head-bn", choices=("none", "hidden", "output", "all"), default="output", help="batch norm in the heads: nowhere, on hidden "
-                        "layers, also on the projector's output (the paper's), also on the predictor's")
-    args = common.finish_arguments(parser, argv)
-    return args
+    parser.add_argument("--head-bn", choices=("none", "hidden", "output", "all"), default="output", help="norms: also on the projector's output")
+    return common.finish_arguments(parser, argv)
 
 
 # ==============================================================================
@@ -86,8 +83,8 @@ def softmax_similarity(p, z):
 class SimSiam(nn.Module):
     """Backbone, projector and predictor. `forward(views)`: list of image batches [n, 3, H, W] -> scalar loss."""
 
-    def __init__(self, backbone, feature_dim, proj_dim=2048, proj_layers=2, pred_hidden=512, stop_gradient=True, predictor="mlp",
-                 predictor_lr="constant", similarity="cosine", symmetric=True, head_bn="output"):
+    def __init__(self, backbone, feature_dim, proj_hidden=2048, proj_dim=2048, proj_layers=2, pred_hidden=512, stop_gradient=True,
+                 predictor="mlp", predictor_lr="constant", similarity="cosine", symmetric=True, head_bn="output"):
         super().__init__()
 
         def linear(inputs, outputs, norm, affine=True, relu=True):  # a linear layer needs no bias where batch norm follows
@@ -96,7 +93,7 @@ class SimSiam(nn.Module):
 
         hidden, output, everywhere = head_bn != "none", head_bn in ("output", "all"), head_bn == "all"
         self.backbone = backbone
-        widths = [feature_dim] + [proj_dim] * (proj_layers - 1)
+        widths = [feature_dim] + [proj_hidden] * (proj_layers - 1)
         layers = [layer for a, b in zip(widths, widths[1:]) for layer in linear(a, b, hidden)]
         self.projector = nn.Sequential(*layers, *linear(widths[-1], proj_dim, output, affine=False, relu=False))
         self.predictor = nn.Sequential(*linear(proj_dim, pred_hidden, hidden), *linear(pred_hidden, proj_dim, everywhere, relu=False))
@@ -122,7 +119,7 @@ class SimSiam(nn.Module):
 
 def build(args):
     backbone, feature_dim = common.build_backbone(args.backbone, args.image_size)
-    return SimSiam(backbone, feature_dim, args.proj_dim, args.proj_layers, args.pred_hidden, not args.no_stop_gradient, args.predictor,
+    return SimSiam(backbone, feature_dim, args.proj_hidden, args.proj_dim, args.proj_layers, args.pred_hidden, not args.no_stop_gradient, args.predictor,
                    args.predictor_lr, args.similarity, not args.asymmetric, args.head_bn)
 
 
@@ -132,6 +129,7 @@ def build(args):
 
 
 def train(args):
+    # ---- Set up --------------------------------------------------------------
     device = common.set_up(args)  # GPU or CPU, precision, torchrun
     data = common.load_data(args, device)  # uint8 images, on the device where they fit
     torch.manual_seed(args.seed)  # the same initial weights in every process
@@ -139,20 +137,22 @@ def train(args):
     optimizer = common.build_optimizer(model, args)
     run = common.Run(args, model, optimizer, data)  # its folder: config.json, metrics.csv, checkpoints
     network = common.distribute(model, args)  # torchrun: global batch statistics, averaged gradients; --compile
+    autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
     step = run.resume()  # 0, or with --resume where the last checkpoint was
 
     while step < run.total_steps:
+        # ---- One epoch -------------------------------------------------------
         model.train()
         epoch, first_batch = divmod(step, data.steps_per_epoch)
         for batch in data.batches(epoch, first_batch):  # uint8 [n, 3, H, W], this process's part of the global batch
             # Every random draw is a function of (seed, step), the learning rate of the step: a resumed run is the same run.
             torch.manual_seed(common.step_seed(args.seed, step))
-            views = data.augment(batch, step)  # s x [n, 3, H, W]
+            views = data.augment(batch, step)  # s x [n, 3, size, size]
             factor = common.learning_rate(args, step, run.total_steps, data.steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * (1.0 if group["constant"] else factor)
 
-            with run.guard(step), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            with run.guard(step), torch.autocast(**autocast):
                 loss = network(views)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -161,13 +161,33 @@ def train(args):
             step += 1
 
             if step % args.log_every == 0:
-                run.progress(step, loss)
+                run.progress(step, loss)  # the only wait for the device: status line, stop on a non-finite number
             if step % data.steps_per_epoch:
                 run.save_if_due(step)  # --save-every; after Ctrl-C or SIGTERM it saves and leaves
-        run.end_epoch(step, factor * args.lr)  # kNN, collapse figures, a row of metrics.csv, last.pt
 
-    torch.manual_seed(args.seed)
-    run.finish(untrained=build(args))  # backbone.pt; kNN beside raw pixels and the untrained backbone
+        # ---- Measure: fixed images, no augmentation, eval mode ---------------
+        epoch += 1
+        row = {"epoch": epoch, "step": step, "loss": run.mean_loss(), "lr": factor * args.lr, "knn": ""}
+        if epoch == args.epochs or (args.eval_every and epoch % args.eval_every == 0):
+            h = common.extract(model.backbone, data, data.queries, args.precision)  # [M, feature_dim], at most 1000 test images
+            z = common.project(model.projector, h, args.precision)  # [M, d]
+            row.update(common.collapse_metrics(z), rank_h=common.collapse_metrics(h)["rank_1pct"])
+            if data.labelled:
+                bank = common.extract(model.backbone, data, data.bank, args.precision)  # at most 5000 training images
+                row["knn"] = common.knn_accuracy(bank, data.bank_labels, h, data.query_labels)
+        run.end_epoch(step, row)  # metrics.csv, last.pt, a line on the screen, and a word if the figures show a collapse
+
+    # ---- Close: kNN of all test images, beside two baselines -----------------
+    run.save_backbone()
+    if data.labelled:
+        torch.manual_seed(args.seed)
+        networks = {"kNN": model.backbone, "raw pixels": nn.Flatten(), "untrained backbone": build(args).backbone.to(device)}
+        for name, network in networks.items():
+            bank, queries = (common.extract(network, data, images, args.precision) for images in (data.labelled_train, data.test))
+            networks[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
+        run.close(networks)
+    else:
+        run.close({})
 
 
 # ==============================================================================

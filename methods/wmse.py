@@ -25,11 +25,13 @@ Diff it against cw_rgp.py: the whitened axis (channels here, samples there). Wat
 none (all collapses) and pca (its axes jump from batch to batch, so the loss cannot fall): section 3.2 of arXiv 2210.03586.
 
 Deviations: cosine schedule (the paper: --schedule step); each view alone sets the backbone's batch statistics, the projector sees all
-views as one batch (as in the official code); ZCA has a backward of its own, stable for equal eigenvalues; non-finite gradients of PCA are set to 0.
+views as one batch (as in the official code); ZCA has a backward of its own, stable for equal eigenvalues; non-finite gradients of
+PCA are set to 0.
 
     python methods/wmse.py                               # two minutes on a laptop, offline
-    torchrun --nproc_per_node=8 methods/wmse.py --dataset cifar10 --backbone resnet18 --batch-size 512 --epochs 1000 --schedule step
-    (ImageNet: --proj-hidden 1024 --proj-dim 128 --w-size 256 --views 4 --lr 2e-3 --augment simclr; papers with ResNet-50 do not say more)
+    torchrun --nproc_per_node=4 methods/wmse.py --dataset cifar10 --backbone resnet18 --batch-size 512 --epochs 1000 --schedule step --warmup 500
+    torchrun --nproc_per_node=4 methods/wmse.py --dataset folder --data-dir imagenet100 --image-size 224 --backbone resnet18 --proj-dim 128 \
+        --w-size 256 --views 4 --augment simclr --lr 2e-3 --epochs 240 --schedule step --warmup 500
 """
 
 import os
@@ -49,18 +51,13 @@ import common  # noqa: E402
 
 def parse_args(argv=None):
     parser = common.shared_arguments("wmse", __doc__)
-    parser.add_argument("--proj-hidden", type=common.number(int, 1), default=1024, help="width of the projector's hidden layer")
-    parser.add_argument("--proj-dim", type=common.number(int, 2), default=64, help="d, channels of the embedding Z; the paper's 64, for 64 pixels and more 128")
+    parser.set_defaults(proj_hidden=1024, proj_dim=64, proj_layers=2)  # the paper's; for larger images 1024, 128, 2
     parser.add_argument("--whitening", choices=KINDS, default="cholesky", help="`bn` only standardises, `none` does nothing")
     parser.add_argument("--w-size", type=common.number(int, 2), default=128, help="w, images whitened together; the paper's 2 d")
-    parser.add_argument("--w-iter", type=common.number(int, 1), default=1, help="random partitions of the batch per step; the paper's 1 on CIFAR-10, else 4")
-    parser.add_argument("--eps", type=common.number(float, 0, below=1), default=0.0, help="covariance becomes (1 - eps) S + eps I; the official code's 0")
+    parser.add_argument("--w-iter", type=common.number(int, 1), default=1, help="random partitions per step; the paper's 1, on larger images 4")
+    parser.add_argument("--eps", type=common.number(float, 0, below=1), default=0.0, help="S becomes (1 - eps) S + eps I; the official code's 0")
     parser.add_argument("--one-way", action="store_true", help="the second view of a pair is a fixed target: L1' of arXiv 2210.03586, Eq. 6")
-    args = common.finish_arguments(parser, argv)
-    common.check(args.batch_size % args.w_size == 0, f"--w-size {args.w_size} does not divide --batch-size {args.batch_size}; try --w-size {common.divisor_near(args.batch_size, args.w_size)}")
-    common.check(args.whitening in ("bn", "none") or args.w_size > args.proj_dim or args.eps > 0, f"--w-size {args.w_size} samples cannot fill "
-                 f"--proj-dim {args.proj_dim} dimensions; try --proj-dim {max(2, args.w_size // 2)} or --eps 1e-3")
-    return args
+    return common.finish_arguments(parser, argv, size_rules)
 
 
 # ==============================================================================
@@ -69,6 +66,14 @@ def parse_args(argv=None):
 
 
 KINDS = ("cholesky", "zca", "pca", "bn", "none")
+
+
+def size_rules(args):
+    """What the loss demands of the sizes. Raises UserError that names a flag and a value that works."""
+    common.check(args.batch_size % args.w_size == 0, f"--w-size {args.w_size} does not divide --batch-size {args.batch_size}; "
+                 f"try --w-size {common.divisor_near(args.batch_size, args.w_size)}")
+    common.check(args.whitening in ("bn", "none") or args.w_size > args.proj_dim or args.eps > 0, f"--w-size {args.w_size} is too small for "
+                 f"--proj-dim {args.proj_dim} dimensions; try --proj-dim {max(2, args.w_size // 2)} or --eps 1e-3")
 
 
 class InverseSquareRoot(torch.autograd.Function):
@@ -146,13 +151,15 @@ def wmse_loss(views, w_size=128, w_iter=1, kind="cholesky", eps=0.0, generator=N
 
 
 class WMSE(nn.Module):
-    """Backbone and two-layer projector. `forward(views)`: list of image batches [n, 3, H, W] -> scalar loss."""
+    """Backbone and projector. `forward(views)`: list of image batches [n, 3, H, W] -> scalar loss."""
 
-    def __init__(self, backbone, feature_dim, proj_hidden=1024, proj_dim=64, whitening="cholesky", w_size=128, w_iter=1, eps=0.0, one_way=False):
+    def __init__(self, backbone, feature_dim, proj_hidden=1024, proj_dim=64, proj_layers=2, whitening="cholesky", w_size=128, w_iter=1,
+                 eps=0.0, one_way=False):
         super().__init__()
         self.backbone = backbone
-        self.projector = nn.Sequential(
-            nn.Linear(feature_dim, proj_hidden), nn.BatchNorm1d(proj_hidden), nn.ReLU(inplace=True), nn.Linear(proj_hidden, proj_dim))
+        widths = [feature_dim] + [proj_hidden] * (proj_layers - 1)
+        hidden = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU(inplace=True))]
+        self.projector = nn.Sequential(*hidden, nn.Linear(widths[-1], proj_dim))
         self.whitening = dict(w_size=w_size, w_iter=w_iter, kind=whitening, eps=eps, one_way=one_way)
 
     def forward(self, views):
@@ -164,7 +171,8 @@ class WMSE(nn.Module):
 
 def build(args):
     backbone, feature_dim = common.build_backbone(args.backbone, args.image_size)
-    return WMSE(backbone, feature_dim, args.proj_hidden, args.proj_dim, args.whitening, args.w_size, args.w_iter, args.eps, args.one_way)
+    return WMSE(backbone, feature_dim, args.proj_hidden, args.proj_dim, args.proj_layers, args.whitening, args.w_size, args.w_iter, args.eps,
+                args.one_way)
 
 
 # ==============================================================================
@@ -173,6 +181,7 @@ def build(args):
 
 
 def train(args):
+    # ---- Set up --------------------------------------------------------------
     device = common.set_up(args)  # GPU or CPU, precision, torchrun
     data = common.load_data(args, device)  # uint8 images, on the device where they fit
     torch.manual_seed(args.seed)  # the same initial weights in every process
@@ -180,20 +189,22 @@ def train(args):
     optimizer = common.build_optimizer(model, args)
     run = common.Run(args, model, optimizer, data)  # its folder: config.json, metrics.csv, checkpoints
     network = common.distribute(model, args)  # torchrun: global batch statistics, averaged gradients; --compile
+    autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
     step = run.resume()  # 0, or with --resume where the last checkpoint was
 
     while step < run.total_steps:
+        # ---- One epoch -------------------------------------------------------
         model.train()
         epoch, first_batch = divmod(step, data.steps_per_epoch)
         for batch in data.batches(epoch, first_batch):  # uint8 [n, 3, H, W], this process's part of the global batch
             # Every random draw is a function of (seed, step), the learning rate of the step: a resumed run is the same run.
             torch.manual_seed(common.step_seed(args.seed, step))
-            views = data.augment(batch, step)  # s x [n, 3, H, W]
+            views = data.augment(batch, step)  # s x [n, 3, size, size]
             factor = common.learning_rate(args, step, run.total_steps, data.steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * (1.0 if group["constant"] else factor)
 
-            with run.guard(step), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            with run.guard(step), torch.autocast(**autocast):
                 loss = network(views)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -202,13 +213,33 @@ def train(args):
             step += 1
 
             if step % args.log_every == 0:
-                run.progress(step, loss)
+                run.progress(step, loss)  # the only wait for the device: status line, stop on a non-finite number
             if step % data.steps_per_epoch:
                 run.save_if_due(step)  # --save-every; after Ctrl-C or SIGTERM it saves and leaves
-        run.end_epoch(step, factor * args.lr)  # kNN, collapse figures, a row of metrics.csv, last.pt
 
-    torch.manual_seed(args.seed)
-    run.finish(untrained=build(args))  # backbone.pt; kNN beside raw pixels and the untrained backbone
+        # ---- Measure: fixed images, no augmentation, eval mode ---------------
+        epoch += 1
+        row = {"epoch": epoch, "step": step, "loss": run.mean_loss(), "lr": factor * args.lr, "knn": ""}
+        if epoch == args.epochs or (args.eval_every and epoch % args.eval_every == 0):
+            h = common.extract(model.backbone, data, data.queries, args.precision)  # [M, feature_dim], at most 1000 test images
+            z = common.project(model.projector, h, args.precision)  # [M, d]
+            row.update(common.collapse_metrics(z), rank_h=common.collapse_metrics(h)["rank_1pct"])
+            if data.labelled:
+                bank = common.extract(model.backbone, data, data.bank, args.precision)  # at most 5000 training images
+                row["knn"] = common.knn_accuracy(bank, data.bank_labels, h, data.query_labels)
+        run.end_epoch(step, row)  # metrics.csv, last.pt, a line on the screen, and a word if the figures show a collapse
+
+    # ---- Close: kNN of all test images, beside two baselines -----------------
+    run.save_backbone()
+    if data.labelled:
+        torch.manual_seed(args.seed)
+        networks = {"kNN": model.backbone, "raw pixels": nn.Flatten(), "untrained backbone": build(args).backbone.to(device)}
+        for name, network in networks.items():
+            bank, queries = (common.extract(network, data, images, args.precision) for images in (data.labelled_train, data.test))
+            networks[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
+        run.close(networks)
+    else:
+        run.close({})
 
 
 # ==============================================================================

@@ -16,8 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-import torch  # noqa: E402
-import torchvision  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "methods"), str(ROOT / "tests")]
@@ -55,7 +54,7 @@ def draw_image(rng, label, side):
 
 def write_image(path, array):
     path.parent.mkdir(parents=True, exist_ok=True)
-    torchvision.io.write_png(torch.from_numpy(array).permute(2, 0, 1).contiguous(), str(path))
+    Image.fromarray(array).save(path)
 
 
 def make_folder(root, train=64, test=24, classes=4, side=32):

@@ -651,7 +651,7 @@ def test_the_way_out_for_a_vanished_file_works(small_folder, tmp_path, monkeypat
     end_epoch = common.Run.end_epoch
     monkeypatch.setattr(common.Run, "end_epoch", lambda self, step, lr: (end_epoch(self, step, lr), gone.rename(tmp_path / "aside")))
     result = run_here("cw_rgp", flags)
-    assert is_one_line_error(result) and "--resume" in result.err and "remove it" not in result.err
+    assert is_one_line_error(result) and "--resume" in result.err and "remove it from the folder and go on" not in result.err
     monkeypatch.setattr(common.Run, "end_epoch", end_epoch)
     (tmp_path / "aside").rename(gone)
     assert run_here("cw_rgp", [*flags, "--resume"]).status == 0

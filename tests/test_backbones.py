@@ -1,0 +1,343 @@
+"""Backbones, the learning rate as a function of the step, LARS and the groups of the optimizer."""
+
+import math
+from types import SimpleNamespace
+
+import common
+import cw_rgp
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torchvision
+from conftest import run_here
+
+# ---- backbones -----------------------------------------------------------------------------------
+
+
+def images(n, size, seed=0):
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("size, kernel, stride, padding, pool", [(8, 3, 1, 1, False), (32, 3, 1, 1, False), (33, 3, 1, 1, True), (64, 3, 1, 1, True),
+                                                                 (65, 7, 2, 3, True), (224, 7, 2, 3, True)])
+def test_the_stem_of_a_resnet_follows_the_image_size(name, size, kernel, stride, padding, pool):
+    network, _ = common.build_backbone(name, size)
+    stem = network.conv1
+    assert (stem.kernel_size, stem.stride, stem.padding, stem.bias) == ((kernel, kernel), (stride, stride), (padding, padding), None)
+    assert isinstance(network.maxpool, nn.MaxPool2d) == pool and isinstance(network.fc, nn.Identity)
+
+
+@pytest.mark.parametrize("name, size, feature_dim", [("tiny", 32, 192), ("tiny", 64, 192), ("tiny", 8, 192), ("resnet18", 32, 512),
+                                                     ("resnet18", 64, 512), ("resnet34", 32, 512), ("resnet50", 32, 2048)])
+def test_features_are_rows_of_the_announced_width(name, size, feature_dim):
+    network, announced = common.build_backbone(name, size)
+    with torch.no_grad():
+        h = network.eval()(images(2, size))
+    assert announced == feature_dim and h.shape == (2, feature_dim) and h.isfinite().all() and h.std() > 0
+
+
+@pytest.mark.parametrize("size", [32, 64, 224])
+def test_every_resnet_has_torchvisions_parameter_names_and_shapes_but_for_stem_and_fc(size):
+    for name in ("resnet18", "resnet50"):
+        ours = {key: value.shape for key, value in common.build_backbone(name, size)[0].state_dict().items()}
+        theirs = {key: value.shape for key, value in torchvision.models.get_model(name).state_dict().items() if not key.startswith("fc.")}
+        assert list(ours) == list(theirs)
+        assert [key for key in ours if ours[key] != theirs[key]] == (["conv1.weight"] if size <= 64 else [])
+
+
+@pytest.mark.parametrize("name, last", [("resnet18", "bn2"), ("resnet50", "bn3")])
+def test_the_last_batch_norm_of_every_block_starts_at_zero(name, last):
+    network = common.build_backbone(name, 32)[0]
+    blocks = [block for layer in (network.layer1, network.layer2, network.layer3, network.layer4) for block in layer]
+    for block in blocks:
+        assert not getattr(block, last).weight.any() and (block.bn1.weight == 1).all()
+    assert len(blocks) == {"resnet18": 8, "resnet50": 16}[name]
+
+
+def test_the_new_stem_is_initialised_like_torchvisions():
+    """Kaiming, fan out: standard deviation sqrt(2 / (64 * 9))."""
+    torch.manual_seed(0)
+    weight = common.build_backbone("resnet18", 32)[0].conv1.weight
+    assert float(weight.std()) == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["tiny", "resnet18"])
+def test_the_seed_decides_the_weights(name):
+    states = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        states.append(torch.cat([p.detach().flatten() for p in common.build_backbone(name, 32)[0].parameters()]))
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+
+
+def test_an_unknown_backbone_is_one_line_with_names_that_exist():
+    with pytest.raises(common.UserError, match="resnet19.*tiny.*resnet18") as raised:
+        common.build_backbone("resnet19", 32)
+    assert "\n" not in str(raised.value)
+
+
+def test_tiny_has_the_announced_layers():
+    layers = [type(layer).__name__ for layer in common.build_backbone("tiny", 32)[0].layers]
+    assert layers.count("Conv2d") == 7 and layers.count("BatchNorm2d") == layers.count("ReLU") == 7 and layers.count("MaxPool2d") == 2
+    widths = [layer.out_channels for layer in common.build_backbone("tiny", 32)[0].layers if isinstance(layer, nn.Conv2d)]
+    assert widths == [48, 48, 48, 96, 96, 192, 192]
+
+
+@pytest.mark.parametrize("name", ["tiny", "resnet18"])
+@pytest.mark.parametrize("training", [True, False])
+def test_bf16_is_close_to_fp32(name, training):
+    torch.manual_seed(0)
+    network = common.build_backbone(name, 32)[0].train(training)
+    if name != "tiny":
+        for module in network.modules():  # leave the start, where the residual branches are 0
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.ones_(module.weight)
+    x = images(16, 32)
+    with torch.no_grad():
+        exact = network(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = network(x).float()
+    assert not torch.equal(exact, rough)
+    assert float((rough - exact).norm() / exact.norm()) < 0.03
+
+
+@pytest.mark.slow
+def test_a_compiled_tiny_computes_the_same():
+    torch.manual_seed(0)
+    plain, x = common.build_backbone("tiny", 32)[0], images(8, 32)
+    args = SimpleNamespace(compile=True)
+    model = nn.Module()
+    model.backbone = common.build_backbone("tiny", 32)[0]
+    model.backbone.load_state_dict(plain.state_dict())
+    compiled = common.distribute(model, args).backbone
+    results = []
+    for network in (plain, compiled):
+        out = network(x)
+        out.square().mean().backward()
+        results.append([out.detach(), *(p.grad for p in network.parameters()), *(b.float() for b in network.buffers())])
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_ends_like_an_uncompiled_one(flags, tmp_path):
+    models = []
+    for more in ([], ["--compile"]):
+        out = tmp_path / f"run{len(more)}"
+        assert run_here("cw_rgp", flags("cw_rgp", "--epochs", 1, "--out", out, *more)).status == 0
+        models.append(torch.load(out / "last.pt", weights_only=True)["model"])
+    assert list(models[0]) == list(models[1])
+    for name, tensor in models[0].items():
+        assert torch.allclose(tensor.float(), models[1][name].float(), rtol=1e-2, atol=2e-3), name
+
+
+def test_backbone_pt_of_a_run_loads_strictly_into_torchvision(flags, tmp_path):
+    result = run_here("cw_rgp", flags("cw_rgp", "--backbone", "resnet18", "--image-size", 8, "--epochs", 1, "--views", 2))
+    assert result.status == 0, result.err
+    state = torch.load(tmp_path / "run" / "backbone.pt", weights_only=True)
+    network = torchvision.models.resnet18()
+    network.conv1, network.maxpool, network.fc = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity(), nn.Identity()
+    network.load_state_dict(state, strict=True)
+    trained = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
+    assert all(torch.equal(value, trained[f"backbone.{name}"]) for name, value in state.items())
+    assert int(state["bn1.num_batches_tracked"]) == 4  # two steps of two views
+    ours = common.build_backbone("resnet18", 8)[0]
+    ours.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        assert torch.equal(network.eval()(images(2, 8)), ours.eval()(images(2, 8)))
+
+
+# ---- learning rate -------------------------------------------------------------------------------
+
+
+def factors(schedule, total, steps_per_epoch=10, warmup=None):
+    args = SimpleNamespace(schedule=schedule, warmup=warmup)
+    return [common.learning_rate(args, step, total, steps_per_epoch) for step in range(total)]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
+def test_warm_up_is_linear_and_reaches_the_peak(schedule):
+    f = factors(schedule, 2000, warmup=100)
+    assert f[:100] == pytest.approx([(i + 1) / 100 for i in range(100)]) and f[99] == f[100] == 1.0 and max(f) == 1.0
+
+
+def test_the_default_warm_up_is_500_steps_or_a_tenth_of_a_shorter_run():
+    assert factors("constant", 10_000)[498:501] == pytest.approx([499 / 500, 1, 1]) and factors("constant", 10_000)[0] == pytest.approx(1 / 500)
+    assert factors("constant", 1000)[0] == pytest.approx(1 / 100)
+    assert factors("constant", 5) == [1.0] * 5
+
+
+def test_without_warm_up_the_first_step_has_the_peak():
+    for schedule in ("cosine", "step", "constant"):
+        assert factors(schedule, 1000, warmup=0)[0] == 1.0
+
+
+def test_cosine_halves_in_the_middle_and_ends_next_to_zero():
+    f = factors("cosine", 1100, warmup=100)
+    assert f[600] == pytest.approx(0.5) and f[-1] == pytest.approx((1 + math.cos(math.pi * 999 / 1000)) / 2) and 0 < f[-1] < 1e-5
+    assert all(a > b for a, b in zip(f[100:], f[101:]))
+    f = factors("cosine", 1000, warmup=0)
+    assert f[250] == pytest.approx((1 + math.sqrt(0.5)) / 2)
+
+
+def test_step_falls_50_and_25_epochs_before_the_end():
+    f = factors("step", 1000, steps_per_epoch=10, warmup=0)  # 100 epochs
+    assert f[:500] == [1.0] * 500 and f[500:750] == pytest.approx([0.2] * 250) and f[750:] == pytest.approx([0.04] * 250)
+
+
+@pytest.mark.parametrize("epochs, last", [(15, 1.0), (25, 1.0), (30, 0.2), (50, 0.2), (51, 0.04)])
+def test_a_short_run_with_step_starts_at_the_peak(epochs, last):
+    """A fall that would come before the run or at its first step does not come (MultiStepLR ignores negative milestones)."""
+    f = factors("step", 10 * epochs, warmup=0)
+    assert f[0] == 1.0 and f[-1] == pytest.approx(last)
+
+
+def test_constant_stays():
+    assert set(factors("constant", 500, warmup=0)) == {1.0}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
+@pytest.mark.parametrize("total, warmup", [(1, None), (1, 0), (3, 10), (7, 7), (100, 99)])
+def test_every_step_of_a_very_short_run_has_a_factor_between_0_and_1(schedule, total, warmup):
+    assert all(0 <= f <= 1 and math.isfinite(f) for f in factors(schedule, total, warmup=warmup))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
+def test_the_factor_is_a_pure_function_of_the_step(schedule):
+    args = SimpleNamespace(schedule=schedule, warmup=20)
+    forwards = [common.learning_rate(args, step, 900, 10) for step in range(900)]
+    backwards = [common.learning_rate(args, step, 900, 10) for step in reversed(range(900))]
+    assert forwards == backwards[::-1] and vars(args) == {"schedule": schedule, "warmup": 20}
+
+
+# ---- optimizer -----------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.predictor = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+
+
+def optimizer_of(name="lars", model=None, constant_lr=(), **more):
+    args = SimpleNamespace(optimizer=name, lr=0.4, lr_bias=0.02, weight_decay=0.1)
+    model = model or Small()
+    return model, common.build_optimizer(model, SimpleNamespace(**{**vars(args), **more}), constant_lr)
+
+
+@pytest.mark.parametrize("name, kind", [("adam", torch.optim.Adam), ("sgd", torch.optim.SGD), ("lars", common.LARS)])
+def test_weights_and_biases_form_groups_with_their_own_peak(name, kind):
+    model, optimizer = optimizer_of(name)
+    assert isinstance(optimizer, kind) and len(optimizer.param_groups) == 2
+    for group in optimizer.param_groups:
+        flat = group["params"][0].dim() == 1
+        assert all((p.dim() == 1) == flat for p in group["params"])
+        assert group["peak_lr"] == (0.02 if flat else 0.4) and group["excluded"] == flat and not group["constant"] and group["weight_decay"] == 0.1
+    owned = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(owned) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    if name == "sgd":
+        assert all(group["momentum"] == 0.9 for group in optimizer.param_groups)
+
+
+def test_a_module_with_a_constant_rate_has_groups_of_its_own():
+    model = Small()
+    _, optimizer = optimizer_of("sgd", model, constant_lr=(model.predictor,))
+    constant = {id(p) for group in optimizer.param_groups if group["constant"] for p in group["params"]}
+    assert constant == {id(p) for p in model.predictor.parameters()} and len(optimizer.param_groups) == 4
+    assert sorted(group["peak_lr"] for group in optimizer.param_groups if group["constant"]) == [0.02, 0.4]
+
+
+def test_lr_bias_is_lr_where_it_is_not_given():
+    assert cw_rgp.parse_args(["--lr", "0.7"]).lr_bias == 0.7 and cw_rgp.parse_args(["--lr", "0.7", "--lr-bias", "0.1"]).lr_bias == 0.1
+
+
+def numpy_lars(w, gradients, lr, decay, excluded, momentum=0.9, trust=0.001):
+    w, velocity = w.astype(np.float64), np.zeros(w.shape)
+    for g in gradients:
+        update = g.astype(np.float64)
+        if not excluded:
+            update = update + decay * w
+            norms = np.linalg.norm(w), np.linalg.norm(update)
+            if norms[0] > 0 and norms[1] > 0:
+                update = update * trust * norms[0] / norms[1]
+        velocity = momentum * velocity + update
+        w = w - lr * velocity
+    return w
+
+
+@pytest.mark.parametrize("case", ["plain", "zero weights", "zero gradients", "both zero", "no decay"])
+def test_lars_takes_the_steps_of_a_numpy_reference(case):
+    rng = np.random.default_rng(0)
+    model = nn.Linear(5, 7)
+    shapes = {"weight": (7, 5), "bias": (7,)}
+    start = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    gradients = {name: [rng.normal(size=shape).astype(np.float32) for _ in range(3)] for name, shape in shapes.items()}
+    if case in ("zero weights", "both zero"):
+        start["weight"][:] = 0
+    if case in ("zero gradients", "both zero"):
+        gradients["weight"] = [0 * g for g in gradients["weight"]]
+    decay = 0.0 if case == "no decay" else 0.1
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.from_numpy(start[name]))
+    _, optimizer = optimizer_of("lars", model, weight_decay=decay)
+    for step in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"]
+        for name, p in model.named_parameters():
+            p.grad = torch.from_numpy(gradients[name][step].copy())
+        optimizer.step()
+    for name, p in model.named_parameters():
+        expected = numpy_lars(start[name], gradients[name], 0.02 if name == "bias" else 0.4, decay, excluded=name == "bias")
+        assert np.allclose(p.detach().numpy(), expected, rtol=1e-5, atol=1e-7), name
+        assert np.array_equal(p.grad.numpy(), gradients[name][2])  # a gradient is not decayed in place
+
+
+def test_lars_leaves_parameters_without_a_gradient_alone():
+    model, optimizer = optimizer_of("lars")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model.predictor(torch.randn(4, 4)).sum().backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == (not name.startswith("predictor") or p.grad is None or not p.grad.any()), name
+
+
+def test_lars_goes_on_exactly_from_its_state():
+    def steps(model, optimizer, seeds):
+        for seed in seeds:
+            torch.manual_seed(seed)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    torch.manual_seed(0)
+    model, optimizer = optimizer_of("lars", nn.Linear(3, 3))
+    first = steps(model, optimizer, [1, 2])
+    saved = {"model": {k: v.clone() for k, v in model.state_dict().items()}, "optimizer": optimizer.state_dict()}
+    saved["optimizer"] = {"state": {k: {n: t.clone() for n, t in s.items()} for k, s in saved["optimizer"]["state"].items()},
+                          "param_groups": saved["optimizer"]["param_groups"]}
+    whole = steps(model, optimizer, [3, 4])
+    other, resumed = optimizer_of("lars", nn.Linear(3, 3))
+    other.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    assert all(torch.equal(a, b) for a, b in zip(steps(other, resumed, [3, 4]), whole))
+    assert not any(torch.equal(a, b) for a, b in zip(first, whole))
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd", "lars"])
+def test_the_learning_rate_of_each_group_scales_its_step(flags, tmp_path, name):
+    """A run whose weights do not move while its biases do: --lr tiny, --lr-bias large."""
+    more = ["--optimizer", name, "--lr", "1e-12", "--lr-bias", "0.1", "--weight-decay", 0, "--epochs", 1, "--warmup", 0, "--image-size", 16]
+    assert run_here("cw_rgp", flags("cw_rgp", *more)).status == 0
+    torch.manual_seed(0)
+    start = cw_rgp.build(cw_rgp.parse_args(flags("cw_rgp", *more))).state_dict()
+    end = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
+    for key in ("backbone.layers.0.weight", "projector.0.weight"):
+        assert torch.allclose(start[key], end[key], atol=1e-8)
+    assert not torch.allclose(start["backbone.layers.1.bias"], end["backbone.layers.1.bias"], atol=1e-4)

@@ -1,0 +1,368 @@
+"""eval.py: the probe is the stated protocol, every image counts, nothing moves the network, bad input is one line."""
+
+import importlib
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+import torch.nn as nn
+from PIL import Image
+
+from conftest import SMALL, SMALL_OF, is_one_line_error, make_folder, run_here
+
+import common
+
+evaluation = importlib.import_module("eval")  # the name of a builtin: not to be imported as such
+QUICK = ["--probe-epochs", "20", "--precision", "fp32"]
+
+
+def train(method, folder, out):
+    argv = [*SMALL, *SMALL_OF[method], "--epochs", "1", "--dataset", "folder", "--data-dir", str(folder), "--out", str(out)]
+    assert run_here(method, argv).status == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def trained(small_folder, tmp_path_factory):
+    """The folder of one trained run."""
+    return train("cw_rgp", small_folder, tmp_path_factory.mktemp("runs") / "cw")
+
+
+def evaluate(tmp_path, *argv):
+    """Run eval.py -> (result, the list that --json writes)."""
+    result = run_here("eval", [*QUICK, "--json", tmp_path / "figures.json", *argv])
+    assert result.status == 0, result.err
+    return result, json.loads((tmp_path / "figures.json").read_text())
+
+
+# ------------------------------------------------------------------------------
+# The linear probe
+# ------------------------------------------------------------------------------
+
+
+def test_probe_separable_features():
+    y, y_test = torch.arange(2500) % 7, torch.arange(333) % 7  # neither is a multiple of 1000
+    x, x_test = (nn.functional.one_hot(labels, 7) * 10 + torch.randn(len(labels), 7) for labels in (y, y_test))
+    assert evaluation.linear_probe(x, y, torch.arange(2500), x_test, y_test, epochs=100) == (1.0, 1.0)
+
+
+def test_probe_random_labels_are_chance():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(1000, 8, generator=generator), torch.randint(0, 4, (1000,), generator=generator)
+    x_test, y_test = torch.randn(4000, 8, generator=generator), torch.arange(4000) % 4
+    top1, top5 = evaluation.linear_probe(x, y, torch.arange(1000), x_test, y_test, epochs=50)
+    assert abs(top1 - 0.25) < 0.04
+    assert top5 is None  # with four classes it would be 1 whatever the features
+
+
+def test_probe_top5_counts_the_right_class_among_five():
+    """Features that tell only which half of the ten classes: top-1 is one class in five, top-5 is all."""
+    y, y_test = torch.arange(1000) % 10, torch.arange(200) % 10
+    x, x_test = (nn.functional.one_hot(labels // 5, 64).float() for labels in (y, y_test))
+    top1, top5 = evaluation.linear_probe(x, y, torch.arange(1000), x_test, y_test, epochs=300)
+    assert top1 == pytest.approx(0.2) and top5 == pytest.approx(1.0)
+
+
+def test_probe_is_the_stated_protocol(monkeypatch):
+    """Adam, weight decay 5e-6, batches of 1000, every row once an epoch, 1e-2 -> 1e-6 exponentially."""
+    rates, decays, sizes = [], [], []
+
+    class Adam(torch.optim.Adam):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            decays.append(self.param_groups[0]["weight_decay"])
+            return super().step(closure)
+
+    cross_entropy = nn.functional.cross_entropy
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    monkeypatch.setattr(nn.functional, "cross_entropy", lambda logits, labels: sizes.append(labels.tolist()) or cross_entropy(logits, labels))
+    evaluation.linear_probe(torch.randn(2300, 3), torch.arange(2300), torch.arange(2300), torch.randn(5, 3), torch.arange(5), epochs=4)
+    assert [len(batch) for batch in sizes] == [1000, 1000, 300] * 4
+    epochs = [sum(sizes[i:i + 3], []) for i in range(0, 12, 3)]
+    assert all(sorted(epoch) == list(range(2300)) for epoch in epochs) and epochs[0] != epochs[1]
+    assert rates[::3] == pytest.approx([1e-2, 1e-3, 1e-4, 1e-5]) and set(decays) == {5e-6}
+
+
+def test_probe_learning_rate_ends():
+    assert evaluation.probe_learning_rate(0, 500) == 1e-2
+    assert evaluation.probe_learning_rate(500, 500) == pytest.approx(1e-6)
+    assert evaluation.probe_learning_rate(250, 500) == pytest.approx(1e-4)
+    assert evaluation.parse_args(["runs/a"]).probe_epochs == 500
+
+
+def test_probe_repeats_with_the_seed():
+    x, y = torch.randn(300, 5), torch.randint(0, 6, (300,))
+    first, again = (evaluation.linear_probe(x, y, torch.arange(200), x[200:], y[200:], epochs=5, seed=3) for _ in range(2))
+    assert first == again
+
+
+@pytest.mark.parametrize("train_labels, test_labels, expected", [([0, 1, 2], [0], 1.0), ([0, 1], [0, 1, 6, 6], 0.5)])
+def test_probe_with_classes_missing_on_one_side(train_labels, test_labels, expected):
+    y, y_test = torch.tensor(train_labels * 100), torch.tensor(test_labels * 10)
+    x, x_test = (nn.functional.one_hot(labels, 64).float() for labels in (y, y_test))
+    assert evaluation.linear_probe(x, y, torch.arange(len(y)), x_test, y_test, epochs=300)[0] == expected
+
+
+def test_label_fraction_counts_per_class():
+    labels = torch.tensor([0] * 100 + [1] * 50 + [4] * 3)
+    rows = evaluation.labelled_rows(labels, 0.1, seed=0)
+    assert labels[rows].bincount().tolist() == [10, 5, 0, 0, 1]  # class 4: at least one
+    assert len(rows.unique()) == len(rows)
+    assert torch.equal(rows, evaluation.labelled_rows(labels, 0.1, seed=0))
+    assert not torch.equal(rows, evaluation.labelled_rows(labels, 0.1, seed=1))
+    assert torch.equal(evaluation.labelled_rows(labels, 1.0), torch.arange(153))
+
+
+# ------------------------------------------------------------------------------
+# Whitened Z
+# ------------------------------------------------------------------------------
+
+
+def test_slices_are_random_and_rows_return_to_their_places():
+    z, seen = torch.arange(50.0)[:, None].repeat(1, 3), []
+    out = evaluation.whiten_in_slices(z, 16, lambda rows: seen.append(rows[:, 0].tolist()) or rows * 2)
+    assert torch.equal(out, z * 2)
+    assert [len(rows) for rows in seen] == [16] * 4  # 50 = 3 x 16 + 2; the last is filled up
+    assert all(len(set(rows)) == 16 for rows in seen) and sorted(sum(seen, [])[:50]) == list(range(50))
+    assert seen[0] != sorted(seen[0])  # images sorted by class must not make slices of one class
+
+
+def test_whitened_z_of_cw_rgp_has_squared_norm_d_minus_g():
+    import cw_rgp
+
+    z = torch.randn(70, 64)
+    y = evaluation.whiten_in_slices(z, 16, lambda rows: cw_rgp.channel_whiten(rows, 2))
+    torch.testing.assert_close(y.square().sum(1), torch.full((70,), 62.0), rtol=1e-3, atol=0)
+
+
+def test_whitened_z_of_wmse_has_full_stable_rank():
+    import wmse
+
+    z = torch.randn(256, 8) @ torch.randn(8, 8) + 5
+    y = evaluation.whiten_in_slices(z, 64, lambda rows: wmse.whiten(rows, "cholesky", 0.0))
+    figures = common.collapse_metrics(y)
+    assert figures["stable_rank"] == pytest.approx(8, rel=1e-3) and figures["corr"] < 1e-3
+
+
+@pytest.mark.parametrize("method", ["wmse", "shuffled_dbn", "moco"])
+def test_other_methods_are_rebuilt(method, small_folder, tmp_path):
+    """wmse and shuffled_dbn have whitened Z, moco has none. 24 test images fill one slice of 16, none of 32."""
+    run = train(method, small_folder, tmp_path / "run")
+    result, (report,) = evaluate(tmp_path, run, "--features", "H,W")
+    assert report["method"] == method and 0 <= report["features"]["H"]["linear"] <= 1
+    assert ("W" in report["features"]) == (method == "wmse")
+    assert {"moco": "no whitening layer", "shuffled_dbn": "24 images are fewer than the 32", "wmse": "W whitened Z"}[method] in result.out
+
+
+def test_embeddings_that_cannot_be_whitened_are_said_so():
+    args = common.argparse.Namespace(method="cw_rgp", w_size=16, groups=2, eps=0.0)
+    run = common.argparse.Namespace(args=args, module=importlib.import_module("cw_rgp"))
+    with pytest.raises(common.UserError, match="too few dimensions"):
+        evaluation.whitened(run, [torch.ones(64, 64)] * 2, seed=0)
+
+
+# ------------------------------------------------------------------------------
+# The network stays as it is
+# ------------------------------------------------------------------------------
+
+
+def test_checksum_sees_parameters_and_buffers():
+    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    with evaluation.unchanged(network):
+        network.eval()(torch.randn(5, 3))
+    with pytest.raises(RuntimeError, match="changed"), evaluation.unchanged(network):
+        network.train()(torch.randn(5, 3))  # moves the running statistics only
+    with pytest.raises(RuntimeError, match="changed"), evaluation.unchanged(network), torch.no_grad():
+        network[0].weight[0, 0] += 1e-7
+
+
+def test_features_taken_in_train_mode_end_in_an_error(trained, monkeypatch):
+    extract = common.extract
+
+    def careless(network, data, images, *more):
+        network.train()
+        for x in data.eval_views(images, torch.arange(8), 8):
+            network(x)
+        return extract(network, data, images, *more)
+
+    monkeypatch.setattr(common, "extract", careless)
+    with pytest.raises(RuntimeError, match="changed"):
+        run_here("eval", [*QUICK, trained, "--features", "H"])
+
+
+# ------------------------------------------------------------------------------
+# The report
+# ------------------------------------------------------------------------------
+
+
+def test_report(trained, small_folder, tmp_path):
+    """All five kinds of features, each figure with its protocol; kNN and collapse as computed here from the checkpoint."""
+    result, (report,) = evaluate(tmp_path, trained / "last.pt")
+    found = report["features"]
+    assert [found[name]["dim"] for name in ("H", "Z", "W", "raw", "untrained")] == [192, 64, 64, 3072, 192]
+    assert report["training_images"] == 64 and report["test_images"] == 24
+    for words in ("majority of the 5 nearest", "exp(cos / 0.1)", "lr 1e-2 -> 1e-6", "stable_rank_sq", "network unchanged", "untrained H", "raw pixels"):
+        assert words in result.out
+    assert all(0 <= figures[name] <= 1 for figures in found.values() for name in ("5-NN", "200-NN", "linear"))
+    assert "collapse" not in found["raw"]
+
+    import cw_rgp
+    checkpoint = common.load_checkpoint(str(trained / "last.pt"))
+    args = common.argparse.Namespace(**checkpoint["args"])
+    data = common.load_data(args, torch.device("cpu"))
+    model = cw_rgp.build(args)
+    model.load_state_dict(checkpoint["model"])
+    torch.manual_seed(args.seed)
+    untrained = cw_rgp.build(args)
+    for name, network in (("H", model.backbone), ("untrained", untrained.backbone)):
+        bank, queries = (common.extract(network, data, images) for images in (data.labelled_train, data.test))
+        assert found[name]["5-NN"] == common.knn_accuracy(bank, data.train_labels, queries, data.test_labels, k=5, temperature=None)
+        assert found[name]["200-NN"] == common.knn_accuracy(bank, data.train_labels, queries, data.test_labels, k=200, temperature=0.1)
+        assert found[name]["collapse"]["rankme"] == pytest.approx(common.collapse_metrics(queries)["rankme"], rel=1e-3)
+
+
+def test_folder_and_file_name_the_same_run_and_several_runs_follow_each_other(trained, tmp_path):
+    _, reports = evaluate(tmp_path, trained, trained / "last.pt", "--features", "H,Z")
+    assert len(reports) == 2 and reports[0]["features"] == reports[1]["features"] and list(reports[0]["features"]) == ["H", "Z"]
+
+
+def test_no_probe_and_label_fraction(trained, tmp_path):
+    result, (report,) = evaluate(tmp_path, trained, "--features", "H", "--probe-epochs", "0")
+    assert "linear" not in report["features"]["H"] and "linear" not in result.out
+    result, (report,) = evaluate(tmp_path, trained, "--features", "H", "--label-fraction", "0.1")
+    assert report["labels_for_probe"] == 8 and "8 of 64 training images" in result.out  # two of each 16
+
+
+def test_another_data_set(trained, tmp_path, monkeypatch):
+    """Larger images, more classes, one of them missing in test, and `patterns` for a run on a folder."""
+    other = make_folder(tmp_path / "other", train=35, test=19, classes=7, side=40)
+    shutil.rmtree(other / "test" / "class3")
+    _, (report,) = evaluate(tmp_path, trained, "--data-dir", other)
+    assert report["training_images"] == 35 and report["test_images"] == 16 and report["features"]["H"]["top-5"] >= report["features"]["H"]["linear"]
+    draw = common.make_patterns
+    monkeypatch.setattr(common, "make_patterns", lambda: draw(0, 50, 20))
+    result, (report,) = evaluate(tmp_path, trained, "--dataset", "patterns", "--features", "H,raw")
+    assert report["dataset"] == "patterns" and report["trained_on"] == "folder" and report["test_images"] == 20
+
+
+def test_without_labels_the_accuracies_are_left_out(trained, small_folder, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in sorted((small_folder / "train").rglob("*.png")):
+        shutil.copy(path, flat)
+    result, (report,) = evaluate(tmp_path, trained, "--data-dir", flat, "--neighbors", tmp_path / "n.png", "--views", tmp_path / "v.png")
+    assert "accuracies are left out" in result.out and "stable_rank" in result.out
+    assert "5-NN" not in report["features"]["H"] and report["features"]["H"]["collapse"]["rank"] > 1 and "raw" not in report["features"]
+    assert sheet_size(tmp_path / "n.png") == (742, 742)
+
+
+# ------------------------------------------------------------------------------
+# Pictures
+# ------------------------------------------------------------------------------
+
+
+def sheet_size(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return image.size  # width, height
+
+
+def test_sheets(trained, tmp_path):
+    """32 pixels are enlarged to 64, tiles lie 2 apart: 8 rows of 1 + 8 views; 10 rows of 1 + 9 neighbours with a frame of 2 pixels."""
+    result, _ = evaluate(tmp_path, trained, "--features", "H", "--neighbors", tmp_path / "n.png", "--views", tmp_path / "v.png")
+    assert sheet_size(tmp_path / "v.png") == (9 * 66 + 2, 8 * 66 + 2)
+    assert sheet_size(tmp_path / "n.png") == (10 * (2 * 36 + 2) + 2, 10 * (2 * 36 + 2) + 2)
+    assert "596x530 pixels" in result.out
+
+
+def test_plot(trained, tmp_path):
+    pytest.importorskip("matplotlib", reason="the plot is the one thing that needs it")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(trained / "last.pt", bare)  # a run without metrics.csv: its spectra are drawn, its curves are not
+    result, _ = evaluate(tmp_path, trained, bare, "--features", "H", "--plot", tmp_path / "p.png")
+    assert sheet_size(tmp_path / "p.png") == (1400, 800)
+    assert "no readable metrics.csv" in result.err
+
+
+def test_without_matplotlib_one_line(trained, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("matplotlib")] + ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    result = run_here("eval", [trained, "--plot", tmp_path / "p.png"])
+    assert is_one_line_error(result) and "pip install matplotlib" in result.err
+    assert run_here("eval", [*QUICK, trained, "--features", "H"]).status == 0  # nothing else needs it
+
+
+# ------------------------------------------------------------------------------
+# Bad input: one line on stderr, status 2
+# ------------------------------------------------------------------------------
+
+
+def changed(trained, path, **changes):
+    """The run's checkpoint with other entries; None takes one out."""
+    checkpoint = {**torch.load(trained / "last.pt", weights_only=True), **changes}
+    torch.save({key: value for key, value in checkpoint.items() if value is not None}, path)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--label-fraction", "0"], "--label-fraction"),
+    (["--label-fraction", "2"], "--label-fraction"),
+    (["--features", "H,Q"], "H, Z, W"),
+    (["--probe-epochs", "-1"], "at least 0"),
+    (["--dataset", "folder"], "--data-dir"),
+    (["--data-dir", "/nonexistent"], "/nonexistent"),
+    (["--plot", "/nonexistent/p.png"], "--plot /nonexistent/p.png cannot be written"),
+    (["--views", "v.jpg"], "not the name of a PNG"),
+    (["--json", "/"], "is a folder"),
+    (["another", "--neighbors", "n.png"], "one run"),
+    (["--unknown"], "--unknown"),
+])
+def test_bad_flags(trained, argv, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run_here("eval", [trained, *argv])
+    assert is_one_line_error(result) and words in result.err
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("missing", "no such file"), ("empty folder", "no last.pt"), ("truncated", "cut short"), ("random", "not a checkpoint"), ("zero bytes", "not a checkpoint"),
+    ("other dict", "not a checkpoint"), ("flipped bit", "damaged"), ("unknown method", "unknown method"), ("path as method", "unknown method"),
+    ("no flags", "unknown method"), ("flag missing", "does not fit"), ("other weights", "does not fit"), ("no weights", "does not fit"),
+    ("not finite", "not finite")])
+def test_bad_checkpoints(trained, tmp_path, kind, words):
+    path, whole = tmp_path / "last.pt", (trained / "last.pt").read_bytes()
+    flags = torch.load(trained / "last.pt", weights_only=True)["args"]
+    if kind == "empty folder":
+        path = tmp_path
+    elif kind in ("truncated", "random", "zero bytes"):
+        path.write_bytes({"truncated": whole[: len(whole) // 2], "random": bytes(range(256)) * 9, "zero bytes": b""}[kind])
+    elif kind == "flipped bit":
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:])
+    elif kind == "other dict":
+        torch.save({"model": {}, "epoch": 3}, path)
+    elif kind == "not finite":
+        weights = torch.load(trained / "last.pt", weights_only=True)["model"]
+        changed(trained, path, model={name: w * float("nan") if w.is_floating_point() else w for name, w in weights.items()})
+    elif kind != "missing":
+        changed(trained, path, **{
+            "unknown method": {"args": {**flags, "method": "dino"}}, "path as method": {"args": {**flags, "method": "../common"}},
+            "no flags": {"args": None}, "flag missing": {"args": {name: value for name, value in flags.items() if name != "w_size"}},
+            "other weights": {"model": nn.Linear(2, 2).state_dict()}, "no weights": {"model": None}}[kind])
+    result = run_here("eval", [*QUICK, path])
+    assert is_one_line_error(result) and words in result.err
+
+
+class Payload:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (open, (self.marker, "w"))
+
+
+def test_a_malicious_pickle_is_not_executed(tmp_path):
+    torch.save({"format": common.CHECKPOINT_FORMAT, "args": Payload(str(tmp_path / "executed"))}, tmp_path / "last.pt")
+    assert is_one_line_error(run_here("eval", [tmp_path / "last.pt"]))
+    assert not (tmp_path / "executed").exists()
