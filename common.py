@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import csv
 import http.client
+import inspect
 import io
 import json
 import math
@@ -276,6 +277,15 @@ class SumOverRanks(torch.autograd.Function):
         return gradient
 
 
+def mean_over_ranks(x):
+    """Mean of a tensor over the processes, without gradient; x itself in one process."""
+    if not dist.is_initialized():
+        return x
+    x = x.detach().clone()
+    dist.all_reduce(x)
+    return x / world_size()
+
+
 class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm with the statistics of the global batch, on any device (torch.nn.SyncBatchNorm refuses CPUs)."""
 
@@ -329,7 +339,9 @@ def distribute(model, args):
         model.backbone.forward = torch.compile(model.backbone.forward)  # .forward: the names in the checkpoint stay
     if world_size() == 1:
         return model
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)  # the buffers are equal as they are
+    ddp = nn.parallel.DistributedDataParallel
+    new_name = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters  # torch 2.14 renamed the flag
+    return ddp(model, **{"forward_sync_buffers" if new_name else "broadcast_buffers": False})  # the buffers are equal as they are
 
 
 # ==============================================================================
@@ -356,7 +368,7 @@ class Data:
     labelled                      True if training and test images have labels, so that kNN means something
     bank, bank_labels, queries, query_labels   at most 5000 training and 1000 test images, evenly spaced, to watch a run by
     size                          side of a view in pixels
-    mean, std                     of the colours, three numbers each
+    mean, std                     of the colours, [3, 1, 1] on the device
     steps_per_epoch, fingerprint, class_names"""
 
     def __init__(self, args, device, train, labels, test, test_labels, class_names, unlabeled=None):
@@ -369,7 +381,8 @@ class Data:
         self.labelled = self.train_labels is not None and self.test_labels is not None
         self.bank, self.bank_labels = evenly_spaced(self.labelled_train, self.train_labels, 5000)
         self.queries, self.query_labels = evenly_spaced(self.test, self.test_labels, 1000)
-        self.mean, self.std = COLOUR_STATISTICS.get(args.dataset) or colour_statistics(self.train)
+        statistics = COLOUR_STATISTICS.get(args.dataset) or colour_statistics(self.train)
+        self.mean, self.std = (torch.tensor(numbers, dtype=torch.float32, device=device).view(3, 1, 1) for numbers in statistics)
         self.steps_per_epoch = len(self.train) // args.batch_size
         check(self.steps_per_epoch > 0, f"--batch-size {args.batch_size} is larger than the data set of {len(self.train)} images; try "
               f"--batch-size {2 ** int(math.log2(max(2, len(self.train))))}")
@@ -396,8 +409,7 @@ class Data:
         parts = images.centres(index, batch_size, self.args.num_workers) if isinstance(images, Files) else (images[i] for i in index.split(batch_size))
         for x in parts:
             x = centre_view(x.to(self.device).float() / 255, self.size)
-            mean, std = (torch.tensor(m, device=self.device).view(3, 1, 1) for m in (self.mean, self.std))
-            yield ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+            yield ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
 
 def place(images, device):
@@ -855,7 +867,9 @@ def to_device(lists, device):
     """Lists of numpy arrays -> lists of tensors (int64, float32), in one asynchronous transfer."""
     flat = [a for arrays in lists for a in arrays]
     packed = np.concatenate([np.zeros(0)] + [a.reshape(-1) for a in flat]).astype(np.float32)  # row numbers < 2^24 are exact
-    parts = torch.from_numpy(packed).to(device, non_blocking=True).split([a.size for a in flat])
+    packed = torch.from_numpy(packed)
+    packed = packed.pin_memory() if device.type == "cuda" else packed  # only from pinned memory is the copy asynchronous
+    parts = packed.to(device, non_blocking=True).split([a.size for a in flat])
     parts = iter([t.view(a.shape).long() if a.dtype.kind == "i" else t.view(a.shape) for t, a in zip(parts, flat)])
     return [[next(parts) for _ in arrays] for arrays in lists]
 
@@ -958,17 +972,19 @@ def augment(images, recipe, views, size, mean, std, seed, step, rank=0, world_si
     """Views of one batch: a list of float32 [n, 3, size, size], normalised, channels_last.
 
     images: uint8 [n, 3, H, W], or a list with one batch of crops per view (from a loader that has cropped already); mean, std: three
-    numbers each. The draws are those of the global batch of world_size * n images, of which this rank holds rows rank * n onwards:
+    numbers each (tensors on the device cost no transfer). The draws are those of the global batch of world_size * n images, of which this rank holds rows rank * n onwards:
     N ranks see what one process would, and (seed, step) alone decides, so that a resumed run goes on exactly, on any device."""
     cropped, out = isinstance(images, (list, tuple)), []
     for number_of_view in range(views):
         batch = images[number_of_view] if cropped else images
-        mean, std = (torch.as_tensor(m, dtype=torch.float32, device=batch.device).view(3, 1, 1) for m in (mean, std))
         n, _, height, width = batch.shape
         view = RECIPES[recipe][number_of_view % len(RECIPES[recipe])]
         params = draw(view, n * world_size, height, width, np.random.default_rng((seed, 0, step, number_of_view)))
         params = [{key: array[rank * n : (rank + 1) * n] for key, array in p.items()} for p in params]
-        x = apply(view, batch, params, size, cropped).sub_(mean).div_(std)
+        with torch.autocast(batch.device.type, enabled=False):  # resampling needs float32
+            x = apply(view, batch, params, size, cropped)
+        m, s = (torch.as_tensor(v, dtype=torch.float32, device=x.device).view(3, 1, 1) for v in (mean, std))
+        x = x.sub_(m).div_(s)
         out.append(x.contiguous(memory_format=torch.channels_last))
     return out
 

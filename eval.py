@@ -227,6 +227,8 @@ def linear_probe(x, y, rows, x_test, y_test, epochs=500, seed=0):
 
     x [N, d], y [N]: of these only `rows` are trained on; x_test [M, d], y_test [M]. Classes may be missing on either side."""
     torch.manual_seed(seed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on CPUs: the matrices are small, and threads that wait for a busy core made it ten times slower
     classes = int(max(y.max(), y_test.max())) + 1
     layer = nn.Linear(x.shape[1], classes).to(x.device)
     optimizer = torch.optim.Adam(layer.parameters(), weight_decay=5e-6, fused=True)
@@ -236,6 +238,7 @@ def linear_probe(x, y, rows, x_test, y_test, epochs=500, seed=0):
             optimizer.zero_grad()
             F.cross_entropy(layer(x.index_select(0, batch)), y[batch]).backward()
             optimizer.step()
+    torch.set_num_threads(threads)
     with torch.no_grad():
         best = torch.cat([layer(part).topk(min(5, classes)).indices for part in x_test.split(1000)])  # [M, 5], best first
     hits = (best == y_test[:, None]).double()

@@ -109,8 +109,8 @@ class SplitBatchNorm(nn.BatchNorm2d):
         means, variances = self.running_mean.repeat(len(parts), 1), self.running_var.repeat(len(parts), 1)
         out = torch.cat([F.batch_norm(part, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
                          for part, mean, variance in zip(parts, means, variances)])
-        self.running_mean.copy_(means.mean(0))  # batch_norm has moved every part's row; keep their mean
-        self.running_var.copy_(variances.mean(0))
+        self.running_mean.copy_(common.mean_over_ranks(means.mean(0)))  # batch_norm has moved every part's row; keep their mean
+        self.running_var.copy_(common.mean_over_ranks(variances.mean(0)))
         self.num_batches_tracked += 1
         return out
 
@@ -163,6 +163,8 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def enqueue(self, k):
         """The keys [M, d] take the places of the oldest M in the queue."""
+        if len(self.queue) % len(k):
+            raise ValueError(f"the queue of {len(self.queue)} is not a multiple of the {len(k)} keys of a step")
         rows = (self.position + torch.arange(len(k), device=k.device)) % len(self.queue)
         self.queue[rows] = k.to(self.queue.dtype)
         self.position.copy_((self.position + len(k)) % len(self.queue))

@@ -1,0 +1,189 @@
+"""N processes with B / N images each are one process with B: real processes (gloo), other data on every rank."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import METHODS, ROOT, SMALL, SMALL_OF
+from torch import nn
+
+import common
+
+B, SIDE, STEPS = 24, 8, 3  # global batch, image side, optimizer steps
+# Constructor arguments that fit a batch of 24.
+SIZES = {
+    "simclr": dict(proj_hidden=16, proj_dim=8),
+    "moco": dict(proj_hidden=16, proj_dim=8, queue_size=48, bn_splits=6, momentum=0.9),
+    "byol": dict(proj_hidden=16, proj_dim=8),
+    "simsiam": dict(proj_hidden=16, proj_dim=8, pred_hidden=4),
+    "barlow": dict(proj_hidden=16, proj_dim=8),
+    "vicreg": dict(proj_hidden=16, proj_dim=8),
+    "wmse": dict(proj_hidden=16, proj_dim=4, w_size=12, w_iter=2),
+    "shuffled_dbn": dict(proj_hidden=16, proj_dim=8, groups=2),
+    "cw_rgp": dict(proj_hidden=16, proj_dim=32, groups=2, w_size=6, w_iter=2),
+}
+VARIANTS = {
+    **{name: (name, {}) for name in METHODS},
+    "byol direct": ("byol", dict(predictor="direct")),
+    "moco symmetric": ("moco", dict(symmetric=True)),
+    "moco plain bn": ("moco", dict(bn_splits=1)),
+    "barlow l2": ("barlow", dict(standardize="l2")),
+    "wmse zca": ("wmse", dict(whitening="zca")),
+}
+
+
+def class_of(module):
+    return next(value for value in vars(module).values() if isinstance(value, type) and issubclass(value, nn.Module)
+                and hasattr(value, "forward") and value.__module__ == module.__name__ and value.__name__.lower() == module.__name__.replace("_", "").replace("barlow", "barlowtwins"))
+
+
+def three_steps(variant):
+    """Train a small model for three steps on fixed random views. -> losses, gradients of the first step, weights and buffers at the end."""
+    import importlib
+
+    name, extra = VARIANTS[variant]
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = class_of(importlib.import_module(name))(backbone, 6, **{**SIZES[name], **extra}).double()
+    network = common.distribute(model, SimpleNamespace(compile=False))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+    n, r = B // common.world_size(), common.rank()
+    losses, gradients = [], {}
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(100 + step)
+        views = [torch.randn(B, 3, SIDE, SIDE, generator=generator, dtype=torch.float64)[r * n:(r + 1) * n] for _ in range(2)]
+        torch.manual_seed(common.step_seed(0, step))
+        loss = network(views)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if step == 0:
+            gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+        if hasattr(model, "update_target"):
+            model.update_target(step / STEPS)
+        losses.append(loss.item())
+    return {"losses": torch.tensor(losses, dtype=torch.float64), "gradients": gradients, "state": dict(model.state_dict())}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def worker(rank, world, port, folder):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    results = {variant: three_steps(variant) for variant in VARIANTS}
+    if rank in (0, world - 1):
+        torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    return {variant: three_steps(variant) for variant in VARIANTS}
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def many_processes(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, (request.param, free_port(), str(folder)), nprocs=request.param)
+    return [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in (0, request.param - 1)]
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    return max((float((a[key].double() - b[key].double()).abs().max()) for key in a if a[key].numel()), default=0.0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_gradients_and_weights_equal_one_process(variant, one_process, many_processes):
+    reference = one_process[variant]
+    for result in (ranks[variant] for ranks in many_processes):
+        differences = {"loss": largest_difference({"": reference["losses"]}, {"": result["losses"]}),
+                       "gradients": largest_difference(reference["gradients"], result["gradients"]),
+                       "state": largest_difference(reference["state"], result["state"])}
+        print(variant, {key: f"{value:.1e}" for key, value in differences.items()})
+        assert max(differences.values()) < 1e-9, differences
+
+
+def test_synchronised_batch_norm_is_torchs_on_one_process():
+    """Statistics, running statistics and gradient of CPUSyncBatchNorm are BatchNorm2d's where there is one process."""
+    torch.manual_seed(0)
+    ours, theirs = common.CPUSyncBatchNorm(5), nn.BatchNorm2d(5)
+    x = torch.randn(6, 5, 4, 4)
+    world = common.SumOverRanks.apply
+    try:
+        common.SumOverRanks.apply = staticmethod(lambda t: t)  # a sum over one rank
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        ya, yb = ours(a), theirs(b)
+        ya.square().sum().mul(0.1).add(ya[0].sum()).backward()
+        yb.square().sum().mul(0.1).add(yb[0].sum()).backward()
+    finally:
+        common.SumOverRanks.apply = world
+    assert torch.allclose(ya, yb, atol=1e-5) and torch.allclose(a.grad, b.grad, atol=1e-5)
+    assert torch.allclose(ours.running_mean, theirs.running_mean) and torch.allclose(ours.running_var, theirs.running_var)
+    ours.eval(), theirs.eval()
+    assert torch.allclose(ours(x), theirs(x), atol=1e-6)
+
+
+def torchrun(method, folder, out, processes, *more, timeout=280):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(ROOT / "methods" / f"{method}.py"),
+               *SMALL, *SMALL_OF[method], "--dataset", "folder", "--data-dir", str(folder), "--out", str(out), *map(str, more)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def rows(out):
+    import csv
+
+    with open(out / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_training(folder, tmp_path, method):
+    """torchrun with two processes leaves the metrics and the weights of one process, up to rounding; only rank 0 writes and speaks."""
+    from conftest import run_script
+
+    argv = [*SMALL, *SMALL_OF[method], "--dataset", "folder", "--data-dir", folder, "--out", tmp_path / "one"]
+    assert run_script(ROOT / "methods" / f"{method}.py", *argv).status == 0
+    done = torchrun(method, folder, tmp_path / "two", 2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("epoch 1/2") == 1  # one process speaks
+    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert abs(float(a["loss"]) - float(b["loss"])) < 1e-3 * (1 + abs(float(a["loss"])))
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["processes"] == 2
+
+
+def test_torchrun_equals_one_process(small_folder, tmp_path):
+    assert_same_training(small_folder, tmp_path, "cw_rgp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "cw_rgp"])
+def test_torchrun_equals_one_process_all(small_folder, tmp_path, method):
+    assert_same_training(small_folder, tmp_path, method)
+
+
+def extract_worker(rank, world, port, folder):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo")
+    images = torch.arange(7 * 3 * 8 * 8).remainder(251).to(torch.uint8).view(7, 3, 8, 8)  # seven images, not a multiple of the ranks
+    data = SimpleNamespace(device=torch.device("cpu"), eval_views=lambda images, index, _size: iter([images[index].float()]))
+    torch.save(common.extract(nn.Flatten(), data, images), f"{folder}/features{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_every_image_is_measured_once_whatever_the_world_size(tmp_path):
+    mp.spawn(extract_worker, (3, free_port(), str(tmp_path)), nprocs=3)
+    images = torch.arange(7 * 3 * 8 * 8).remainder(251).to(torch.uint8).view(7, 3, 8, 8)
+    for r in range(3):
+        assert torch.equal(torch.load(tmp_path / f"features{r}.pt", weights_only=True), images.float().flatten(1))
