@@ -45,7 +45,7 @@ sys.path[1:1] = [os.path.join(HERE, "methods"), HERE]  # the methods: in their f
 import common  # noqa: E402
 
 FEATURES = {"H": "H", "Z": "Z", "W": "W whitened Z", "raw": "raw pixels", "untrained": "untrained H"}
-# method -> the flag that holds the size of a slice, and the whitening of a slice z [w, d], channels in their own order: slices stay comparable
+# method -> the flag with the size of a slice, and the whitening of a slice z [w, d]; channels in their own order, so slices compare
 WHITENING = {
     "wmse": ("w_size", lambda module, args, z: module.whiten(z, args.whitening, args.eps)),
     "cw_rgp": ("w_size", lambda module, args, z: module.channel_whiten(z, args.groups, None, args.eps)),
@@ -68,26 +68,28 @@ def parse_args(argv=None):
     parser = common.OneLineParser(prog="eval.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="runs/<run> or runs/<run>/last.pt")
-    add("--features", type=feature_list, default=list(FEATURES), help="what to measure, comma-separated, of H,Z,W,raw,untrained (default: all)")
+    add("--features", type=feature_list, default=list(FEATURES), help="what to measure, of H,Z,W,raw,untrained (default: all)")
     add("--dataset", choices=common.DATASETS, help="evaluate on another data set than the run's own")
     add("--data-dir", help="where the data set lies (default: the run's own; with another --dataset: data)")
-    add("--probe-epochs", type=common.number(int, 0, example=500), default=500, help="epochs of the linear probe (default: 500); 0: no probe")
-    add("--label-fraction", type=common.number(float, above=0, maximum=1, example=0.1), default=1.0, help="share of each class's labels to probe with")
-    add("--seed", type=common.number(int, 0, 2**31 - 1, example=0), default=0, help="of the probe, its labels, the slices and the views (default: 0)")
+    add("--probe-epochs", type=common.number(int, 0, example=500), default=500, help="of the linear probe (default: 500); 0: no probe")
+    add("--label-fraction", type=common.number(float, above=0, maximum=1, example=0.1), default=1.0,
+        help="share of each class's labels to probe with (default: 1)")
+    add("--seed", type=common.number(int, 0, 2**31 - 1, example=0), default=0,
+        help="of the probe, its labels, the slices and the views (default: 0)")
     add("--plot", metavar="FILE.png", help="singular values of H and Z, and the training curves")
     add("--neighbors", metavar="FILE.png", help="images and their nearest neighbours in H (of one run)")
     add("--views", metavar="FILE.png", help="augmented views of the run's recipe (of one run)")
     add("--json", metavar="FILE", help="the figures")
     add("--batch-size", type=common.number(int, 1, example=500), default=500, help="images that pass the backbone at a time (default: 500)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the processor computes in it; kNN and probe are fp32")
-    add("--num-workers", type=common.number(int, 0, 256, example=2), default=2, help="loader processes where the images do not fit in memory")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the features; kNN and probe are fp32")
+    add("--num-workers", type=common.number(int, 0, 256, example=2), default=2, help="loader processes, if images do not fit in memory")
     args = parser.parse_args(argv)
     common.check(common.world_size() == 1, "eval.py is one process; start it without torchrun")
     common.check(args.dataset != "folder" or args.data_dir, "--dataset folder needs --data-dir DIR, the folder of your images")
     for flag in ("plot", "neighbors", "views", "json"):
         check_writable(f"--{flag}", getattr(args, flag))
-    common.check(len(args.runs) == 1 or not (args.neighbors or args.views), f"--neighbors and --views draw one run; try {args.runs[0]} alone")
+    common.check(len(args.runs) == 1 or not (args.neighbors or args.views), f"--neighbors, --views: of one run; try {args.runs[0]}")
     return args
 
 
@@ -109,7 +111,7 @@ def check_writable(flag, path):
 
 
 def load_run(path, device):
-    """A run's network as it is and as it started: a namespace of path, folder, module (its method file), args, step, model, untrained."""
+    """A run's network as it is and as it started: a namespace of path, folder, module (its file), args, step, model, untrained."""
     checkpoint = common.load_last(path) if os.path.isdir(path) else common.load_checkpoint(path)
     common.check(checkpoint is not None, f"{path}: no last.pt in this folder; try runs/<run>/last.pt")
     flags = checkpoint.get("args")
@@ -124,10 +126,12 @@ def load_run(path, device):
         model = module.build(args).to(device, memory_format=torch.channels_last).eval()
         model.load_state_dict(checkpoint["model"])
         folder = path if os.path.isdir(path) else os.path.dirname(path)
-        return SimpleNamespace(path=path, folder=folder, module=module, args=args, step=checkpoint["step"], model=model, untrained=untrained)
+        return SimpleNamespace(path=path, folder=folder, module=module, args=args, step=checkpoint["step"],
+                               model=model, untrained=untrained)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise common.UserError(f"{path} does not fit {method}.py ({type(error).__name__}: {reason}); try the {method}.py it was trained with") from error
+        raise common.UserError(f"{path} does not fit {method}.py ({type(error).__name__}: {reason}); "
+                               f"try the {method}.py it was trained with") from error
 
 
 def load_data(run, args, device):
@@ -158,7 +162,7 @@ def unchanged(network):
 
 
 # ==============================================================================
-# 3. Features
+# 3. Features and accuracies
 # ==============================================================================
 
 
@@ -201,11 +205,6 @@ def has_test(data):
 def sample(x, limit=10_000):
     """At most `limit` evenly spaced rows."""
     return x[torch.linspace(0, len(x) - 1, min(limit, len(x)), device=x.device, dtype=torch.float64).long()]
-
-
-# ==============================================================================
-# 4. Accuracies
-# ==============================================================================
 
 
 def labelled_rows(labels, fraction, seed=0):
@@ -256,14 +255,14 @@ def accuracies(bank, queries, data, rows, args):
 
 
 # ==============================================================================
-# 5. The report of one run
+# 4. The report of one run
 # ==============================================================================
 
 
 def protocols(data, rows, args):
     """{name of a figure: how it was taken}, {} without labels."""
     n = len(data.labelled_train)
-    texts = {"5-NN": f"majority of the {min(5, n)} nearest of {n} training images; Euclidean, raw features; a tie goes to the smallest label",
+    texts = {"5-NN": f"majority of the {min(5, n)} nearest of {n} training images; Euclidean, raw; a tie goes to the smallest label",
              "200-NN": f"the {min(200, n)} nearest of {n} training images; cosine; each votes with exp(cos / 0.1)",
              "linear": f"nn.Linear on raw features of {len(rows)} of {n} training images; Adam, batch 1000, lr 1e-2 -> 1e-6 exponential, "
                        f"weight decay 5e-6, {args.probe_epochs} epochs, seed {args.seed}"}
@@ -275,8 +274,8 @@ def evaluate(run, data, args):
     labelled, count, tested = data.labelled, len(data.labelled_train), len(data.test) if has_test(data) else 0
     rows = labelled_rows(data.train_labels, args.label_fraction, args.seed) if labelled else []
     place = "" if data.args.dataset == "patterns" else f" in {data.args.data_dir}"
-    common.say(f"\n{run.path}: {run.args.method}, {run.args.backbone}, trained on {run.args.dataset}, step {run.step}, seed {run.args.seed}\n"
-               f"evaluated on {data.args.dataset}{place}, {data.size}x{data.size}: {count} training images, {tested} test images, "
+    common.say(f"\n{run.path}: {run.args.method}, {run.args.backbone}, trained on {run.args.dataset}, step {run.step}, seed {run.args.seed}"
+               f"\nevaluated on {data.args.dataset}{place}, {data.size}x{data.size}: {count} training images, {tested} test images, "
                f"{len(data.class_names) if labelled else 'no'} classes; {args.precision}")
     h = extract(run.model.backbone, data, args)
     common.check(all(part.isfinite().all() for part in h), f"{run.path}: the backbone's output is not finite; try an earlier checkpoint")
@@ -284,7 +283,8 @@ def evaluate(run, data, args):
     how, results, left_out = protocols(data, rows, args), {}, []
     names = [*how, *["top-5"] * ("linear" in how)]
     layout = "{:14}{:>6}" + "{:>9}" * len(names)
-    common.say("\n" + layout.format("accuracy, %", "dim", *names) if labelled else "no labels for both training and test images: accuracies are left out")
+    unlabelled = "no labels for both training and test images: accuracies are left out"
+    common.say("\n" + layout.format("accuracy, %", "dim", *names) if labelled else unlabelled)
     for name in args.features:
         if name == "raw" and (not labelled or 12 * data.size**2 * (count + tested) > common.MEMORY_LIMIT):
             left_out.append("raw pixels left out: " + ("no labels" if not labelled else "they do not fit in memory"))
@@ -297,7 +297,8 @@ def evaluate(run, data, args):
             continue
         figures = results[name] = {"dim": x[0].shape[1], **(accuracies(*x, data, rows, args) if labelled else {})}
         if labelled:
-            common.say(layout.format(FEATURES[name], figures["dim"], *("-" if figures[n] is None else f"{100 * figures[n]:.2f}" for n in names)))
+            percent = ["-" if figures[n] is None else f"{100 * figures[n]:.2f}" for n in names]
+            common.say(layout.format(FEATURES[name], figures["dim"], *percent))
         if name != "raw":
             figures["collapse"] = common.collapse_metrics(sample(x[1]))
     for name, text in how.items():
@@ -318,13 +319,14 @@ def say_collapse(results, how):
         layout = "{:14}" + "".join(f"{{:>{max(8, len(column) + 2)}}}" for column in columns)
         common.say("\n" + layout.format("collapse", *columns))
         for name, figures in found.items():
-            common.say(layout.format(FEATURES[name], *(f"{figures[c]:.0f}" if c in ("dim", "rank", "rank_1pct") else f"{figures[c]:.3f}" for c in columns)))
+            cells = (f"{figures[c]:.0f}" if c in ("dim", "rank", "rank_1pct") else f"{figures[c]:.3f}" for c in columns)
+            common.say(layout.format(FEATURES[name], *cells))
         words = common.collapse_in_words(found["Z"], results["Z"]["dim"]) if "Z" in found else ""
         common.say(f"  {how}" + (f"\n  {words}" if words else ""))
 
 
 # ==============================================================================
-# 6. Pictures
+# 5. Pictures
 # ==============================================================================
 
 
@@ -355,7 +357,10 @@ def draw_views(path, data):
     index = torch.linspace(0, len(data.train) - 1, min(8, len(data.train))).long()
     streamed = isinstance(data.train, common.Files)
     batch = next(data.train.crops(index[None], data.args, 0, data.device)) if streamed else data.train[index.to(data.device)]
-    views = [colours(data, view) for view in data.augment(batch, step=0)]  # 8 x [n, 3, S, S]
+    try:
+        views = [colours(data, view) for view in data.augment(batch, step=0)]  # 8 x [n, 3, S, S]
+    except ValueError as error:  # a recipe without a crop, and larger images than it was trained on
+        raise common.UserError(f"--views: {error}") from error
     write_sheet(path, torch.stack([plain(data, data.train, index), *views], 1))
 
 
@@ -367,7 +372,8 @@ def draw_neighbors(path, data, h):
     if not has_test(data):
         similarity[range(len(index)), index] = -2.0  # not the image itself
     nearest = similarity.topk(min(9, len(h[0]) - (not has_test(data)))).indices.cpu()  # [10, 9]
-    tiles = torch.stack([torch.cat([plain(data, images, i[None]), plain(data, data.labelled_train, row)]) for i, row in zip(index, nearest)])
+    tiles = torch.stack([torch.cat([plain(data, images, i[None]), plain(data, data.labelled_train, row)])
+                         for i, row in zip(index, nearest)])  # [10, 10, 3, S, S]
     framed = F.pad(tiles, (2, 2, 2, 2))  # [10, 10, 3, S + 4, S + 4], black around the query, and without labels around all
     if data.train_labels is not None and labels is not None:
         same = data.train_labels[nearest.to(data.device)] == labels[index.to(data.device)][:, None]
@@ -381,7 +387,7 @@ def import_figure():
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise common.UserError("--plot needs matplotlib, which cannot be imported; try pip install matplotlib, or leave --plot out") from error
+        raise common.UserError("--plot needs matplotlib, which is not there; try pip install matplotlib, or leave --plot out") from error
     return Figure
 
 
@@ -407,7 +413,8 @@ def draw_plot(path, spectra):
     figure = import_figure()(figsize=(14, 8), layout="constrained")
     panels = list(figure.subplots(2, 3).flat)
     curves = [("seconds", "minutes", 1 / 60, "knn", "kNN while training, %", 100), ("epoch", "epoch", 1, "loss", "loss", 1),
-              ("epoch", "epoch", 1, "std_sqrt_d", "std sqrt(d) of Z", 1), ("epoch", "epoch", 1, "rank_1pct", "rank of Z (above 1 % of the largest)", 1)]
+              ("epoch", "epoch", 1, "std_sqrt_d", "std sqrt(d) of Z", 1),
+              ("epoch", "epoch", 1, "rank_1pct", "rank of Z (above 1 % of the largest)", 1)]
     for run, *values in spectra:
         label = os.path.basename(os.path.abspath(run.folder))
         for panel, sigma, name in zip(panels, values, "HZ"):
@@ -428,7 +435,7 @@ def draw_plot(path, spectra):
 
 
 # ==============================================================================
-# 7. All runs
+# 6. All runs
 # ==============================================================================
 
 

@@ -75,8 +75,10 @@ def size_rules(args):
     common.check(args.batch_size % args.w_size == 0, f"--w-size {args.w_size} does not divide --batch-size {args.batch_size}; "
                  f"try --w-size {near(args.batch_size, args.w_size)}")
     limit = width - 1 if args.groups == 1 else width  # no more samples can be uncorrelated over so many channels
+    fits = [w for w in range(2, limit + 1) if args.batch_size % w == 0]
+    wish = f"--w-size {min(fits, key=lambda w: abs(w - width // 2))} or " if fits else ""
     common.check(args.w_size <= limit or args.eps > 0, f"--w-size {args.w_size} is too large for --proj-dim / --groups = {width} channels; "
-                 f"try --w-size {near(args.batch_size, max(2, width // 2))} or --eps 1e-3")
+                 f"try {wish}--eps 1e-3")
 
 
 class InverseSquareRoot(torch.autograd.Function):
@@ -94,6 +96,7 @@ class InverseSquareRoot(torch.autograd.Function):
         return (u / root.unsqueeze(-2)) @ u.mT
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         root, u = ctx.saved_tensors
         g = (gradient + gradient.mT) / 2

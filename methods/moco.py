@@ -98,9 +98,7 @@ def info_nce_loss(q, k, queue, temperature=0.1):
 class SplitBatchNorm(nn.BatchNorm2d):
     """Batch norm that normalises `splits` equal parts of the batch apart, as that many GPUs would. Evaluation is unchanged."""
 
-    def __init__(self, num_features, splits):
-        super().__init__(num_features)
-        self.splits = splits
+    splits = 1
 
     def forward(self, x):
         if not self.training:
@@ -116,14 +114,10 @@ class SplitBatchNorm(nn.BatchNorm2d):
 
 
 def split_batch_norm(network, splits):
-    """Replace every BatchNorm2d of a network, in place; names, weights and buffers stay."""
-    for name, child in network.named_children():
-        if type(child) is nn.BatchNorm2d:
-            new = SplitBatchNorm(child.num_features, splits)
-            new.load_state_dict(child.state_dict())
-            setattr(network, name, new)
-        else:
-            split_batch_norm(child, splits)
+    """Turn every BatchNorm2d of a network into a SplitBatchNorm, in place; names, weights and buffers stay."""
+    for module in network.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__, module.splits = SplitBatchNorm, splits
 
 
 class MoCo(nn.Module):
@@ -158,7 +152,7 @@ class MoCo(nn.Module):
         order = torch.randperm(len(x), device=x.device) if self.shuffle else torch.arange(len(x), device=x.device)
         mine = order.chunk(common.world_size())[common.rank()]
         k = self.key_projector(self.key_backbone(x[mine]))  # [n, d]
-        return common.gather(F.normalize(k.float(), dim=1))[order.argsort()]
+        return F.normalize(common.gather(k), dim=1)[order.argsort()]
 
     @torch.no_grad()
     def enqueue(self, k):

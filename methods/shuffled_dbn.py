@@ -84,6 +84,7 @@ class InverseSquareRoot(torch.autograd.Function):
         return (u / root.unsqueeze(-2)) @ u.mT
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         root, u = ctx.saved_tensors
         g = (gradient + gradient.mT) / 2

@@ -53,7 +53,7 @@ def parse_args(argv=None):
     parser = common.shared_arguments("wmse", __doc__)
     parser.set_defaults(proj_hidden=1024, proj_dim=64, proj_layers=2)  # the paper's; for larger images 1024, 128, 2
     parser.add_argument("--whitening", choices=KINDS, default="cholesky", help="`bn` only standardises, `none` does nothing")
-    parser.add_argument("--w-size", type=common.number(int, 2), default=128, help="w, images whitened together; the paper's 2 d")
+    parser.add_argument("--w-size", type=common.number(int, 3), default=128, help="w, images whitened together; the paper's 2 d")
     parser.add_argument("--w-iter", type=common.number(int, 1), default=1, help="random partitions per step; the paper's 1, on larger images 4")
     parser.add_argument("--eps", type=common.number(float, 0, below=1), default=0.0, help="S becomes (1 - eps) S + eps I; the official code's 0")
     parser.add_argument("--one-way", action="store_true", help="the second view of a pair is a fixed target: L1' of arXiv 2210.03586, Eq. 6")
@@ -91,6 +91,7 @@ class InverseSquareRoot(torch.autograd.Function):
         return (u / root.unsqueeze(-2)) @ u.mT
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         root, u = ctx.saved_tensors
         g = (gradient + gradient.mT) / 2

@@ -77,7 +77,8 @@ def test_probe_is_the_stated_protocol(monkeypatch):
 
     cross_entropy = nn.functional.cross_entropy
     monkeypatch.setattr(torch.optim, "Adam", Adam)
-    monkeypatch.setattr(nn.functional, "cross_entropy", lambda logits, labels: sizes.append(labels.tolist()) or cross_entropy(logits, labels))
+    monkeypatch.setattr(nn.functional, "cross_entropy",
+                        lambda logits, labels: sizes.append(labels.tolist()) or cross_entropy(logits, labels))
     evaluation.linear_probe(torch.randn(2300, 3), torch.arange(2300), torch.arange(2300), torch.randn(5, 3), torch.arange(5), epochs=4)
     assert [len(batch) for batch in sizes] == [1000, 1000, 300] * 4
     epochs = [sum(sizes[i:i + 3], []) for i in range(0, 12, 3)]
@@ -203,7 +204,8 @@ def test_report(trained, small_folder, tmp_path):
     found = report["features"]
     assert [found[name]["dim"] for name in ("H", "Z", "W", "raw", "untrained")] == [192, 64, 64, 3072, 192]
     assert report["training_images"] == 64 and report["test_images"] == 24
-    for words in ("majority of the 5 nearest", "exp(cos / 0.1)", "lr 1e-2 -> 1e-6", "stable_rank_sq", "network unchanged", "untrained H", "raw pixels"):
+    for words in ("majority of the 5 nearest", "exp(cos / 0.1)", "lr 1e-2 -> 1e-6", "stable_rank_sq", "network unchanged",
+                  "untrained H", "raw pixels"):
         assert words in result.out
     assert all(0 <= figures[name] <= 1 for figures in found.values() for name in ("5-NN", "200-NN", "linear"))
     assert "collapse" not in found["raw"]
@@ -240,7 +242,8 @@ def test_another_data_set(trained, tmp_path, monkeypatch):
     other = make_folder(tmp_path / "other", train=35, test=19, classes=7, side=40)
     shutil.rmtree(other / "test" / "class3")
     _, (report,) = evaluate(tmp_path, trained, "--data-dir", other)
-    assert report["training_images"] == 35 and report["test_images"] == 16 and report["features"]["H"]["top-5"] >= report["features"]["H"]["linear"]
+    assert report["training_images"] == 35 and report["test_images"] == 16
+    assert report["features"]["H"]["top-5"] >= report["features"]["H"]["linear"]
     draw = common.make_patterns
     monkeypatch.setattr(common, "make_patterns", lambda: draw(0, 50, 20))
     result, (report,) = evaluate(tmp_path, trained, "--dataset", "patterns", "--features", "H,raw")
@@ -316,7 +319,7 @@ def changed(trained, path, **changes):
     (["--plot", "/nonexistent/p.png"], "--plot /nonexistent/p.png cannot be written"),
     (["--views", "v.jpg"], "not the name of a PNG"),
     (["--json", "/"], "is a folder"),
-    (["another", "--neighbors", "n.png"], "one run"),
+    (["another", "--neighbors", "n.png"], "of one run"),
     (["--unknown"], "--unknown"),
 ])
 def test_bad_flags(trained, argv, words, tmp_path, monkeypatch):
@@ -326,8 +329,10 @@ def test_bad_flags(trained, argv, words, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind, words", [
-    ("missing", "no such file"), ("empty folder", "no last.pt"), ("truncated", "cut short"), ("random", "not a checkpoint"), ("zero bytes", "not a checkpoint"),
-    ("other dict", "not a checkpoint"), ("flipped bit", "damaged"), ("unknown method", "unknown method"), ("path as method", "unknown method"),
+    ("missing", "no such file"), ("empty folder", "no last.pt"), ("truncated", "cut short"), ("random", "not a checkpoint"),
+    ("zero bytes", "not a checkpoint"),
+    ("other dict", "not a checkpoint"), ("flipped bit", "damaged"), ("unknown method", "unknown method"),
+    ("path as method", "unknown method"),
     ("no flags", "unknown method"), ("flag missing", "does not fit"), ("other weights", "does not fit"), ("no weights", "does not fit"),
     ("not finite", "not finite")])
 def test_bad_checkpoints(trained, tmp_path, kind, words):
