@@ -85,12 +85,14 @@ def main(function, parse):
     except UserError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; go on with --resume", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         status = 130
     except torch.cuda.OutOfMemoryError:
         print(f"{program}: error: out of GPU memory; try a smaller --batch-size or --precision bf16", file=sys.stderr)
-    except MemoryError:
-        print(f"{program}: error: out of memory; try a smaller --batch-size or --image-size", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # torch's word for it on CPUs
+            raise
+        print(f"{program}: error: out of memory; try a smaller --batch-size, --image-size or --proj-hidden", file=sys.stderr)
     with _broken_pipe_tolerated(sys.stdout):
         sys.stdout.flush()
     if dist.is_initialized() and status == 0:
@@ -131,9 +133,9 @@ def number(kind, minimum=None, maximum=None, above=None, below=None, example=Non
     return parse
 
 
-def divisor_near(number_, wish):
-    """The divisor (above 1) of number_ that is nearest to a wish: a value to propose in a message."""
-    return min((d for d in range(2, number_ + 1) if number_ % d == 0), key=lambda d: abs(d - wish), default=1)
+def divisor_near(number_, wish, least=2):
+    """The divisor of number_, at least `least`, that is nearest to a wish: a value to propose in a message."""
+    return min((d for d in range(least, number_ + 1) if number_ % d == 0), key=lambda d: abs(d - wish), default=least)
 
 
 def shared_arguments(method, description):
@@ -161,7 +163,7 @@ def shared_arguments(method, description):
     add("--views", type=number(int, 2, 16, example=2), default=2, help="views of each image")
     add("--seed", type=number(int, 0, 2**31 - 1, example=0), default=0, help="of weights, order, views and every other draw")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the processor computes in it; the loss is always fp32")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the processor has it; the loss is always fp32")
     add("--compile", action="store_true", help="torch.compile the backbone")
     add("--num-workers", type=number(int, 0, 256, example=2), default=2, help="loader processes, used only where the images do not fit in memory")
     add("--stream", action="store_true", help="read image files as training goes on even if they would fit in memory")
@@ -384,6 +386,9 @@ class Data:
         statistics = COLOUR_STATISTICS.get(args.dataset) or colour_statistics(self.train)
         self.mean, self.std = (torch.tensor(numbers, dtype=torch.float32, device=device).view(3, 1, 1) for numbers in statistics)
         self.steps_per_epoch = len(self.train) // args.batch_size
+        uncropped = not isinstance(self.train, Files) and self.train.shape[2:] != (self.size, self.size)
+        check(not uncropped or all(any(op[0] == "crop" for op in view) for view in RECIPES[args.augment]),
+              f"--augment {args.augment} does not crop, and the images are larger than --image-size {self.size}; try --augment crop-flip")
         check(self.steps_per_epoch > 0, f"--batch-size {args.batch_size} is larger than the data set of {len(self.train)} images; try "
               f"--batch-size {2 ** int(math.log2(max(2, len(self.train))))}")
 
@@ -406,7 +411,10 @@ class Data:
 
     def eval_views(self, images, index, batch_size):
         """images[index] without randomness, normalised, a batch at a time: float32 [n, 3, size, size]."""
-        parts = images.centres(index, batch_size, self.args.num_workers) if isinstance(images, Files) else (images[i] for i in index.split(batch_size))
+        if isinstance(images, Files):
+            parts = images.centres(index, batch_size, self.args.num_workers)
+        else:
+            parts = (images[i] for i in index.split(batch_size))
         for x in parts:
             x = centre_view(x.to(self.device).float() / 255, self.size)
             yield ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
@@ -697,43 +705,43 @@ def make_patterns(seed=0, train=10_000, test=2_000):
     pixel noise are drawn for each image alike. Every class is one line: g > 0 where the first colour goes, g < 0 for the second.
     """
     rng, n = np.random.default_rng(seed), train + test
-    labels = np.arange(n) % 10                                             # balanced; shuffled below, in each split apart
+    labels = np.arange(n) % 10  # balanced; shuffled below, in each split apart
     labels = np.concatenate([labels[:train][np.argsort(rng.random(train))], labels[train:][np.argsort(rng.random(test))]])
     images = np.empty((n, 3, 32, 32), np.uint8)
-    x = np.arange(32) / 16 - 31 / 32                                       # pixel centres, in (-1, 1)
+    x = np.arange(32) / 16 - 31 / 32  # pixel centres, in (-1, 1)
     y = x[:, None]
-    wave = lambda t: np.abs(t - np.rint(t))                                # distance to the nearest integer: 0 ... 0.5
+    wave = lambda t: np.abs(t - np.rint(t))  # distance to the nearest integer: 0 ... 0.5
     for k in range(10):
         mine = np.flatnonzero(labels == k)
         draw = lambda low, high, *shape: low + (high - low) * rng.random((len(mine), *(shape or (1, 1))))
         # Coordinates (u, v) that count periods: bent by a smooth warp, turned by a small tilt, scaled and shifted.
         px = x + draw(.05, .18) * np.sin(draw(2, 4) * y + draw(0, 6.3))
         py = y + draw(.05, .18) * np.sin(draw(2, 4) * x + draw(0, 6.3))
-        tilt, scale = draw(-.2, .2), draw(1.8, 2.8)                        # radians; periods in 16 pixels
+        tilt, scale = draw(-.2, .2), draw(1.8, 2.8)  # radians; periods in 16 pixels
         u = scale * (px * np.cos(tilt) - py * np.sin(tilt)) + draw(0, 8)
         v = scale * (px * np.sin(tilt) + py * np.cos(tilt)) + draw(0, 8)
         row = np.floor(v)
-        a, b, c, d = wave(u), wave(v), wave(u + row / 2), v - row            # c: every second row is shifted; d: 0 ... 1 in a row
-        g = (lambda: wave(1.5 * v) - .25,                                              # stripes
-             lambda: 4 * (a - .25) * (b - .25),                                     # checks
-             lambda: .33 - np.hypot(c, d - .5),                            # dots
-             lambda: np.minimum(wave(u / 2 + row / 4), b) - .1,           # bricks
-             lambda: wave(v + 1.2 * a) - .25,                                    # zigzag
-             lambda: np.minimum(a, b) - .1,                                # grid
-             lambda: .1 - np.abs(np.hypot(a, b) - .33),                    # rings
-             lambda: (d - 2 * a) / 2,                                              # triangles
-             lambda: .1 - np.abs(np.hypot(c, d) - .5),                    # scales
+        a, b, c, d = wave(u), wave(v), wave(u + row / 2), v - row  # c: every second row is shifted; d: 0 ... 1 in a row
+        g = (lambda: wave(1.5 * v) - .25,  # stripes
+             lambda: 4 * (a - .25) * (b - .25),  # checks
+             lambda: .33 - np.hypot(c, d - .5),  # dots
+             lambda: np.minimum(wave(u / 2 + row / 4), b) - .1,  # bricks
+             lambda: wave(v + 1.2 * a) - .25,  # zigzag
+             lambda: np.minimum(a, b) - .1,  # grid
+             lambda: .1 - np.abs(np.hypot(a, b) - .33),  # rings
+             lambda: (d - 2 * a) / 2,  # triangles
+             lambda: .1 - np.abs(np.hypot(c, d) - .5),  # scales
              lambda: np.minimum(.12 - np.minimum(a, b), .36 - np.maximum(a, b)))[k]()  # crosses
-        ink = np.clip(.5 + 16 / scale * g, 0, 1)[:, None]                    # edges one pixel wide
+        ink = np.clip(.5 + 16 / scale * g, 0, 1)[:, None]  # edges one pixel wide
         # Two colours of any hue, apart in brightness, either one on top.
         dark = draw(.15, .35, 1, 1, 1)
         light = dark + draw(.4, .55, 1, 1, 1)
         hue1, hue2 = (h - h.mean(1, keepdims=True) for h in (draw(0, .2, 3, 1, 1), draw(0, .2, 3, 1, 1)))
         ink = np.where(draw(0, 1, 1, 1, 1) < .5, ink, 1 - ink)
         image = (dark + hue1) + ink * (light + hue2 - dark - hue1)
-        for t in (x, y):                                                   # coloured shading
+        for t in (x, y):  # coloured shading
             image += draw(0, .12, 3, 1, 1) * np.sin(draw(2, 4, 3, 1, 1) * t + draw(0, 6.3, 3, 1, 1))
-        image += draw(-.06, .06, 3, 32, 32)                                  # pixel noise
+        image += draw(-.06, .06, 3, 32, 32)  # pixel noise
         images[mine] = np.rint(255 * np.clip(image, 0, 1))
     return images[:train], labels[:train], images[train:], labels[train:]
 
@@ -742,13 +750,13 @@ def make_patterns(seed=0, train=10_000, test=2_000):
 # 5. Augmentation: a whole batch at once, on the device, every sample with its own draw
 # ==============================================================================
 
-FLIP = ("flip", 0.5)                                        # probability
-CROP = ("crop", 0.2, 1.0, "bilinear")                       # least and greatest share of the area, interpolation
+FLIP = ("flip", 0.5)  # probability
+CROP = ("crop", 0.2, 1.0, "bilinear")  # least and greatest share of the area, interpolation
 WIDE_CROP = ("crop", 0.08, 1.0, "bilinear")
 BICUBIC_CROP = ("crop", 0.2, 1.0, "bicubic")
 WIDE_BICUBIC_CROP = ("crop", 0.08, 1.0, "bicubic")
-BLUR = ("blur", 0.5, 0.1, 2.0)                              # probability, least and greatest sigma in pixels
-JITTER = ("jitter", 0.4, 0.4, 0.4, 0.1, 0.8)                # brightness, contrast, saturation, hue; probability
+BLUR = ("blur", 0.5, 0.1, 2.0)  # probability, least and greatest sigma in pixels
+JITTER = ("jitter", 0.4, 0.4, 0.4, 0.1, 0.8)  # brightness, contrast, saturation, hue; probability
 SOFT_JITTER = ("jitter", 0.4, 0.4, 0.2, 0.1, 0.8)
 
 # name -> views -> operations in the order in which they are applied. A view beyond the listed ones starts again at the
@@ -802,10 +810,10 @@ def draw_boxes(n, height, width, min_area, max_area, rng, ratio=(3 / 4, 4 / 3)):
     """n crop boxes, int [n, 4], by torchvision's RandomResizedCrop: the first of ten tries that fits, else a central box."""
     area = height * width * rng.uniform(min_area, max_area, (10, n))
     aspect = np.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1]), (10, n)))
-    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))     # [10, n]
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))  # [10, n]
     fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
     first, column = fits.argmax(0), np.arange(n)
-    w, h, fits = w[first, column], h[first, column], fits[first, column]        # [n]
+    w, h, fits = w[first, column], h[first, column], fits[first, column]  # [n]
     # no try fits (rare, or a very long image): as much of the image as the ratio allows
     w = np.where(fits, w, min(width, round(height * ratio[1])))
     h = np.where(fits, h, min(height, round(width / ratio[0])))
@@ -820,7 +828,7 @@ def apply(view, images, params, size, cropped=False):
 
     images: uint8, or float in [0, 1], [n, 3, H, W]. cropped=True leaves the crop out (a streaming loader has cropped already).
     """
-    x = images.float().div_(255) if images.dtype == torch.uint8 else images.float().clone()      # the operations work in place
+    x = images.float().div_(255) if images.dtype == torch.uint8 else images.float().clone()  # the operations work in place
     todo = [(op, p) for op, p in zip(view, params) if not (cropped and op[0] == "crop")]
     names = [op[0] for op, _ in todo]
     # A flip after the crop commutes with all that lies between (blur is symmetric), so the crop's matrix does it for free.
@@ -833,7 +841,7 @@ def apply(view, images, params, size, cropped=False):
             x = crop_and_resize(x, *tensors, size, op[3])
         elif op[0] == "jitter":
             x = jitter(x, *tensors)
-        elif len(tensors[0]):                               # the others change only the rows drawn for them
+        elif len(tensors[0]):  # the others change only the rows drawn for them
             rows, *rest = tensors
             x.index_copy_(0, rows, ROW_OPERATIONS[op[0]](x.index_select(0, rows), *rest))
     if x.shape[2:] != (size, size):
@@ -845,7 +853,7 @@ def host_arrays(name, p, mirror, size):
     """What one operation needs on the device, from its drawn parameters. All data-dependent sizes are settled here, in numpy."""
     if name == "crop":
         top, left, h, w = p["box"].T
-        ends = [np.stack([top, top + h, 0 * h, h / size], 1),                                    # first, last + 1, origin, step
+        ends = [np.stack([top, top + h, 0 * h, h / size], 1),  # first, last + 1, origin, step
                 np.stack([left, left + w, w * mirror, np.where(mirror, -w, w) / size], 1)]
         return [e.astype(np.float32) for e in ends]
     if name == "jitter":
@@ -853,11 +861,11 @@ def host_arrays(name, p, mirror, size):
         # (un-jittered ones last), the samples whose hue is due are one slice of known bounds.
         place = np.where(p["on"], (p["order"] == 3).argmax(1), 4)
         rows = place.argsort(kind="stable")
-        done = rows[: np.count_nonzero(place < 4)]                                               # the m jittered samples
+        done = rows[: np.count_nonzero(place < 4)]  # the m jittered samples
         order, factor = p["order"][done], p["factor"][done]
-        blend = order[order != 3].reshape(-1, 3)                                                 # [m, 3] which of 0, 1, 2
-        keep = np.take_along_axis(factor, blend, 1)                                              # [m, 3]
-        hues = np.split(factor[:, 3], np.searchsorted(place[done], [1, 2, 3]))                   # 4 x [rows of this place]
+        blend = order[order != 3].reshape(-1, 3)  # [m, 3] which of 0, 1, 2
+        keep = np.take_along_axis(factor, blend, 1)  # [m, 3]
+        hues = np.split(factor[:, 3], np.searchsorted(place[done], [1, 2, 3]))  # 4 x [rows of this place]
         return [rows, rows.argsort(), keep, (1 - keep) * (blend == 2), (1 - keep) * (blend == 1), *hues]
     rows = np.flatnonzero(p["on"])
     return [rows, p["sigma"][rows]] if name == "blur" else [rows]
@@ -877,30 +885,30 @@ def to_device(lists, device):
 def crop_and_resize(x, vertical, horizontal, size, interpolation):
     """Resize each sample's box to size x size, antialiased as in PIL and torchvision: out = Wy x Wx^T.  x [n, 3, H, W]"""
     n, c, height, width = x.shape
-    wx = resize_matrix(horizontal, width, size, interpolation)                                   # [n, size, W]
-    wy = resize_matrix(vertical, height, size, interpolation)                                    # [n, size, H]
-    x = torch.bmm(wx, x.view(n, c * height, width).mT)                                           # [n, size, 3 H]: no copy
+    wx = resize_matrix(horizontal, width, size, interpolation)  # [n, size, W]
+    wy = resize_matrix(vertical, height, size, interpolation)  # [n, size, H]
+    x = torch.bmm(wx, x.view(n, c * height, width).mT)  # [n, size, 3 H]: no copy
     x = torch.bmm(x.view(n, size * c, height), wy.mT).view(n, size, c, size).permute(0, 2, 3, 1) # [n, 3, size, size]
-    return x.clamp_(0, 1) if interpolation == "bicubic" else x                                   # bicubic overshoots
+    return x.clamp_(0, 1) if interpolation == "bicubic" else x  # bicubic overshoots
 
 
 def resize_matrix(ends, length, size, interpolation):
     """Rows of interpolation weights [n, size, length]. ends [n, 4]: the box is [first, last); output pixel s has its centre at
     first + origin + step (s + 1/2), where a negative step mirrors."""
-    first, last, origin, step = ends[:, None].unbind(-1)                                         # [n, 1] each
-    scale = step.abs().clamp_min(1)                                                              # > 1 widens: antialias
-    pixel = torch.arange(length, device=ends.device) + 0.5                                       # [length]
-    inside = (pixel > first) & (pixel < last)                                                    # [n, length]
-    pixel = torch.where(inside, pixel - first, 1e9)                                              # none looks outside its box
-    centre = origin + step * (torch.arange(size, device=ends.device) + 0.5)                      # [n, size]
-    t = pixel[:, None, :].sub(centre[:, :, None]).div_(scale[:, None]).abs_()                    # [n, size, length]
+    first, last, origin, step = ends[:, None].unbind(-1)  # [n, 1] each
+    scale = step.abs().clamp_min(1)  # > 1 widens: antialias
+    pixel = torch.arange(length, device=ends.device) + 0.5  # [length]
+    inside = (pixel > first) & (pixel < last)  # [n, length]
+    pixel = torch.where(inside, pixel - first, 1e9)  # none looks outside its box
+    centre = origin + step * (torch.arange(size, device=ends.device) + 0.5)  # [n, size]
+    t = pixel[:, None, :].sub(centre[:, :, None]).div_(scale[:, None]).abs_()  # [n, size, length]
     if interpolation == "bilinear":
-        w = t.neg_().add_(1).clamp_min_(0)                                                       # 1 - |t|
-    else:                # Keys' cubic, a = -1/2: with u = (2 - |t|)+ and v = (1 - |t|)+ it is u^2 (u - 1) / 2 + v^2 (1 - 2 v)
+        w = t.neg_().add_(1).clamp_min_(0)  # 1 - |t|
+    else:  # Keys' cubic, a = -1/2: with u = (2 - |t|)+ and v = (1 - |t|)+ it is u^2 (u - 1) / 2 + v^2 (1 - 2 v)
         u = t.neg_().add_(2).clamp_min_(0)
         outer = (u - 1).mul_(u).mul_(u)
         v = u.sub_(1).clamp_min_(0)
-        w = (0.5 - v).mul_(v).mul_(v).mul_(4).add_(outer)                                        # twice the kernel
+        w = (0.5 - v).mul_(v).mul_(v).mul_(4).add_(outer)  # twice the kernel
     return w.div_(w.sum(-1, keepdim=True))
 
 
@@ -915,15 +923,15 @@ def jitter(x, rows, back, keep, to_grey, to_mean, *hues):
 
     The first three are one formula, x <- clamp(f x + (1 - f) y), with y = 0, the mean grey, or the pixel's grey.
     """
-    shape, x = x.shape, x.flatten(2).index_select(0, rows)                                       # sorted by the place of hue
-    jittered = x[: len(keep)]                                                                    # [m, 3, HW]
+    shape, x = x.shape, x.flatten(2).index_select(0, rows)  # sorted by the place of hue
+    jittered = x[: len(keep)]  # [m, 3, HW]
     parts = jittered.split([len(h) for h in hues])
-    keep, to_grey, to_mean = (c.t()[:, :, None, None] for c in (keep, to_grey, to_mean))         # [3 rounds, m, 1, 1]
+    keep, to_grey, to_mean = (c.t()[:, :, None, None] for c in (keep, to_grey, to_mean))  # [3 rounds, m, 1, 1]
     for place in range(4):
         if len(hues[place]):
             shift_hue(parts[place], hues[place])
         if place < 3:
-            grey = luma(jittered)                                                                # [m, 1, HW]
+            grey = luma(jittered)  # [m, 1, HW]
             mean = grey.mean(-1, keepdim=True) * to_mean[place]
             jittered.mul_(keep[place]).add_(grey.mul_(to_grey[place]).add_(mean)).clamp_(0, 1)
     return x.index_select(0, back).view(shape)
@@ -935,13 +943,13 @@ def shift_hue(x, turn):
     With max M, chroma C = M - min and hue h in sixths of a turn, |h| = 2 + (g + b - r - M) / C with the sign of g - b; and
     channel c of an HSV colour is M - C clamp(2 - d, 0, 1), d its distance in sixths from the hue opposite to c.
     """
-    r, g, b = x.unbind(1)                                                                        # [n, P]
+    r, g, b = x.unbind(1)  # [n, P]
     top = x.amax(1)
     chroma = top - x.amin(1)
     hue = (g + b).sub_(r).sub_(top).div_(chroma.clamp_min(1e-20)).add_(2).copysign_(g - b).div_(6)
-    opposite = torch.arange(3, device=x.device).mul(-1 / 3).add(1 / 2) + turn[:, None]           # [n, 3]
-    d = hue[:, None] + opposite[:, :, None]                                                      # [n, 3, P]
-    d = d.sub_(d.round()).abs_().clamp_(1 / 6, 1 / 3)                                            # distance in turns
+    opposite = torch.arange(3, device=x.device).mul(-1 / 3).add(1 / 2) + turn[:, None]  # [n, 3]
+    d = hue[:, None] + opposite[:, :, None]  # [n, 3, P]
+    d = d.sub_(d.round()).abs_().clamp_(1 / 6, 1 / 3)  # distance in turns
     torch.addcmul((top - 2 * chroma)[:, None], chroma.mul_(6)[:, None], d, out=x)
 
 
@@ -950,12 +958,12 @@ def blur(x, sigma):
     side = x.shape[-1]
     radius = (side // 10) // 2
     t = torch.arange(radius + 2, device=x.device)
-    kernel = torch.exp(-0.5 * (t / sigma[:, None]) ** 2) * (t <= radius)                         # [n, radius + 2], ends in 0
+    kernel = torch.exp(-0.5 * (t / sigma[:, None]) ** 2) * (t <= radius)  # [n, radius + 2], ends in 0
     kernel = kernel / (2 * kernel.sum(1, keepdim=True) - kernel[:, :1])
     i, j = torch.arange(side, device=x.device)[:, None], torch.arange(side, device=x.device)
     # pixel i sees pixel j directly, mirrored at the first edge, and mirrored at the last edge (the edge itself is not repeated)
     paths = [(i - j).abs(), torch.where(j > 0, i + j, side), torch.where(j < side - 1, 2 * (side - 1) - i - j, side)]
-    band = sum(kernel[:, path.clamp_max(radius + 1)] for path in paths)                          # [n, S, S]
+    band = sum(kernel[:, path.clamp_max(radius + 1)] for path in paths)  # [n, S, S]
     return torch.matmul(band[:, None], torch.matmul(x, band.mT[:, None]))
 
 
@@ -972,8 +980,9 @@ def augment(images, recipe, views, size, mean, std, seed, step, rank=0, world_si
     """Views of one batch: a list of float32 [n, 3, size, size], normalised, channels_last.
 
     images: uint8 [n, 3, H, W], or a list with one batch of crops per view (from a loader that has cropped already); mean, std: three
-    numbers each (tensors on the device cost no transfer). The draws are those of the global batch of world_size * n images, of which this rank holds rows rank * n onwards:
-    N ranks see what one process would, and (seed, step) alone decides, so that a resumed run goes on exactly, on any device."""
+    numbers each (tensors on the device cost no transfer). The draws are those of the global batch of world_size * n images, of
+    which this rank holds rows rank * n onwards: N ranks see what one process would, and (seed, step) alone decides, so that a
+    resumed run goes on exactly, on any device."""
     cropped, out = isinstance(images, (list, tuple)), []
     for number_of_view in range(views):
         batch = images[number_of_view] if cropped else images
@@ -1004,7 +1013,7 @@ def build_backbone(name, image_size, width=48):
 
     `tiny`: 2x2 stride-2 stem, six 3x3 convolutions (w, w, pool, 2w, 2w, pool, 4w, 4w) with batch norm and ReLU.
     A ResNet has torchvision's own parameter names and zero-initialised last batch norms (SimSiam, Barlow, VICReg, CW-RGP code).
-    Its stem (papers.: SimCLR B.9, W-MSE code): up to 32 pixels 3x3 stride 1 without pooling; up to 64 pixels 3x3 with pooling."""
+    Its stem (SimCLR appendix B.9, W-MSE code): up to 32 pixels 3x3 stride 1 without pooling; up to 64 pixels 3x3 with pooling."""
     if name == "tiny":
         return Tiny(width), 4 * width
     check(name in resnet_names(), f"--backbone {name} is unknown; try tiny, {', '.join(resnet_names()[:5])}")
@@ -1311,7 +1320,8 @@ class Run:
                   f"try {flag} {before.get(name)}, or another --out")
         check(checkpoint["data"] == self.data.fingerprint, f"--resume: --data-dir held {checkpoint['data']} and now holds {self.data.fingerprint}; "
               "restore it, or try another --out")
-        check(checkpoint["step"] <= self.total_steps, f"--resume: --epochs {now['epochs']} is fewer than already trained; try --epochs {before['epochs']}")
+        check(checkpoint["step"] <= self.total_steps,
+              f"--resume: --epochs {now['epochs']} is fewer than already trained; try --epochs {before['epochs']}")
 
     def save(self, step):
         """Write last.pt whole or not at all; the checkpoint before it stays as previous.pt."""
@@ -1330,10 +1340,16 @@ class Run:
     def _prepare_watch(self):
         """Remember in which step each output, the loss and each gradient was first not finite: on the device, without waiting for it."""
         self.outputs = {name: [] for name, _ in self.model.named_children()}
+
+        def keep(name, module, output):
+            if module.training:
+                self.outputs[name].append(output.detach())
+
         for name, child in self.model.named_children():
-            child.register_forward_hook(lambda module, _inputs, output, name=name: self.outputs[name].append(output.detach()) if module.training else None)
+            child.register_forward_hook(lambda module, _inputs, output, name=name: keep(name, module, output))
         self.gradients = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        self.watched = [f"the output of the {name}" for name in self.outputs] + ["the loss"] + [f"the gradient of {name}" for name, _ in self.gradients]
+        self.watched = [f"the output of the {name}" for name in self.outputs] + ["the loss"]
+        self.watched += [f"the gradient of {name}" for name, _ in self.gradients]
         self.first_bad = torch.full((len(self.watched),), 2**31 - 1, device=self.data.device, dtype=torch.int64)
 
     @torch.no_grad()
@@ -1402,7 +1418,8 @@ class Run:
             self._leave(step)
 
     def _leave(self, step):
-        say(f"{self._clear()}stopped after step {step} of {self.total_steps}; go on with --resume" + (f" --out {self.args.out}" if self.args.out else ""))
+        out = f" --out {self.args.out}" if self.args.out else ""
+        say(f"{self._clear()}stopped after step {step} of {self.total_steps}; go on with --resume{out}")
         sys.exit(128 + self.stop_signal)
 
     def mean_loss(self):
@@ -1443,7 +1460,8 @@ class Run:
         data = self.data
         if scores:
             first, *others = (f"{name} {100 * score:.2f} %" for name, score in scores.items())
-            say(f"{first}  ({', '.join(others)}; k = 20, cosine, T = 0.07, {len(data.test)} test images against {len(data.labelled_train)} training images)")
+            say(f"{first}  ({', '.join(others)}; k = 20, cosine, T = 0.07, "
+                f"{len(data.test)} test images against {len(data.labelled_train)} training images)")
         else:
             say("no labelled training and test images, so no kNN; the collapse figures are in metrics.csv")
         say(f"{self.folder}: config.json metrics.csv last.pt backbone.pt  ({format_seconds(self.seconds())})")
@@ -1460,7 +1478,8 @@ class Run:
         return format_seconds((self.total_steps - step) * self.epoch_seconds() / done)
 
     def _write_metrics(self):
-        names = list(dict.fromkeys(name for row in self.rows for name in row if name not in ("images_per_s", "seconds"))) + ["images_per_s", "seconds"]
+        timing = ["images_per_s", "seconds"]  # the last two columns: all others are the same in every run of a seed
+        names = list(dict.fromkeys(name for row in self.rows for name in row if name not in timing)) + timing
         text = io.StringIO()
         writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
         writer.writeheader()
@@ -1482,7 +1501,8 @@ def write_file(path, content, keep_as=None):
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        raise UserError(f"{path} could not be written ({error.strerror}); what was there before stays; make room or try another --out") from error
+        raise UserError(f"{path} could not be written ({error.strerror}); what was there before stays; "
+                        "make room there or try another place") from error
 
 
 def load_last(folder):
@@ -1516,7 +1536,8 @@ def load_checkpoint(path):
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     except Exception as error:  # truncated, not a zip file, or a pickle with more than tensors: torch raises many kinds
         raise UserError(f"{path} is not a checkpoint of these scripts, or is cut short ({type(error).__name__})") from error
-    check(isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT, f"{path} is not a checkpoint of these scripts; try runs/<run>/last.pt")
+    check(isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT,
+          f"{path} is not a checkpoint of these scripts; try runs/<run>/last.pt")
     return checkpoint
 
 

@@ -109,7 +109,7 @@ def channel_whiten(z, groups, permutation=None, eps=0.0, detach=False):
 
     z: [..., w, d], embeddings of w samples. permutation: [..., d], order of the channels before they are cut into `groups`
     equal groups; None keeps their own. eps: covariance becomes (1 - eps) S + eps I. Returns [..., w, d] with |row|^2 = d - g
-    and, in every group, orthogonal rows. Needs w <= d/g (w < d where g = 1), else S is singular. Raises ValueError."""
+    and, in every group, orthogonal rows. Needs w <= d/g (w < d where g = 1) or eps > 0, else S is singular: ValueError."""
     if z.shape[-1] % groups:
         raise ValueError(f"groups = {groups} does not divide the {z.shape[-1]} channels")
     z = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -119,6 +119,8 @@ def channel_whiten(z, groups, permutation=None, eps=0.0, detach=False):
         x = x.gather(-1, permutation)
     x = x.unflatten(-1, (groups, -1)).transpose(-2, -3)  # [..., g, w, d/g]
     w, width = x.shape[-2:]
+    if eps == 0 and w > (width - 1 if groups == 1 else width):  # eigenvalues of 0, or of rounding noise
+        raise ValueError(f"w = {w} samples cannot be uncorrelated over {width} channels")
     covariance = x @ x.mT / (width - 1)  # [..., g, w, w], instance by instance
     covariance = (1 - eps) * covariance + eps * torch.eye(w, dtype=x.dtype, device=x.device)
     phi = InverseSquareRoot.apply(covariance)  # ZCA: U Lambda^(-1/2) U^T

@@ -101,13 +101,15 @@ def decorrelate(z, groups, permutation=None):
     """Decorrelated batch norm of groups of channels: z [N, d] -> [N, d], each group with mean 0 and covariance I (divisor N).
 
     permutation: [d], order of the channels before they are cut into `groups` equal groups; None keeps their own. No eps, no affine map, as in
-    the official code. Needs N > d/g, else the covariance is singular. Raises ValueError."""
+    the official code. Needs N > d/g, else the covariance is singular: ValueError."""
     if z.shape[1] % groups:
         raise ValueError(f"groups = {groups} does not divide the {z.shape[1]} channels")
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     x = z - z.mean(0)  # centred over the batch
     x = x if permutation is None else x[:, permutation]
     x = x.unflatten(1, (groups, -1)).transpose(0, 1)  # [g, N, d/g]
+    if len(z) <= x.shape[2]:  # eigenvalues of 0, or of rounding noise
+        raise ValueError(f"N = {len(z)} samples cannot fill the {x.shape[2]} channels of a group")
     covariance = x.mT @ x / len(z)  # [g, d/g, d/g], biased
     y = x @ InverseSquareRoot.apply(covariance)  # ZCA
     y = y.transpose(0, 1).flatten(1)  # [N, d]

@@ -53,7 +53,8 @@ def parse_args(argv=None):
     parser.add_argument("--predictor-lr", choices=("constant", "decay"), default="constant", help="of the predictor; the paper's constant")
     parser.add_argument("--similarity", choices=("cosine", "softmax"), default="cosine", help="`softmax`: a cross-entropy")
     parser.add_argument("--asymmetric", action="store_true", help="one direction only: the first view of a pair predicts the second")
-    parser.add_argument("--head-bn", choices=("none", "hidden", "output", "all"), default="output", help="norms: also on the projector's output")
+    parser.add_argument("--head-bn", choices=("none", "hidden", "output", "all"), default="output",
+                        help="batch norm: on hidden layers, also on the projector's output (the paper's), also on the predictor's")
     return common.finish_arguments(parser, argv)
 
 

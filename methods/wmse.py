@@ -70,8 +70,9 @@ KINDS = ("cholesky", "zca", "pca", "bn", "none")
 
 def size_rules(args):
     """What the loss demands of the sizes. Raises UserError that names a flag and a value that works."""
+    common.check(args.batch_size > 2, "--batch-size 2 is too small to whiten; try --batch-size 256")
     common.check(args.batch_size % args.w_size == 0, f"--w-size {args.w_size} does not divide --batch-size {args.batch_size}; "
-                 f"try --w-size {common.divisor_near(args.batch_size, args.w_size)}")
+                 f"try --w-size {common.divisor_near(args.batch_size, args.w_size, 3)}")
     common.check(args.whitening in ("bn", "none") or args.w_size > args.proj_dim or args.eps > 0, f"--w-size {args.w_size} is too small for "
                  f"--proj-dim {args.proj_dim} dimensions; try --proj-dim {max(2, args.w_size // 2)} or --eps 1e-3")
 
@@ -103,7 +104,7 @@ def whiten(z, kind="cholesky", eps=0.0):
     """Whiten the channels over the samples: z [..., w, d] -> [..., w, d] with mean 0 and covariance I (divisor w - 1).
 
     kind: `cholesky` L^(-1) (W-MSE), `zca` U Lambda^(-1/2) U^T, `pca` Lambda^(-1/2) U^T, `bn` each channel's variance to 1 without
-    decorrelation, `none`: z as it is. eps: covariance becomes (1 - eps) S + eps I. Needs w > d, else S is singular. Raises ValueError."""
+    decorrelation, `none`: z as it is. eps: covariance becomes (1 - eps) S + eps I. Needs w > d or eps > 0, else S is singular: ValueError."""
     if kind not in KINDS:
         raise ValueError(f"kind = {kind!r} is none of {', '.join(KINDS)}")
     z = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -113,6 +114,8 @@ def whiten(z, kind="cholesky", eps=0.0):
     x = z - z.mean(-2, keepdim=True)  # centred over the samples
     if kind == "bn":
         return x / ((1 - eps) * x.square().sum(-2, keepdim=True) / (w - 1) + eps).sqrt()
+    if eps == 0 and w <= d:  # eigenvalues of 0, or of rounding noise
+        raise ValueError(f"w = {w} samples cannot fill {d} dimensions")
     covariance = x.mT @ x / (w - 1)  # [..., d, d]
     covariance = (1 - eps) * covariance + eps * torch.eye(d, dtype=x.dtype, device=x.device)
     if kind == "cholesky":

@@ -3,13 +3,12 @@
 import math
 
 import common
-import cw_rgp
 import numpy as np
 import pytest
 import torch
-import torch.nn as nn
+from conftest import run_here
 
-FIGURES = ("std_sqrt_d", "rank", "rank_1pct", "stable_rank", "stable_rank_sq", "rankme", "corr", "entropy")
+FIGURES = ("dim", "std_sqrt_d", "rank", "rank_1pct", "stable_rank", "stable_rank_sq", "rankme", "corr", "entropy")
 
 
 def seeded(seed=0):
@@ -156,8 +155,13 @@ def test_half_precision_and_gradients_do_no_harm():
 # ---- collapse_in_words ---------------------------------------------------------------------------
 
 
+def in_words(figures):
+    """As a run says it."""
+    return common.collapse_in_words(figures, figures["dim"])
+
+
 def words(z):
-    return common.collapse_in_words(common.collapse_metrics(z), min(z.shape[1], len(z) - 1))
+    return in_words(common.collapse_metrics(z))
 
 
 def test_words_for_one_point():
@@ -168,7 +172,7 @@ def test_words_for_one_point():
 @pytest.mark.parametrize("r", [1, 2, 4])
 def test_words_for_few_dimensions(r):
     z = torch.randn(500, r, generator=seeded(0)) @ torch.randn(r, 64, generator=seeded(1))
-    assert "DIMENSIONAL COLLAPSE" in words(z) and "64" in words(z)
+    assert "DIMENSIONAL COLLAPSE" in words(z) and " 64 dimensions" in words(z)
 
 
 def test_words_for_one_direction_that_drowns_the_others():
@@ -182,33 +186,20 @@ def test_no_words_for_healthy_embeddings():
     assert words(z) == "" and words(z + 1) == "" and words(z * torch.linspace(0.2, 1, 64)) == "" and words(cross(16)) == ""
 
 
-class NoisePictures:
-    """A test set of few images whose pixels are noise: pixels as embeddings fill as much space as that many points can."""
-
-    def __init__(self, count):
-        args = cw_rgp.parse_args(["--batch-size", "4", "--w-size", "4", "--image-size", "8", "--precision", "fp32"])
-        images = torch.randint(0, 256, (count, 3, 8, 8), generator=seeded(0), dtype=torch.uint8)
-        labels = torch.arange(count) % 2
-        self.data, self.args = common.Data(args, torch.device("cpu"), images, labels, images, labels, ["a", "b"]), args
+@pytest.mark.parametrize("n", [8, 24, 64])
+def test_a_small_test_set_is_not_taken_for_a_collapse(n):
+    """24 points span at most 23 dimensions of 512, however healthy; and few points of few dimensions are still a collapse."""
+    z = torch.randn(n, 512, generator=seeded(0))
+    assert words(z) == "" and common.collapse_metrics(z)["rank"] == n - 1
+    assert "COLLAPSE" in words(z[:, :1] @ torch.randn(1, 512, generator=seeded(1))) and "COLLAPSE" in words(torch.ones(n, 512))
 
 
-@pytest.mark.parametrize("count", [8, 16, 300])
-def test_a_small_test_set_is_not_taken_for_a_collapse(count):
-    """16 points span at most 15 dimensions of 192, however healthy."""
-    pictures = NoisePictures(count)
-    model = nn.Module()
-    model.backbone, model.projector = nn.Flatten(), nn.Identity()
-    row, collapse = common.monitor(model, pictures.data, pictures.args)
-    assert collapse == "" and row["rank"] == min(192, count - 1)
-
-
-def test_monitor_speaks_of_a_collapse():
-    pictures = NoisePictures(100)
-    model = nn.Module()
-    model.backbone, model.projector = nn.Flatten(), nn.Linear(192, 32)
-    nn.init.zeros_(model.projector.weight)
-    row, collapse = common.monitor(model, pictures.data, pictures.args)
-    assert "nearly one point" in collapse and row["rank"] == 0 and row["knn"] == 1.0  # each image is its own neighbour
+def test_a_run_with_few_test_images_does_not_speak_of_a_collapse_and_a_collapsed_one_does(flags, tmp_path, monkeypatch):
+    result = run_here("cw_rgp", flags("cw_rgp", "--proj-dim", 512, "--epochs", 1, "--image-size", 16))
+    assert result.status == 0 and "COLLAPSE" not in result.out
+    monkeypatch.setattr(common, "project", lambda projector, h, precision="fp32": torch.ones(len(h), 64))
+    result = run_here("cw_rgp", flags("cw_rgp", "--epochs", 1, "--image-size", 16, "--out", tmp_path / "other"))
+    assert result.status == 0 and "COLLAPSE: all embeddings are nearly one point" in result.out
 
 
 # ---- knn_accuracy --------------------------------------------------------------------------------
