@@ -90,7 +90,7 @@ def main(function, parse):
     except torch.cuda.OutOfMemoryError:
         print(f"{program}: error: out of GPU memory; try a smaller --batch-size or --precision bf16", file=sys.stderr)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # torch's word for it on CPUs
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in ("can't allocate", "not enough memory")):  # torch's word for it on CPUs
             raise
         print(f"{program}: error: out of memory; try a smaller --batch-size, --image-size or --proj-hidden", file=sys.stderr)
     with _broken_pipe_tolerated(sys.stdout):
@@ -521,7 +521,8 @@ def load_folder(args, device, root):
     check(os.path.isdir(root), f"--data-dir {root} is not a folder; try the folder that holds your images")
     train_root = os.path.join(root, "train") if os.path.isdir(os.path.join(root, "train")) else root
     train, labels, class_names = list_images(train_root)
-    check(train, f"--data-dir {root}: no images in {train_root} (looked for {', '.join(torchvision.datasets.folder.IMG_EXTENSIONS[:5])} ...)")
+    check(train, f"--data-dir {root}: no images in {train_root} (looked for "
+          f"{', '.join(torchvision.datasets.folder.IMG_EXTENSIONS[:5])} ...); try the folder that holds your images")
     check(len(train) > 1, f"--data-dir {root}: one image is too few; try a folder with at least some hundreds")
     check(len(class_names) != 1, f"--data-dir {root}: only one class, {(class_names or [''])[0]!r}, so labels measure nothing; "
           f"put the images straight into {train_root} to train without labels")
@@ -556,7 +557,7 @@ MEMORY_LIMIT = 6 * 2**30  # bytes of images kept in memory; beyond, or with --st
 def data_from_files(args, device, train, labels, test, test_labels, class_names):
     """Data from lists of files: decoded once into memory where they fit, else read from disk by workers as training goes on."""
     shape = read_image(next((path for path in train if read_image(path) is not None), train[0]))
-    check(shape is not None, f"--data-dir {args.data_dir}: none of the {len(train)} files can be read as an image")
+    check(shape is not None, f"--data-dir {args.data_dir}: none of the {len(train)} files can be read as an image; try another --data-dir")
     shorter = min(shape.shape[1:])
     args.image_size = args.image_size or min(64, shorter)
     side = args.image_size if shorter <= args.image_size else math.ceil(args.image_size * 8 / 7)
@@ -1067,7 +1068,8 @@ def learning_rate(args, step, total_steps, steps_per_epoch):
     if args.schedule == "cosine":
         return (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup))) / 2
     if args.schedule == "step":
-        return 0.2 ** sum(step >= total_steps - epochs * steps_per_epoch for epochs in (50, 25))
+        drops = (total_steps - epochs * steps_per_epoch for epochs in (50, 25))
+        return 0.2 ** sum(step >= drop > 0 for drop in drops)  # a drop before the start does not count
     return 1.0
 
 
@@ -1150,7 +1152,7 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=20, temperature=0.0
 def collapse_metrics(z, eps=1e-4):
     """How much of its space a set of embeddings z [N, d] fills. Returns a dict of floats, computed in float64:
 
-    dim              d
+    dim              dimensions that N rows can fill, min(d, N - 1)
     std_sqrt_d       mean over channels of the standard deviation of the l2-normalised rows, times sqrt(d): 1 if isotropic, 0 if constant (SimSiam)
     rank             singular values of centred z above max(N, d) * 2^-23 * the largest (float32's resolution: what numpy and torch call rank)
     rank_1pct        singular values above a hundredth of the largest
@@ -1177,12 +1179,12 @@ def collapse_metrics(z, eps=1e-4):
     off_diagonal = (correlation.sum() - correlation.diagonal().sum()) / max(1, d * (d - 1))
     entropy = 0.5 * torch.linalg.slogdet(2 * math.pi * math.e * (covariance + eps * torch.eye(d, dtype=z.dtype)))[1]
     figures = {
-        "dim": d,
+        "dim": min(d, max(1, n - 1)),
         "std_sqrt_d": unit.std(0, unbiased=False).mean() * math.sqrt(d),
         "rank": (s > 0).sum(),
         "rank_1pct": (s > 0.01 * largest).sum(),
         "stable_rank": s.sum() / largest,
-        "stable_rank_sq": s.square().sum() / largest**2,
+        "stable_rank_sq": (s / largest).square().sum(),
         "rankme": (-(p * p.log()).sum()).exp(),
         "corr": off_diagonal,
         "entropy": entropy,
@@ -1195,7 +1197,7 @@ def collapse_in_words(figures, dim):
     if figures["std_sqrt_d"] < 0.1:
         return f"COLLAPSE: all embeddings are nearly one point (std x sqrt(d) = {figures['std_sqrt_d']:.3f}, healthy: near 1)"
     if figures["stable_rank_sq"] < 1.5 or figures["rank_1pct"] < 0.1 * dim:
-        return (f"DIMENSIONAL COLLAPSE: the embeddings fill few of their {dim} dimensions "
+        return (f"DIMENSIONAL COLLAPSE: the embeddings fill few of their {dim:.0f} dimensions "
                 f"(rank {figures['rank_1pct']:.0f}, stable rank {figures['stable_rank_sq']:.1f})")
     return ""
 
@@ -1249,8 +1251,6 @@ class Run:
         self.stop_signal = 0
         self.folder = self._open_folder()
         self._prepare_watch()
-        if rank() == 0:
-            write_file(os.path.join(self.folder, "config.json"), json.dumps(self._config(), indent=1).encode())
         for number_ in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number_, self._on_signal)
 
@@ -1292,13 +1292,15 @@ class Run:
 
     def resume(self):
         """With --resume, load the last good checkpoint into model and optimizer. Returns the step to go on from; 0 afresh."""
-        if not self.args.resume:
-            return 0
-        checkpoint = load_last(self.folder)
+        checkpoint = load_last(self.folder) if self.args.resume else None
+        if checkpoint:
+            self._check_same_run(checkpoint)
+        if rank() == 0:  # not before: a resume that is refused leaves the record as it was
+            write_file(os.path.join(self.folder, "config.json"), json.dumps(self._config(), indent=1).encode())
         if checkpoint is None:
-            say(f"no checkpoint in {self.folder}: starting afresh")
+            if self.args.resume:
+                say(f"no checkpoint in {self.folder}: starting afresh")
             return 0
-        self._check_same_run(checkpoint)
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.loss_sum.copy_(checkpoint["loss_sum"])
@@ -1500,6 +1502,8 @@ def write_file(path, content, keep_as=None):
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
+            if keep_as and not os.path.exists(path):
+                os.replace(keep_as, path)
             os.remove(temporary)
         raise UserError(f"{path} could not be written ({error.strerror}); what was there before stays; "
                         "make room there or try another place") from error

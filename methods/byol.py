@@ -67,8 +67,8 @@ def parse_args(argv=None):
 
 def size_rules(args):
     """What the loss demands of the sizes. Raises UserError that names a flag and a value that works."""
-    common.check(args.norm == "bn" or args.proj_hidden % 16 == 0, f"--norm gn needs a multiple of 16, not --proj-hidden {args.proj_hidden}; "
-                 "try --proj-hidden 1024")
+    common.check(args.norm == "bn" or (args.proj_hidden % 16 == 0 and args.proj_hidden >= 64), "--norm gn has 16 groups and needs a multiple "
+                 f"of 16 from 64 on, not --proj-hidden {args.proj_hidden}; try --proj-hidden 1024")
 
 
 def byol_loss(p, z):
