@@ -696,15 +696,15 @@ def read_or_next(paths, index):
     raise UserError("none of the image files can be read; see --data-dir")
 
 
-PATTERN_CLASSES = ["stripes", "checks", "dots", "bricks", "zigzag", "grid", "rings", "triangles", "scales", "crosses"]
+PATTERN_CLASSES = ["stripes", "checks", "dots", "bricks", "zigzag", "grid", "rings", "triangles", "weave", "crosses"]
 
 
 def make_patterns(seed=0, train=10_000, test=2_000):
-    """(train_images uint8 [N, 3, 32, 32], train_labels int64 [N], test_images, test_labels): textures in two random colours.
+    """(train_images uint8 [N, 3, 32, 32], train_labels int64 [N], test_images, test_labels): textures in two greyish colours.
 
-    Nothing but the texture tells the class: the colours, the period, the phase, the tilt, the warp, the shading and the
-    pixel noise are drawn for each image alike. Every class is one line: g > 0 where the first colour goes, g < 0 for the second.
-    """
+    Nothing but the texture tells the class: period, phase, tilt, warp, colours, shading and noise are drawn alike for all
+    classes, and half of every image is ink. The colours vary little, on purpose: what tells one *image* from all others and
+    survives the augmentation (a colour, say) would let a method tell its images apart without learning any texture."""
     rng, n = np.random.default_rng(seed), train + test
     labels = np.arange(n) % 10  # balanced; shuffled below, in each split apart
     labels = np.concatenate([labels[:train][np.argsort(rng.random(train))], labels[train:][np.argsort(rng.random(test))]])
@@ -715,33 +715,31 @@ def make_patterns(seed=0, train=10_000, test=2_000):
     for k in range(10):
         mine = np.flatnonzero(labels == k)
         draw = lambda low, high, *shape: low + (high - low) * rng.random((len(mine), *(shape or (1, 1))))
-        # Coordinates (u, v) that count periods: bent by a smooth warp, turned by a small tilt, scaled and shifted.
-        px = x + draw(.05, .18) * np.sin(draw(2, 4) * y + draw(0, 6.3))
-        py = y + draw(.05, .18) * np.sin(draw(2, 4) * x + draw(0, 6.3))
-        tilt, scale = draw(-.2, .2), draw(1.8, 2.8)  # radians; periods in 16 pixels
+        # Coordinates (u, v) that count periods: bent by a smooth warp, turned by a tilt, scaled and shifted.
+        px = x + draw(.1, .25) * np.sin(draw(2, 4) * y + draw(0, 6.3))
+        py = y + draw(.1, .25) * np.sin(draw(2, 4) * x + draw(0, 6.3))
+        tilt, scale = draw(-.4, .4) * (8 if k == 0 else 1), draw(1.8, 3)  # radians (stripes lie at any angle); periods in 16 pixels
         u = scale * (px * np.cos(tilt) - py * np.sin(tilt)) + draw(0, 8)
         v = scale * (px * np.sin(tilt) + py * np.cos(tilt)) + draw(0, 8)
-        row = np.floor(v)
+        row, column = np.floor(v), np.floor(u)
         a, b, c, d = wave(u), wave(v), wave(u + row / 2), v - row  # c: every second row is shifted; d: 0 ... 1 in a row
-        g = (lambda: wave(1.5 * v) - .25,  # stripes
+        g = (lambda: 1.5 * wave(1.5 * v),  # stripes
              lambda: 4 * (a - .25) * (b - .25),  # checks
-             lambda: .33 - np.hypot(c, d - .5),  # dots
-             lambda: np.minimum(wave(u / 2 + row / 4), b) - .1,  # bricks
-             lambda: wave(v + 1.2 * a) - .25,  # zigzag
-             lambda: np.minimum(a, b) - .1,  # grid
-             lambda: .1 - np.abs(np.hypot(a, b) - .33),  # rings
-             lambda: (d - 2 * a) / 2,  # triangles
-             lambda: .1 - np.abs(np.hypot(c, d) - .5),  # scales
-             lambda: np.minimum(.12 - np.minimum(a, b), .36 - np.maximum(a, b)))[k]()  # crosses
+             lambda: np.hypot(c, d - .5),  # dots
+             lambda: np.minimum(wave(.7 * u + np.floor(1.4 * v) / 2), wave(1.4 * v)),  # bricks
+             lambda: wave(v + 1.2 * a),  # zigzag
+             lambda: np.minimum(a, b),  # grid
+             lambda: np.abs(np.hypot(a, b) - .33),  # rings
+             lambda: d / 2 - a,  # triangles
+             lambda: np.where((row + column) % 2 == 0, wave(2 * u + .25), wave(2 * v + .25)) / 2,  # weave
+             lambda: np.maximum(np.minimum(a, b) - .12, np.maximum(a, b) - .36))[k]()  # crosses
+        g = (g - np.median(g, (1, 2), keepdims=True)) * np.where(draw(0, 1) < .5, 1, -1)  # ink where g > 0: half of the image
         ink = np.clip(.5 + 16 / scale * g, 0, 1)[:, None]  # edges one pixel wide
-        # Two colours of any hue, apart in brightness, either one on top.
-        dark = draw(.15, .35, 1, 1, 1)
-        light = dark + draw(.4, .55, 1, 1, 1)
-        hue1, hue2 = (h - h.mean(1, keepdims=True) for h in (draw(0, .2, 3, 1, 1), draw(0, .2, 3, 1, 1)))
-        ink = np.where(draw(0, 1, 1, 1, 1) < .5, ink, 1 - ink)
-        image = (dark + hue1) + ink * (light + hue2 - dark - hue1)
-        for t in (x, y):  # coloured shading
-            image += draw(0, .12, 3, 1, 1) * np.sin(draw(2, 4, 3, 1, 1) * t + draw(0, 6.3, 3, 1, 1))
+        dark = draw(.25, .35, 1, 1, 1) + draw(-.03, .03, 3, 1, 1)
+        light = dark + draw(.35, .4, 1, 1, 1) + draw(-.03, .03, 3, 1, 1)
+        image = dark + ink * (light - dark)
+        for t in (x, y):  # shading
+            image += .1 * np.sin(draw(2, 4, 1, 1, 1) * t + draw(0, 6.3, 1, 1, 1))
         image += draw(-.06, .06, 3, 32, 32)  # pixel noise
         images[mine] = np.rint(255 * np.clip(image, 0, 1))
     return images[:train], labels[:train], images[train:], labels[train:]

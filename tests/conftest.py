@@ -84,6 +84,7 @@ def run_here(method, argv):
     import common
 
     module = importlib.import_module(method)
+    gc.freeze()  # what is there already need not be looked through below
     out, err = io.StringIO(), io.StringIO()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -53,8 +53,8 @@ def two_steps(method, folder, out, *more):
 
 
 def two_steps_flags(method, folder, out, *more):
-    return [*SMALL, *SMALL_OF[method], "--dataset", "folder", "--data-dir", folder, "--out", out, "--batch-size", "64", "--image-size", "16",
-            "--proj-hidden", "64", "--eval-every", "0", "--warmup", "0", "--weight-decay", "0", *more]
+    return [*SMALL, *SMALL_OF[method], "--dataset", "folder", "--data-dir", folder, "--out", out, "--batch-size", "64",
+            "--image-size", "16", "--proj-hidden", "64", "--eval-every", "0", "--warmup", "0", "--weight-decay", "0", *more]
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +99,8 @@ def test_training_moves_every_parameter_that_it_should(method, plain, small_fold
 CHANGE_THE_LOSS = [
     "simclr --temperature 0.1", "moco --no-shuffle", "moco --bn-splits 1", "moco --temperature 0.2", "moco --proj-layers 2",
     "byol --predictor linear", "byol --predictor direct", "byol --predictor none", "byol --norm gn",
-    "simsiam --predictor none", "simsiam --similarity softmax", "simsiam --asymmetric", "simsiam --head-bn none", "simsiam --head-bn hidden",
-    "simsiam --head-bn all", "simsiam --pred-hidden 8", "barlow --standardize l2", "barlow --lambd 0.5", "vicreg --scaling paper",
+    "simsiam --predictor none", "simsiam --similarity softmax", "simsiam --asymmetric", "simsiam --head-bn none",
+    "simsiam --head-bn hidden", "simsiam --head-bn all", "simsiam --pred-hidden 8", "barlow --standardize l2", "barlow --lambd 0.5", "vicreg --scaling paper",
     "vicreg --inv 1 --var 2 --cov 3", "vicreg --var 0", "vicreg --cov 0", "wmse --whitening zca", "wmse --whitening pca",
     "wmse --whitening bn", "wmse --whitening none", "wmse --w-iter 2", "wmse --w-size 32", "wmse --eps 0.1", "wmse --views 4",
     "shuffled_dbn --no-shuffle", "shuffled_dbn --groups 8", "shuffled_dbn --groups 0", "cw_rgp --permutation shared",
@@ -144,14 +144,15 @@ def test_switch_runs(line, small_folder, tmp_path):
 def test_simsiam_predictor_rate_decays_only_if_told(plain, small_folder, tmp_path):
     """After two steps of a cosine the rate is half; the predictor's stays."""
     two_steps("simsiam", small_folder, tmp_path / "run", "--predictor-lr", "decay")
-    groups = [torch.load(out / "last.pt", weights_only=True)["optimizer"]["param_groups"] for out in (plain("simsiam")[1], tmp_path / "run")]
-    rates = [sorted({round(group["lr"] / group["peak_lr"], 6) for group in g}) for g in groups]
-    assert rates == [[0.5, 1.0], [0.5]]
+    def rates(folder):
+        groups = torch.load(folder / "last.pt", weights_only=True)["optimizer"]["param_groups"]
+        return sorted({round(group["lr"] / group["peak_lr"], 6) for group in groups})
+    assert rates(plain("simsiam")[1]) == [0.5, 1.0] and rates(tmp_path / "run") == [0.5]
 
 
 @pytest.mark.parametrize("recipe", sorted(common.RECIPES))
 def test_augmentation_recipe_runs(recipe, small_folder, tmp_path):
-    two_steps("moco", small_folder, tmp_path / "run", "--augment", recipe, "--image-size", "32", "--epochs", "2")
+    two_steps("moco", small_folder, tmp_path / "run", "--augment", recipe, *(["--image-size", "32"] if recipe == "none" else []))
 
 
 @pytest.mark.skipif(not common.has_fast_bf16(torch.device("cpu")), reason="this processor does not compute in bf16")
@@ -159,7 +160,7 @@ def test_augmentation_recipe_runs(recipe, small_folder, tmp_path):
 def test_bf16_run_starts_from_nearly_the_same_loss(method, plain, small_folder, tmp_path):
     exact, rows = plain(method)[0], two_steps(method, small_folder, tmp_path / "run", "--precision", "bf16")
     exact, half = float(exact[0]["loss"]), float(rows[0]["loss"])
-    assert 0 < abs(half - exact) < 0.1 * abs(exact)
+    assert 0 < abs(half - exact) < 0.1 * max(1, abs(exact))
 
 
 # ---------------------------------------------------------------------------------------------- slow: does it learn
@@ -177,8 +178,6 @@ COLLAPSES = [
     "simsiam --no-stop-gradient", "simsiam --predictor none", "vicreg --var 0", "vicreg --var 0 --cov 0", "vicreg --cov 0",
     "wmse --whitening none", "wmse --whitening bn", "byol --predictor none --momentum 0",
 ]
-POINT = {line for line in COLLAPSES if line not in ("vicreg --cov 0", "wmse --whitening bn")}  # these keep a spread, but few dimensions
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", COLLAPSES)
@@ -190,7 +189,7 @@ def test_collapse_switch_collapses_in_words(line, tmp_path):
     row = {name: float(value) for name, value in table(tmp_path / "run")[-1].items()}
     last_word = result.out.strip().splitlines()[-3]
     assert last_word.startswith(("COLLAPSE", "DIMENSIONAL COLLAPSE")), (last_word, row)
-    assert row["std_sqrt_d"] < 0.1 if line in POINT and last_word.startswith("COLLAPSE") else row["rank_1pct"] < row["dim"] / 10 \
-        or row["stable_rank_sq"] < 1.5
+    few_dimensions = row["rank_1pct"] < row["dim"] / 10 or row["stable_rank_sq"] < 1.5
+    assert row["std_sqrt_d"] < 0.1 if last_word.startswith("COLLAPSE") else few_dimensions
     healthy = run_here(method, ["--out", tmp_path / "healthy", "--epochs", "8"])
     assert closing_scores(result.out)["kNN"] < closing_scores(healthy.out)["kNN"] - 5

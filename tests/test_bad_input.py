@@ -1,0 +1,204 @@
+"""Every flag of the nine scripts and of eval.py, given something that it cannot mean.
+
+Each case: status 2, one line on stderr that names the flag and says what would work, and no file written. A value that a
+message proposes ("try --flag VALUE") is then tried: the same command line with it has to be accepted."""
+
+import argparse
+import importlib
+import itertools
+import random
+import re
+
+import pytest
+
+import common
+from conftest import METHODS, SMALL_OF, is_one_line_error, run_here
+
+TRY = r"\btry |choose from"  # an explicit way out
+HELP = r"see \w+\.py --help"  # all that can be said of a flag that does not exist
+
+# (script, flags, what the message names, the way out)
+SHARED = [
+    ("--dataset mnist", "--dataset", TRY), ("--dataset Folder", "--dataset", TRY), ("--data-dir nowhere", "--data-dir nowhere", TRY),
+    ("--image-size 7", "--image-size", "try 32"), ("--image-size 1025", "--image-size", "try 32"), ("--image-size 32x32", "--image-size", "try 32"),
+    ("--backbone resnet17", "--backbone resnet17", "try tiny"), ("--backbone Tiny", "--backbone Tiny", "try tiny"),
+    ("--backbone vgg16", "--backbone vgg16", "try tiny"), ("--epochs 0", "--epochs", "try 15"), ("--epochs 1e3", "--epochs", "try 15"),
+    ("--epochs -1", "--epochs", "try 15"), ("--batch-size 1", "--batch-size", "try 256"), ("--batch-size 32.5", "--batch-size", "try 256"),
+    ("--lr 0", "--lr", "try 3e-3"), ("--lr nan", "--lr", "try 3e-3"), ("--lr inf", "--lr", "try 3e-3"), ("--lr 0,1", "--lr", "try 3e-3"),
+    ("--lr-bias -1", "--lr-bias", "try 3e-3"), ("--weight-decay=-1e-6", "--weight-decay", "try 1e-6"), ("--warmup -1", "--warmup", "try 500"),
+    ("--warmup 2.5", "--warmup", "try 500"), ("--schedule linear", "--schedule", TRY), ("--optimizer adamw", "--optimizer", TRY),
+    ("--augment mocov2", "--augment", TRY), ("--proj-hidden 0", "--proj-hidden", "try 1024"), ("--proj-dim 1", "--proj-dim", "try 128"),
+    ("--proj-layers 0", "--proj-layers", "try 2"), ("--proj-layers 9", "--proj-layers", "try 2"), ("--views 1", "--views", "try 2"),
+    ("--views 17", "--views", "try 2"), ("--seed -1", "--seed", "try 0"), ("--seed 2147483648", "--seed", "try 0"), ("--seed zero", "--seed", "try 0"),
+    ("--device gpu", "--device", TRY), ("--device cuda:0", "--device", TRY), ("--precision fp16", "--precision", TRY),
+    ("--num-workers -1", "--num-workers", "try 2"), ("--num-workers 257", "--num-workers", "try 2"), ("--eval-every -1", "--eval-every", "try 1"),
+    ("--save-every -5", "--save-every", "try 100"), ("--log-every 0", "--log-every", "try 10"), ("--lr", "--lr: expected one argument", HELP),
+    ("--learning-rate 1", "--learning-rate", HELP), ("--batch 32", "--batch", HELP), ("--resume yes", "yes", HELP), ("--compile=1", "--compile", HELP),
+]
+OF_METHOD = [
+    ("simclr", "--temperature 0", "--temperature", "try 0.5"), ("simclr", "--temperature -0.5", "--temperature", "try 0.5"),
+    ("simclr", "--stop-gradient=yes", "--stop-gradient", HELP), ("simclr", "--momentum 0.9", "--momentum", HELP),
+    ("moco", "--queue-size 0", "--queue-size", "try 4096"), ("moco", "--queue-size 100", "--queue-size 100", "try --queue-size 96"),
+    ("moco", "--queue-size 16", "--queue-size 16", "try --queue-size 32"), ("moco", "--queue-size 4e3", "--queue-size", "try 4096"),
+    ("moco", "--symmetric --queue-size 96", "--queue-size 96", "try --queue-size 64"),
+    ("moco", "--views 4 --queue-size 128", "--queue-size 128", "try --queue-size 96"),
+    ("moco", "--momentum 1.5", "--momentum", "try 0.99"), ("moco", "--momentum -0.1", "--momentum", "try 0.99"),
+    ("moco", "--temperature 0", "--temperature", "try 0.1"), ("moco", "--bn-splits 0", "--bn-splits", "try 8"),
+    ("moco", "--bn-splits 3", "--bn-splits 3", "try --bn-splits 1"), ("moco", "--bn-splits 32", "--bn-splits 32", "try --bn-splits 1"),
+    ("byol", "--momentum 2", "--momentum", "try 0.99"), ("byol", "--predictor cubic", "--predictor", TRY), ("byol", "--norm ln", "--norm", TRY),
+    ("byol", "--norm gn --proj-hidden 100", "--proj-hidden 100", "try --proj-hidden "), ("byol", "--queue-size 64", "--queue-size", HELP),
+    ("simsiam", "--pred-hidden 0", "--pred-hidden", TRY), ("simsiam", "--predictor direct", "--predictor", TRY),
+    ("simsiam", "--predictor-lr 0.1", "--predictor-lr", TRY), ("simsiam", "--similarity l2", "--similarity", TRY),
+    ("simsiam", "--head-bn some", "--head-bn", TRY), ("simsiam", "--asymmetric 1", "1", HELP),
+    ("barlow", "--lambd -1", "--lambd", "try 0.0051"), ("barlow", "--lambd 1e", "--lambd", "try 0.0051"), ("barlow", "--standardize none", "--standardize", TRY),
+    ("barlow", "--lambda 0.1", "--lambda", HELP),
+    ("vicreg", "--inv -1", "--inv", "try 25"), ("vicreg", "--var much", "--var", "try 25"), ("vicreg", "--cov nan", "--cov", "try 1"),
+    ("vicreg", "--scaling official", "--scaling", TRY),
+    ("wmse", "--whitening eigen", "--whitening", TRY), ("wmse", "--w-size 2", "--w-size", "try 3"), ("wmse", "--w-size 24", "--w-size 24", "try --w-size"),
+    ("wmse", "--w-size 3", "--w-size 3", "try --w-size"), ("wmse", "--proj-dim 16", "--w-size 16", "try --proj-dim 8 or --eps 1e-3"),
+    ("wmse", "--proj-dim 64 --w-size 32", "--proj-dim 64", "try --proj-dim 16 or --eps 1e-3"), ("wmse", "--w-iter 0", "--w-iter", "try 1"),
+    ("wmse", "--eps 1", "--eps", "try 0"), ("wmse", "--eps -0.1", "--eps", "try 0"),
+    ("shuffled_dbn", "--groups -1", "--groups", "try 0"), ("shuffled_dbn", "--groups 5", "--groups 5", "try --groups 4"),
+    ("shuffled_dbn", "--groups 1", "--batch-size 32", "try --groups 2"), ("shuffled_dbn", "--groups 64", "--groups 64", "try --groups 32"),
+    ("cw_rgp", "--groups 0", "--groups", "try 1"), ("cw_rgp", "--groups 3", "--groups 3", "try --groups 2"),
+    ("cw_rgp", "--w-size 5", "--w-size 5", "try --w-size 4"), ("cw_rgp", "--groups 8", "--w-size 16 is too large", "try --w-size 4 or --eps 1e-3"),
+    ("cw_rgp", "--groups 100", "--groups 100", "try --groups"), ("cw_rgp", "--permutation none", "--permutation", TRY),
+    ("cw_rgp", "--eps 1", "--eps", "try 0"), ("cw_rgp", "--detach-whitening=0", "--detach-whitening", HELP),
+]
+OF_EVAL = [
+    ("", "RUN", HELP), ("no-such-run", "no-such-run", "try runs/"), ("run --features H,h", "--features", "try H,Z"), ("run --features=", "--features", "try H,Z"),
+    ("run --dataset imagenet", "--dataset", TRY), ("run --dataset folder", "--data-dir", "needs --data-dir DIR"), ("run --probe-epochs -1", "--probe-epochs", "try 500"),
+    ("run --probe-epochs 1.5", "--probe-epochs", "try 500"), ("run --label-fraction 0", "--label-fraction", "try 0.1"),
+    ("run --label-fraction 1.01", "--label-fraction", "try 0.1"), ("run --label-fraction 10%", "--label-fraction", "try 0.1"),
+    ("run --seed -1", "--seed", "try 0"), ("run --batch-size 0", "--batch-size", "try 500"), ("run --device tpu", "--device", TRY),
+    ("run --precision fp64", "--precision", TRY), ("run --num-workers -1", "--num-workers", "try 2"), ("run --plot curves.pdf", "--plot curves.pdf", "try curves.pdf.png"),
+    ("run --plot nowhere/p.png", "--plot nowhere/p.png", "try a folder"), ("run --neighbors n", "--neighbors n", "try n.png"),
+    ("run --views nowhere/v.png", "--views nowhere/v.png", "try a folder"), ("run --json nowhere/r.json", "--json nowhere/r.json", "try a folder"),
+    ("run other --views v.png", "--views", "try run"), ("run --probe", "--probe", HELP), ("run --epochs 5", "--epochs", HELP),
+]
+# Each shared flag's cases go to the nine methods in turn, so that every script and every case is there without their product.
+CASES = ([(method, *case) for method, case in zip(itertools.cycle(METHODS), SHARED)] + OF_METHOD + [("eval", *case) for case in OF_EVAL])
+
+
+def command_line(script, text, images):
+    if script == "eval":
+        return text.split()
+    small = ["--batch-size", "32", "--epochs", "1", "--precision", "fp32", *SMALL_OF[script], "--dataset", "folder", "--data-dir", str(images)]
+    return small + text.split()
+
+
+def proposals(line):
+    """[(flag, value)] of the values that a message proposes."""
+    line = line.strip()
+    bare = re.search(r"error: (--[\w-]+): '.*' is not .*; try (\S+)$", line)
+    if bare:
+        return [bare.groups()]
+    after = line.rsplit("; try ", 1)
+    return re.findall(r"(--[\w-]+) ([\w.+-]+)", after[1].split(", or ")[0]) if len(after) == 2 else []
+
+
+def replaced(argv, flag, value):
+    """The command line with another value for a flag, in place of all that it was given before."""
+    kept = [word for i, word in enumerate(argv) if word != flag and not word.startswith(flag + "=") and (i == 0 or argv[i - 1] != flag)]
+    return [*kept, flag, value]
+
+
+def refusals(script, argv, most):
+    """How often a command line is refused, when the first proposal of each message is followed; at most `most`."""
+    for count in range(most):
+        try:
+            importlib.import_module(script).parse_args(argv)
+            return count
+        except common.UserError as error:
+            proposed = proposals(f"error: {error}")
+            assert proposed, f"{argv}: {error}"
+            argv = replaced(argv, *proposed[0])
+            print(f"error: {error}")
+    return most
+
+
+def everything_below(folder):
+    return sorted(path for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("script, text, named, way_out", CASES, ids=[f"{c[0]} {c[1]}" for c in CASES])
+def test_bad_input(script, text, named, way_out, small_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = command_line(script, text, small_folder)
+    result = run_here(script, argv)
+    assert is_one_line_error(result), (result.status, result.err)
+    said = result.err.split("error: ", 1)[1]
+    assert named in said and re.search(way_out, said), result.err
+    assert not result.out and everything_below(tmp_path) == []
+    for proposed in proposals(result.err):
+        assert refusals(script, replaced(argv, *proposed), most=2) <= 1, proposed  # 1: two sizes were wrong, so there are two messages
+
+
+def test_there_are_enough_cases_and_every_flag_has_one():
+    """Flags without a value, and those that take any text, cannot be wrong by themselves."""
+    assert len(CASES) >= 60
+    free = {"--out", "--stream", "--resume", "--compile", "--no-stop-gradient", "--one-way", "--no-shuffle", "--help", "--stop-gradient"}
+    known = {flag for module in METHODS for flag in flags_of(module)}
+    tried = {word.split("=")[0] for script, text, *_ in CASES if script != "eval" for word in text.split() if word.startswith("--")}
+    assert known - tried - free == set()
+    free = {"--help", "--data-dir"}  # the second: test_eval.py, since it takes a trained run
+    tried = {word.split("=")[0] for script, text, *_ in CASES if script == "eval" for word in text.split() if word.startswith("--")}
+    assert flags_of("eval") - tried - free == set()
+
+
+def flags_of(script):
+    """The long flags of a script's parser."""
+    found, real = [], argparse.ArgumentParser.parse_args
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, argv=None: (found.append(parser), real(parser, argv))[1])
+        importlib.import_module(script).parse_args(["run"] if script == "eval" else [])
+    return {flag for action in found[0]._actions for flag in action.option_strings if flag.startswith("--")}
+
+
+@pytest.mark.parametrize("script, text, named, proposed", [
+    ("vicreg", "--batch-size 128", "--batch-size 128 is larger than the data set of 64 images", ("--batch-size", "64")),
+    ("vicreg", "--image-size 16 --augment none", "--augment none does not crop", ("--augment", "crop-flip")),
+])
+def test_what_only_the_images_can_tell(script, text, named, proposed, small_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = command_line(script, text, small_folder)
+    result = run_here(script, argv)
+    assert is_one_line_error(result) and named in result.err and proposals(result.err) == [proposed], result.err
+    assert everything_below(tmp_path) == []
+    assert run_here(script, [*argv, *proposed, "--proj-hidden", "32"]).status == 0
+
+
+def test_processes_that_do_not_divide_the_batch(small_folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    argv = command_line("vicreg", "", small_folder)
+    result = run_here("vicreg", argv)
+    assert is_one_line_error(result) and "--batch-size 32 is not a multiple of the 3 processes; try 30" in result.err
+    importlib.import_module("vicreg").parse_args([*argv, "--batch-size", "30"])
+
+
+def test_more_than_the_memory_is_one_line(small_folder, tmp_path, monkeypatch):
+    """More bytes than a 64-bit processor can address, so that no system grants them."""
+    monkeypatch.chdir(tmp_path)
+    result = run_here("vicreg", command_line("vicreg", "--proj-hidden 1000000000000", small_folder))
+    assert is_one_line_error(result) and "out of memory; try a smaller --" in result.err
+
+
+SIZES = {
+    "moco": {"--batch-size": (2, 400), "--queue-size": (1, 3000), "--bn-splits": (1, 20), "--views": (2, 5)},
+    "wmse": {"--batch-size": (3, 400), "--w-size": (3, 200), "--proj-dim": (2, 100)},
+    "shuffled_dbn": {"--batch-size": (2, 400), "--proj-dim": (2, 600), "--groups": (0, 40)},
+    "cw_rgp": {"--batch-size": (2, 400), "--proj-dim": (2, 600), "--groups": (1, 40), "--w-size": (2, 200)},
+    "byol": {"--proj-hidden": (1, 4000)},
+}
+
+
+@pytest.mark.parametrize("method", SIZES)
+def test_following_the_proposals_ends_in_an_accepted_command_line(method):
+    """200 random sets of sizes; each refusal proposes a value, and whoever follows soon has a command line that is accepted."""
+    rng, refused = random.Random(method), 0
+    for _ in range(200):
+        argv = [word for flag, bounds in SIZES[method].items() for word in (flag, str(rng.randint(*bounds)))]
+        count = refusals(method, argv + ["--norm", "gn"] * (method == "byol"), most=5)
+        assert count < 5, argv
+        refused += count > 0
+    assert refused > 20  # else the sizes above are no test
