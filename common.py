@@ -1233,8 +1233,8 @@ def project(projector, h, precision="fp32"):
 # ==============================================================================
 
 CHECKPOINT_FORMAT = "nine-ssl-methods-1"
-# Flags that a resumed run may change: they do not touch the numbers.
-FREE_ON_RESUME = {"epochs", "out", "resume", "device", "num_workers", "log_every", "save_every", "compile", "data_dir", "stream"}
+# Flags that a resumed run may change: they do not touch the numbers, or (device, compile) no more than their rounding.
+FREE_ON_RESUME = {"epochs", "out", "resume", "device", "num_workers", "log_every", "save_every", "compile", "data_dir"}
 
 
 class Run:
@@ -1247,10 +1247,10 @@ class Run:
         self.rows, self.seconds_before, self.started = [], 0.0, time.monotonic()
         self.epoch_seconds_before, self.epoch_started = 0.0, time.monotonic()
         self.stop_signal = 0
-        self.folder = self._open_folder()
-        self._prepare_watch()
         for number_ in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number_, self._on_signal)
+        self.folder = self._open_folder()
+        self._prepare_watch()
 
     # ---- folder --------------------------------------------------------------
 
@@ -1316,8 +1316,10 @@ class Run:
         check(before["method"] == now["method"], f"--resume: {self.folder} is a run of {before['method']}, not of {now['method']}; try another --out")
         for name in sorted(set(now) - FREE_ON_RESUME):
             flag = "--" + name.replace("_", "-")
-            check(name in before and before[name] == now[name], f"--resume: {flag} was {before.get(name)} and is now {now[name]}; "
-                  f"try {flag} {before.get(name)}, or another --out")
+            given = before.get(name) not in (None, False)
+            remedy = f"it without {flag}" if not given else f"it with {flag}" if before[name] is True else f"{flag} {before[name]}"
+            check(before.get(name) == now[name], f"--resume: {flag} was {before.get(name)} and is now {now[name]}; "
+                  f"try {remedy}, or another --out")
         check(checkpoint["data"] == self.data.fingerprint, f"--resume: --data-dir held {checkpoint['data']} and now holds {self.data.fingerprint}; "
               "restore it, or try another --out")
         check(checkpoint["step"] <= self.total_steps,

@@ -20,8 +20,8 @@ def images(n, size, seed=0):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-@pytest.mark.parametrize("size, kernel, stride, padding, pool", [(8, 3, 1, 1, False), (32, 3, 1, 1, False), (33, 3, 1, 1, True), (64, 3, 1, 1, True),
-                                                                 (65, 7, 2, 3, True), (224, 7, 2, 3, True)])
+@pytest.mark.parametrize("size, kernel, stride, padding, pool", [
+    (8, 3, 1, 1, False), (32, 3, 1, 1, False), (33, 3, 1, 1, True), (64, 3, 1, 1, True), (65, 7, 2, 3, True), (224, 7, 2, 3, True)])
 def test_the_stem_of_a_resnet_follows_the_image_size(name, size, kernel, stride, padding, pool):
     network, _ = common.build_backbone(name, size)
     stem = network.conv1
@@ -124,10 +124,11 @@ def test_a_compiled_tiny_computes_the_same():
 
 @pytest.mark.slow
 def test_a_compiled_run_ends_like_an_uncompiled_one(flags, tmp_path):
+    """With SGD: Adam's first steps have the sign of each gradient alone, which rounding decides where a gradient is next to 0."""
     models = []
     for more in ([], ["--compile"]):
         out = tmp_path / f"run{len(more)}"
-        assert run_here("cw_rgp", flags("cw_rgp", "--epochs", 1, "--out", out, *more)).status == 0
+        assert run_here("cw_rgp", flags("cw_rgp", "--optimizer", "sgd", "--lr", 0.01, "--epochs", 1, "--out", out, *more)).status == 0
         models.append(torch.load(out / "last.pt", weights_only=True)["model"])
     assert list(models[0]) == list(models[1])
     for name, tensor in models[0].items():
@@ -165,7 +166,8 @@ def test_warm_up_is_linear_and_reaches_the_peak(schedule):
 
 
 def test_the_default_warm_up_is_500_steps_or_a_tenth_of_a_shorter_run():
-    assert factors("constant", 10_000)[498:501] == pytest.approx([499 / 500, 1, 1]) and factors("constant", 10_000)[0] == pytest.approx(1 / 500)
+    f = factors("constant", 10_000)
+    assert f[498:501] == pytest.approx([499 / 500, 1, 1]) and f[0] == pytest.approx(1 / 500)
     assert factors("constant", 1000)[0] == pytest.approx(1 / 100)
     assert factors("constant", 5) == [1.0] * 5
 
@@ -237,7 +239,8 @@ def test_weights_and_biases_form_groups_with_their_own_peak(name, kind):
     for group in optimizer.param_groups:
         flat = group["params"][0].dim() == 1
         assert all((p.dim() == 1) == flat for p in group["params"])
-        assert group["peak_lr"] == (0.02 if flat else 0.4) and group["excluded"] == flat and not group["constant"] and group["weight_decay"] == 0.1
+        assert group["peak_lr"] == (0.02 if flat else 0.4) and group["excluded"] == flat
+        assert not group["constant"] and group["weight_decay"] == 0.1
     owned = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(owned) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     if name == "sgd":

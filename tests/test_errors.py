@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, is_one_line_error, make_folder, run_here, run_script, write_image
 from test_data import gradient, save_broken
 
-WAY_OUT = re.compile(r"\btry |--help|put |remove |add --resume|wait for|restore|make room|needs --data-dir|another --out|try another|\bis too few\b")
+WAY_OUT = re.compile(r"\btry |--help|put |remove |add --resume|wait for|restore|make room|needs --data-dir|another --out")
 
 
 def refused(result, *words):
@@ -120,7 +120,8 @@ def test_bad_flags(argv, words, tmp_path, monkeypatch):
 
 SIZES = [  # flags that break a size rule, and the flag that the message names
     (["--batch-size", 100], "--w-size"), (["--batch-size", 37], "--w-size"), (["--batch-size", 32], "--w-size"),
-    (["--groups", 3], "--groups"), (["--groups", 16], "--w-size"), (["--proj-dim", 100], "--w-size"), (["--proj-dim", 7, "--groups", 2], "--groups"),
+    (["--groups", 3], "--groups"), (["--groups", 16], "--w-size"), (["--proj-dim", 100], "--w-size"),
+    (["--proj-dim", 7, "--groups", 2], "--groups"),
     (["--proj-dim", 64, "--groups", 1], "--w-size"), (["--proj-dim", 64, "--groups", 64], "--w-size"), (["--groups", 512], "--w-size"),
     (["--batch-size", 37, "--w-size", 37, "--proj-dim", 64], "--w-size"), (["--batch-size", 2, "--w-size", 2, "--proj-dim", 4], "--w-size"),
     (["--batch-size", 256, "--w-size", 256], "--w-size"),
@@ -183,8 +184,13 @@ def a_file(root):
     root.write_text("not a folder")
 
 
-@pytest.mark.parametrize("make, words", [(empty, ["no images"]), (one_class, ["one class"]), (one_image, ["one image"]), (a_file, ["not a folder"]),
-                                         (lambda root: None, ["not a folder"]), (all_broken, ["none of the"]), (too_small, ["small.png", "4x4"])])
+def nothing_there(root):
+    pass
+
+
+@pytest.mark.parametrize("make, words", [
+    (empty, ["no images"]), (one_class, ["one class"]), (one_image, ["one image"]), (a_file, ["not a folder"]),
+    (nothing_there, ["not a folder"]), (all_broken, ["none of the"]), (too_small, ["small.png", "4x4"])])
 def test_folders_that_cannot_be_trained_on(make, words, tmp_path, flags):
     make(tmp_path / "images")
     refused(run_here("cw_rgp", flags("cw_rgp", "--data-dir", tmp_path / "images")), tmp_path / "images", *words)
@@ -226,9 +232,9 @@ def test_a_read_only_disk_is_refused(flags, tmp_path, monkeypatch):
 def finished(small_folder, tmp_path_factory):
     """A finished run of one epoch, to be copied."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    argv = ["--batch-size", "32", "--epochs", "1", "--precision", "fp32", "--proj-dim", "64", "--w-size", "16", "--groups", "2", "--w-iter", "1",
-            "--image-size", "8", "--dataset", "folder", "--data-dir", str(small_folder)]
-    result = run_here("cw_rgp", [*argv, "--out", str(out)])
+    argv = ["--batch-size", 32, "--epochs", 1, "--precision", "fp32", "--proj-dim", 64, "--w-size", 16, "--groups", 2, "--w-iter", 1,
+            "--image-size", 8, "--dataset", "folder", "--data-dir", small_folder]
+    result = run_here("cw_rgp", [*argv, "--out", out])
     assert result.status == 0, result.err
     return SimpleNamespace(folder=out, argv=argv)
 
@@ -247,10 +253,11 @@ def test_an_out_that_holds_a_run_is_left_alone_without_resume(run):
     assert snapshot(run.folder) == before
 
 
-@pytest.mark.parametrize("flag, value", [("--lr", 0.5), ("--lr-bias", 0.5), ("--batch-size", 16), ("--w-size", 8), ("--groups", 1), ("--seed", 7), ("--views", 3),
-                                         ("--optimizer", "sgd"), ("--schedule", "step"), ("--augment", "simclr"), ("--weight-decay", 0.1), ("--warmup", 3),
-                                         ("--image-size", 16), ("--proj-dim", 128), ("--proj-hidden", 64), ("--eps", 0.1), ("--w-iter", 2),
-                                         ("--permutation", "shared"), ("--backbone", "resnet18"), ("--precision", "bf16"), ("--detach-whitening", None)])
+@pytest.mark.parametrize("flag, value", [
+    ("--lr", 0.5), ("--lr-bias", 0.5), ("--batch-size", 16), ("--w-size", 8), ("--groups", 1), ("--seed", 7), ("--views", 3),
+    ("--optimizer", "sgd"), ("--schedule", "step"), ("--augment", "simclr"), ("--weight-decay", 0.1), ("--warmup", 3),
+    ("--image-size", 16), ("--proj-dim", 128), ("--proj-hidden", 64), ("--eps", 0.1), ("--w-iter", 2), ("--permutation", "shared"),
+    ("--backbone", "resnet18"), ("--precision", "bf16"), ("--detach-whitening", None)])
 def test_resume_with_another_flag_names_it_with_both_values(run, flag, value):
     before = snapshot(run.folder)
     before.pop("config.json")
@@ -433,6 +440,7 @@ def test_every_file_of_a_run_on_a_really_full_device_is_one_line(finished, tmp_p
     (tmp_path / "run").mkdir()
     os.symlink("/dev/full", tmp_path / "run" / f"{name}.tmp")
     refused(run_here("cw_rgp", [*finished.argv, "--out", tmp_path / "run"]), tmp_path / "run" / name, "No space left")
+    assert not list((tmp_path / "run").glob("*.tmp")) and not (tmp_path / "run" / name).exists()
 
 
 def test_write_file_is_whole_or_not_at_all_and_keeps_the_one_before(tmp_path):

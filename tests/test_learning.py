@@ -100,8 +100,9 @@ CHANGE_THE_LOSS = [
     "simclr --temperature 0.1", "moco --no-shuffle", "moco --bn-splits 1", "moco --temperature 0.2", "moco --proj-layers 2",
     "byol --predictor linear", "byol --predictor direct", "byol --predictor none", "byol --norm gn",
     "simsiam --predictor none", "simsiam --similarity softmax", "simsiam --asymmetric", "simsiam --head-bn none",
-    "simsiam --head-bn hidden", "simsiam --head-bn all", "simsiam --pred-hidden 8", "barlow --standardize l2", "barlow --lambd 0.5", "vicreg --scaling paper",
-    "vicreg --inv 1 --var 2 --cov 3", "vicreg --var 0", "vicreg --cov 0", "wmse --whitening zca", "wmse --whitening pca",
+    "simsiam --head-bn hidden", "simsiam --head-bn all", "simsiam --pred-hidden 8", "barlow --standardize l2", "barlow --lambd 0.5",
+    "vicreg --scaling paper", "vicreg --inv 1 --var 2 --cov 3", "vicreg --var 0", "vicreg --cov 0",
+    "wmse --whitening zca", "wmse --whitening pca",
     "wmse --whitening bn", "wmse --whitening none", "wmse --w-iter 2", "wmse --w-size 32", "wmse --eps 0.1", "wmse --views 4",
     "shuffled_dbn --no-shuffle", "shuffled_dbn --groups 8", "shuffled_dbn --groups 0", "cw_rgp --permutation shared",
     "cw_rgp --permutation fixed", "cw_rgp --groups 1", "cw_rgp --w-iter 3", "cw_rgp --eps 0.1", "cw_rgp --views 4",
@@ -112,7 +113,7 @@ CHANGE_THE_STEP = [  # what the first step does, not what it starts from
     "simsiam --optimizer sgd", "barlow --optimizer lars", "vicreg --lr-bias 0.1", "shuffled_dbn --weight-decay 0.1",
 ]
 RUN = ["moco --symmetric --queue-size 128", "moco --views 3 --queue-size 128", "simclr --views 3", "byol --views 3", "vicreg --views 3",
-       "wmse --schedule step", "byol --schedule constant", "simclr --backbone resnet18", "simclr --save-every 1 --batch-size 32"]
+       "wmse --schedule step", "byol --schedule constant", "simclr --backbone resnet18 --image-size 8", "simclr --save-every 1 --batch-size 32"]
 
 
 def switched(line, small_folder, tmp_path):

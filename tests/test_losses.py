@@ -645,10 +645,21 @@ def test_whiten_takes_slices_along_leading_axes(kind):
     assert all(close(white[i, j], wmse.whiten(z[i, j], kind, 0.1), 1e-12) for i, j in np.ndindex(3, 2))
 
 
+@pytest.mark.parametrize("kind", ["cholesky", "zca", "pca"])
+def test_whiten_of_too_few_samples_is_an_error_unless_eps(kind):
+    """w samples, centred, span w - 1 dimensions: w = d is one too few, d + 1 is enough."""
+    with pytest.raises(ValueError, match="6 samples"):
+        wmse.whiten(torch.tensor(randn(6, 6)), kind)
+    assert wmse.whiten(torch.tensor(randn(6, 6)), kind, 0.1).isfinite().all()
+    enough = torch.tensor(randn(7, 6))
+    assert close(wmse.whiten(enough, kind).square().sum(), 6 * 6, 1e-6)
+    assert wmse.whiten(enough[:6], "bn").isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["cholesky", "zca"])
-def test_whiten_of_too_few_samples_is_not_a_number(kind):
-    """w <= d: the covariance is singular; what comes out must not look like embeddings. eps cures it."""
-    z = torch.tensor(randn(6, 24), dtype=torch.float32)
+def test_whiten_of_collapsed_embeddings_is_not_a_number(kind):
+    """Equal channels: what comes out must not look like embeddings. eps cures it."""
+    z = torch.tensor(np.repeat(np.sign(randn(32, 1)), 16, 1), dtype=torch.float32)
     assert not wmse.whiten(z, kind).isfinite().all()
     assert wmse.whiten(z, kind, 0.1).isfinite().all()
 
@@ -730,8 +741,10 @@ def test_shuffled_dbn_draws_by_the_generator_and_is_fixed_without_shuffle():
     assert same == 0 < shuffled_dbn.shuffled_dbn_loss(views[0], views[0], 2, generator(1))
 
 
-def test_shuffled_dbn_of_too_few_samples_is_not_a_number():
-    assert not shuffled_dbn.decorrelate(torch.tensor(randn(6, 48), dtype=torch.float32), 2).isfinite().all()
+def test_shuffled_dbn_names_what_is_wrong():
+    with pytest.raises(ValueError, match="3 channels"):
+        shuffled_dbn.decorrelate(torch.tensor(randn(3, 6)), 2)
+    assert shuffled_dbn.decorrelate(torch.tensor(randn(4, 6)), 2).isfinite().all()
     with pytest.raises(ValueError, match="groups"):
         shuffled_dbn.decorrelate(torch.zeros(9, 6), 4)
 
@@ -812,19 +825,31 @@ def test_cw_rgp_modes_draw_what_they_say():
     assert counts == {"fixed": 1, "shared": 12, "per-view": 12}  # one slice: only the groups are random
 
 
-@pytest.mark.parametrize("groups,w,d", [(4, 16, 32), (1, 24, 12)])
-def test_cw_rgp_more_samples_than_channels_is_not_a_number_unless_eps(groups, w, d):
+@pytest.mark.parametrize("groups,w,d", [(4, 9, 32), (1, 12, 12)])
+def test_cw_rgp_more_samples_than_channels_is_an_error_unless_eps(groups, w, d):
+    """At most d/g samples are uncorrelated over d/g channels; one fewer with one group, whose channels are centred."""
     views = tensors(*embeddings(w, d), dtype=torch.float32)
-    assert not cw_rgp.cw_rgp_loss(views, groups, w).isfinite()
+    with pytest.raises(ValueError, match=f"{w} samples"):
+        cw_rgp.cw_rgp_loss(views, groups, w)
+    assert cw_rgp.cw_rgp_loss([v[1:].double() for v in views], groups, w - 1).isfinite()
     inputs = [v.clone().requires_grad_() for v in views]
     loss = cw_rgp.cw_rgp_loss(inputs, groups, w, eps=1e-3)
     assert loss.isfinite() and all(g.isfinite().all() for g in torch.autograd.grad(loss, inputs))
 
 
+@pytest.mark.parametrize("mode", ["per-view", "fixed"])
+def test_cw_rgp_of_one_embedding_for_all_images_is_not_a_number(mode):
+    one = torch.tensor(randn(1, 64), dtype=torch.float32).repeat(16, 1)
+    assert not cw_rgp.cw_rgp_loss([one, one], 2, 16, permutation=mode).isfinite()
+    assert cw_rgp.cw_rgp_loss([one, one], 2, 16, eps=0.1, permutation=mode).isfinite()
+
+
 def test_cw_rgp_works_where_batch_whitening_cannot():
     """A9: fewer images than dimensions."""
     views = tensors(*embeddings(4, 32), dtype=torch.float32)
-    assert cw_rgp.cw_rgp_loss(views, 2, 4).isfinite() and not wmse.wmse_loss(views, 4).isfinite()
+    assert cw_rgp.cw_rgp_loss(views, 2, 4).isfinite()
+    with pytest.raises(ValueError, match="32 dimensions"):
+        wmse.wmse_loss(views, 4)
 
 
 def test_cw_rgp_names_what_is_wrong():

@@ -231,26 +231,28 @@ def test_seconds_go_on_counting(monkeypatch, images, tmp_path):
 
 # ---- real processes, really killed ---------------------------------------------------------------
 
-# The script as a user starts it, but slowed down after each step, so that a kill finds it where it is meant to.
-SLOWED = """
+# The script as a user starts it, but held in one step, so that a signal finds it there on a machine of any speed.
+HELD = """
 import os, runpy, sys, time
-sys.path.insert(0, sys.argv.pop(1))
-pause = float(sys.argv.pop(1))
+root, held, forever = sys.argv[1:4]
+sys.path.insert(0, root)
+sys.argv = sys.argv[4:]
 import common
 watch = common.Run.watch
 def watch_and_wait(run, step, loss):
     watch(run, step, loss)
-    if pause:
-        open(os.path.join(run.folder, f"in-step-{step}"), "w").close()
-        time.sleep(pause)
+    if step == int(held):
+        open(os.path.join(run.folder, "held"), "w").close()
+        for _ in range(24000):
+            time.sleep(0.01 if forever or not run.stop_signal else 0)
 common.Run.watch = watch_and_wait
-sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def start(method, argv, pause=0.4):
-    command = [sys.executable, "-c", SLOWED, str(ROOT), str(pause), str(ROOT / "methods" / f"{method}.py"), *argv]
+def start(method, argv, held=-1, forever=""):
+    """A process that waits in step `held` (-1: none) for a signal; `forever`: also after one."""
+    command = [sys.executable, "-c", HELD, str(ROOT), str(held), forever, str(ROOT / "methods" / f"{method}.py"), *argv]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONHASHSEED": "random"})
 
 
@@ -288,13 +290,13 @@ MORE_KILLS = {
 def kill_and_resume(method, images, tmp_path, kills):
     """Start one process per kill, all at once; kill each in its step; go on with each here. Yields name and folder."""
     runs = {}
-    for name, (_, _, _, more) in kills.items():
+    for name, (_, step, _, more) in kills.items():
         out = tmp_path / name.replace(" ", "-")
-        runs[name] = (out, start(method, arguments(method, images, out, *more)))
+        runs[name] = (out, start(method, arguments(method, images, out, *more), held=step))
     ends = {}
-    for name, (number, step, _, _) in sorted(kills.items(), key=lambda item: item[1][1]):  # the earliest step first
+    for name, (number, _, _, _) in kills.items():
         out, process = runs[name]
-        appeared = wait_for(process, out / f"in-step-{step}")
+        appeared = wait_for(process, out / "held")
         process.send_signal(number)
         ends[name] = finish(process)
         assert appeared, ends[name]
@@ -327,7 +329,7 @@ def test_kill_9_at_random_moments_until_it_is_done(images, unstopped, tmp_path, 
     out, kills, rng = tmp_path / "run", 0, random.Random(0)
     for attempt in range(60):
         written = (out / "last.pt").stat().st_mtime_ns if (out / "last.pt").exists() else 0
-        process = start(method, arguments(method, images, out, "--save-every", "1", *(["--resume"] if attempt else [])), pause=0.0)
+        process = start(method, arguments(method, images, out, "--save-every", "1", *(["--resume"] if attempt else [])))
         while process.poll() is None and not ((out / "last.pt").exists() and (out / "last.pt").stat().st_mtime_ns > written):
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.15))
@@ -345,8 +347,8 @@ def test_kill_9_at_random_moments_until_it_is_done(images, unstopped, tmp_path, 
 
 @pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once(images, tmp_path):
-    process = start("moco", arguments("moco", images, tmp_path / "run"), pause=30)
-    assert wait_for(process, tmp_path / "run" / "in-step-0")
+    process = start("moco", arguments("moco", images, tmp_path / "run"), held=0, forever="forever")
+    assert wait_for(process, tmp_path / "run" / "held")
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
