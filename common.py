@@ -317,7 +317,7 @@ class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 def step_seed(seed, step):
     """Seed of every random draw of a step that is not an augmentation: permutations and partitions, alike in all processes."""
-    return (seed + 1) * 2**32 + step
+    return int(np.random.SeedSequence((seed, 3, step)).generate_state(1)[0])  # 32 bits: torch's CPU generator drops what is above
 
 
 def synchronise_batch_norm(model):
@@ -572,7 +572,7 @@ def data_from_files(args, device, train, labels, test, test_labels, class_names)
             test, test_labels = decode(test, test_labels, side)
             test, test_labels = (test, test_labels) if len(test) else (None, None)
     data = Data(args, device, train, labels, test, test_labels, class_names)
-    data.fingerprint = fingerprint
+    data.fingerprint = fingerprint if stream else f"{len(data.train)} readable of {fingerprint}"
     return data
 
 
@@ -1376,6 +1376,7 @@ class Run:
         try:
             yield
         except torch.linalg.LinAlgError:
+            self.check_finite()  # of an earlier step
             bad = [name for name, outputs in self.outputs.items() if not all(bool(o.isfinite().all()) for o in outputs)]
             self._stop_non_finite(step, f"the output of the {bad[0]}" if bad else "the whitening")
 
@@ -1426,6 +1427,7 @@ class Run:
 
     def mean_loss(self):
         """Mean loss of the epoch, read after its last step; the clock for images/s stops here. Waits for the device."""
+        self.check_finite()  # before anything is measured with these weights
         mean = self.loss_sum.item() / self.data.steps_per_epoch
         self.training_seconds = self.epoch_seconds()
         return mean

@@ -147,18 +147,18 @@ def test_from_a_damaged_checkpoint_the_one_before_is_used_and_said(images, unsto
 
 
 def test_no_flipped_bit_changes_a_number_unseen(two_checkpoints, tmp_path, capfd):
-    """60 flips all over the file: the checkpoint is refused and the one before is read, or it is read as it was written."""
+    """30 flips all over the file: the checkpoint is refused and the one before is read, or it is read as it was written."""
     out = copied(two_checkpoints, tmp_path / "run")
     whole, refused = (out / "last.pt").read_bytes(), 0
     expected = {checkpoint["step"]: checkpoint for checkpoint in (common.load_checkpoint(str(out / name)) for name in ("last.pt", "previous.pt"))}
-    for i in range(60):
-        (out / "last.pt").write_bytes(flipped(whole, share=1 - (1 - i / 60) ** 3 if i % 2 else i / 60, bit=1 << i % 8))
+    for i in range(30):
+        (out / "last.pt").write_bytes(flipped(whole, share=1 - (1 - i / 30) ** 3 if i % 2 else i / 30, bit=1 << i % 8))
         found = common.load_last(str(out))
         refused += found["step"] == 4
         numbers = ({f"{part}.{name}": value for part in ("model", "optimizer") for name, value in flat(found_[part])}
                    for found_ in (found, expected[found["step"]]))
         assert first_difference(*numbers) == "", i
-    assert refused > 30
+    assert refused > 15
     capfd.readouterr()
 
 
@@ -309,7 +309,7 @@ def spoil_eigenvalues(monkeypatch, now, how):
     eigh = torch.linalg.eigh
 
     def spoilt(s, *args, **more):
-        if now.step == 5 and torch.is_grad_enabled() is not None:
+        if now.step == 5:
             if how == "LinAlgError":
                 raise torch.linalg.LinAlgError("linalg.eigh: (Batch element 0): the algorithm failed to converge")
             eigenvalues, u = eigh(s, *args, **more)

@@ -113,7 +113,8 @@ CHANGE_THE_STEP = [  # what the first step does, not what it starts from
     "simsiam --optimizer sgd", "barlow --optimizer lars", "vicreg --lr-bias 0.1", "shuffled_dbn --weight-decay 0.1",
 ]
 RUN = ["moco --symmetric --queue-size 128", "moco --views 3 --queue-size 128", "simclr --views 3", "byol --views 3", "vicreg --views 3",
-       "wmse --schedule step", "byol --schedule constant", "simclr --backbone resnet18 --image-size 8", "simclr --save-every 1 --batch-size 32"]
+       "wmse --schedule step", "byol --schedule constant", "simclr --backbone resnet18 --image-size 8",
+       "simclr --save-every 1 --batch-size 32"]
 
 
 def switched(line, small_folder, tmp_path):

@@ -244,7 +244,8 @@ def watch_and_wait(run, step, loss):
     if step == int(held):
         open(os.path.join(run.folder, "held"), "w").close()
         for _ in range(24000):
-            time.sleep(0.01 if forever or not run.stop_signal else 0)
+            if forever or not run.stop_signal:
+                time.sleep(0.01)
 common.Run.watch = watch_and_wait
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
