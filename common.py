@@ -1504,9 +1504,10 @@ def write_file(path, content, keep_as=None):
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
+            os.remove(temporary)
+        with contextlib.suppress(OSError):
             if keep_as and not os.path.exists(path):
                 os.replace(keep_as, path)
-            os.remove(temporary)
         raise UserError(f"{path} could not be written ({error.strerror}); what was there before stays; "
                         "make room there or try another place") from error
 

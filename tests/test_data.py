@@ -670,7 +670,8 @@ def test_a_file_that_vanishes_during_a_streamed_run_is_one_line_that_names_it(sm
         real(self, step, loss)
 
     monkeypatch.setattr(common.Run, "progress", vanish)
-    flags = stream_flags(root, tmp_path / "run", "--image-size", "16", "--stream", "--num-workers", workers, "--epochs", 2, "--eval-every", 0)
+    flags = stream_flags(root, tmp_path / "run", "--image-size", "16", "--stream",
+                         "--num-workers", workers, "--epochs", 2, "--eval-every", 0)
     result = run_here("cw_rgp", flags)
     assert is_one_line_error(result) and str(gone) in result.err, result.err
 

@@ -1129,6 +1129,14 @@ def test_byol_direct_predictor_model(s):
     assert "correlation" in model.state_dict() and "correlation" not in make(byol.BYOL).state_dict()
 
 
+def test_byol_direct_predictor_correlates_in_float32():
+    """bf16 embeddings: their correlation is that of the same numbers in float32, not rounded to bf16's three digits."""
+    model, z = make(byol.BYOL, dtype=torch.float32, predictor="direct"), torch.tensor(randn(32, 4)).bfloat16()
+    model.predict(z)
+    exact = 0.3 * torch.eye(4) + 0.7 * z.float().T @ z.float() / 32
+    assert close(model.correlation, exact, 1e-6)
+
+
 @pytest.mark.parametrize("predictor,structure", [("mlp", ["Linear", "BatchNorm1d", "ReLU", "Linear"]), ("linear", ["Linear"]),
                                                  ("direct", ["Identity"]), ("none", ["Identity"])])
 def test_byol_predictors(predictor, structure):
