@@ -90,7 +90,8 @@ def main(function, parse):
     except torch.cuda.OutOfMemoryError:
         print(f"{program}: error: out of GPU memory; try a smaller --batch-size or --precision bf16", file=sys.stderr)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in ("can't allocate", "not enough memory")):  # torch's word for it on CPUs
+        out_of_memory = isinstance(error, MemoryError) or any(words in str(error) for words in ("can't allocate", "not enough memory"))
+        if not out_of_memory:
             raise
         print(f"{program}: error: out of memory; try a smaller --batch-size, --image-size or --proj-hidden", file=sys.stderr)
     with _broken_pipe_tolerated(sys.stdout):

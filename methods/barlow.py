@@ -20,11 +20,12 @@ One step:
 Its value is large and should be: independent random embeddings give about d + lambda d (d - 1) / N.
 
 What prevents collapse: decorrelation (soft whitening of the channels). No negatives, predictor, stop-gradient or EMA.
-Diff it against vicreg.py: one term between the branches there, two terms per branch here become one between them.
+Diff it against vicreg.py: here one correlation matrix between the branches, there two regularisers in each.
 
-Deviations: biased variance with 1e-5 inside the root, as the official code's batch norm; over all processes' rows at once, with
-gradient (the official sum over processes halves the gradient on two); Adam, cosine schedule, the W-MSE augmentation and 2048 channels,
-so that the nine methods differ in the idea alone; more than two views: the mean over pairs of views.
+Deviations: biased variance with 1e-5 inside the root, as the official code's batch norm; C over all processes with gradient (the
+official in-place sum over W processes hides from autograd: its gradient is 1 / W of ours); more than two views: the mean over pairs.
+As in all nine files, so that a diff shows no recipe: Adam, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
+residual blocks that start as the identity.
 
     python methods/barlow.py                             # two minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/barlow.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
@@ -66,14 +67,14 @@ def barlow_twins_loss(z1, z2, lambd=0.0051, standardize="batch"):
     z1, z2: [N, d]. standardize: `batch`, every channel to mean 0 and variance 1 over the batch (biased, 1e-5 added to the variance); or
     `l2`, every row to length sqrt(d) (the variation of UniGrad, arXiv 2112.05141)."""
 
-    def standardise(z):
+    def normalised(z):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         if standardize == "l2":
             return F.normalize(z, dim=1) * z.shape[1] ** 0.5
         return (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt()
 
     n, d = z1.shape
-    c = standardise(z1).T @ standardise(z2) / n  # [d, d], Eq. 2
+    c = normalised(z1).T @ normalised(z2) / n  # [d, d], Eq. 2
     on_diagonal = (1 - c.diagonal()).square().sum()  # invariance
     off_diagonal = c.square().sum() - c.diagonal().square().sum()  # redundancy reduction
     return on_diagonal + lambd * off_diagonal  # Eq. 1
@@ -100,8 +101,8 @@ class BarlowTwins(nn.Module):
         z = [self.projector(v) for v in h]  # s x [n, d]
         with torch.autocast(h[0].device.type, enabled=False):  # the loss: float32 or better, over the global batch
             z = [common.gather(v) for v in z]  # s x [N, d]
-            pairs = [(z[i], z[j]) for j in range(len(z)) for i in range(j)]
-            return sum(barlow_twins_loss(a, b, self.lambd, self.standardize) for a, b in pairs) / len(pairs)
+            pairs = [(i, j) for j in range(len(views)) for i in range(j)]
+            return sum(barlow_twins_loss(z[i], z[j], self.lambd, self.standardize) for i, j in pairs) / len(pairs)
 
 
 def build(args):
@@ -165,15 +166,14 @@ def train(args):
 
     # ---- Close: kNN of all test images, beside two baselines -----------------
     run.save_backbone()
+    scores = {}
     if data.labelled:
         torch.manual_seed(args.seed)
         networks = {"kNN": model.backbone, "raw pixels": nn.Flatten(), "untrained backbone": build(args).backbone.to(device)}
-        for name, network in networks.items():
-            bank, queries = (common.extract(network, data, images, args.precision) for images in (data.labelled_train, data.test))
-            networks[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
-        run.close(networks)
-    else:
-        run.close({})
+        for name, encoder in networks.items():
+            bank, queries = (common.extract(encoder, data, images, args.precision) for images in (data.labelled_train, data.test))
+            scores[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
+    run.close(scores)
 
 
 # ==============================================================================

@@ -1,8 +1,8 @@
 """BYOL: predict the embedding that a slowly moving copy of the network gives to another view.
 
 Jean-Bastien Grill, Florian Strub, Florent Altche, Corentin Tallec, Pierre Richemond, Elena Buchatskaya, Carl Doersch, Bernardo Avila
-Pires, Zhaohan Guo, Mohammad Gheshlaghi Azar, Bilal Piot, Koray Kavukcuoglu, Remi Munos, Michal Valko: "Bootstrap Your Own Latent",
-NeurIPS 2020, arXiv 2006.07733. Official code: google-deepmind/deepmind-research, folder byol.
+Pires, Zhaohan Guo, Mohammad Gheshlaghi Azar, Bilal Piot, Koray Kavukcuoglu, Remi Munos, Michal Valko: "Bootstrap Your Own Latent: A New
+Approach to Self-Supervised Learning", NeurIPS 2020, arXiv 2006.07733. Official code: google-deepmind/deepmind-research, folder byol.
 
 The idea. An online network with a predictor on top shall foretell what a target network says of another view. The target is a
 moving average of the online network and gets no gradient. There are no negatives, and yet nothing collapses: the predictor
@@ -11,7 +11,7 @@ and the slow target make constant embeddings unstable.
 The loss (Eq. 2) for the prediction p of one view and the target embedding z' of the other, summed over both directions:
 
     L = |p/|p| - z'/|z'||^2 = 2 - 2 cos(p, z')                                           p, z' [N, d]
-    xi <- tau xi + (1 - tau) theta,   tau_k = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2   at step k of K
+    xi <- tau xi + (1 - tau) theta (Eq. 1),   tau_k = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2   at step k of K
 
 One step:
     p1, p2 = predictor(projector(backbone(x1))), the same of x2
@@ -23,9 +23,11 @@ One step:
 What prevents collapse: predictor, stop-gradient and the EMA target. No negatives, no whitening.
 Diff it against simsiam.py: the EMA target. Against moco.py: a predictor in place of the negatives.
 
-Deviations: Adam, cosine schedule and the W-MSE augmentation, heads 1024 and 64 and tau_base 0.99 of the W-MSE authors' CIFAR-10 runs, so
-that the nine methods differ in the idea alone (the paper: 4096, 256, 0.996); the target starts as a copy (official: its own random
-start); its batch norms use their own batch statistics (as official); more than two views: the mean over pairs of views.
+Deviations: heads 1024 and 64 and tau_base 0.99 of the W-MSE authors' CIFAR-10 runs (the paper: 4096, 256, 0.996); the target starts as a
+copy (official: its own random start); its batch norms use their own batch statistics (as official); more than two views: the mean
+over pairs of views.
+As in all nine files, so that a diff shows no recipe: Adam, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
+residual blocks that start as the identity.
 
     python methods/byol.py                               # two minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/byol.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
@@ -53,9 +55,9 @@ import common  # noqa: E402
 def parse_args(argv=None):
     parser = common.shared_arguments("byol", __doc__)
     parser.set_defaults(proj_hidden=1024, proj_dim=64, proj_layers=2)  # the W-MSE authors' CIFAR-10 runs; the paper on ImageNet: 4096, 256, 2
-    parser.add_argument("--momentum", type=common.number(float, 0, 1, example=0.99), default=0.99, help="tau_base, rising to 1; the paper's 0.996")
+    parser.add_argument("--momentum", type=common.number(float, 0, 1, example=0.99), default=0.99, help="tau_base, rising to 1; the paper's 0.996; 1: frozen")
     parser.add_argument("--predictor", choices=("mlp", "linear", "direct", "none"), default="mlp",
-                        help="`direct`: DirectPred, computed from the embeddings' correlation; `none` has no predictor")
+                        help="`direct`: DirectPred, from the embeddings' correlation")
     parser.add_argument("--norm", choices=("bn", "gn"), default="bn", help="norm of the heads: batch norm, or group norm, which sees no batch")
     return common.finish_arguments(parser, argv, size_rules)
 
@@ -88,7 +90,8 @@ def momentum_at(base, progress):
 def direct_predictor(correlation, eps=0.1):
     """DirectPred (Tian et al. 2021, arXiv 2102.06810): W [d, d] from the correlation F [d, d] of the embeddings.
 
-    F = U diag(s) U^T  ->  W = U diag(sqrt(s / max s) + eps) U^T: the optimal linear predictor shares F's eigenvectors."""
+    F = U diag(s) U^T  ->  W = U diag(sqrt(s / max s) + eps) U^T (the authors' code; the paper: sqrt(s) + eps max s). In training the
+    eigenvectors of a linear predictor come to agree with F's, so they are set at once."""
     s, u = torch.linalg.eigh(correlation)
     root = (s / s.max().clamp_min(1e-12)).clamp_min(0).sqrt() + eps
     return (u * root) @ u.mT
@@ -134,23 +137,23 @@ class BYOL(nn.Module):
                 xi.lerp_(theta, 1 - tau)
 
     def predict(self, z):
-        """Predictions [N, d] of embeddings [N, d]; with DirectPred W is set from the running correlation F <- 0.3 F + 0.7 z^T z / N."""
+        """Predictions, s x [n, d], of the embeddings of all views. DirectPred sets W from the correlation F <- 0.3 F + 0.7 z^T z / (s N)."""
         if not self.direct:
-            return self.predictor(z)
-        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            rows = common.gather(z)
+            return [self.predictor(v) for v in z]
+        with torch.no_grad(), torch.autocast(z[0].device.type, enabled=False):
+            rows = torch.cat([common.gather(v) for v in z])  # [s N, d]
             self.correlation.mul_(0.3).add_(0.7 * rows.T @ rows / len(rows))
             w = direct_predictor(self.correlation)
-        return z.to(w.dtype) @ w
+        return [v.to(w.dtype) @ w for v in z]
 
     def forward(self, views):
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
-        p = [self.predict(self.projector(v)) for v in h]  # s x [n, d]
+        p = self.predict([self.projector(v) for v in h])  # s x [n, d]
         with torch.no_grad():
             z = [self.target_projector(self.target_backbone(x)) for x in views]  # s x [n, d]
         with torch.autocast(h[0].device.type, enabled=False):  # the loss: float32 or better, over the global batch
             p, z = [common.gather(v) for v in p], [common.gather(v) for v in z]  # s x [N, d]
-            pairs = [(i, j) for j in range(len(z)) for i in range(j)]
+            pairs = [(i, j) for j in range(len(views)) for i in range(j)]
             return sum(byol_loss(p[i], z[j]) + byol_loss(p[j], z[i]) for i, j in pairs) / len(pairs)
 
 
@@ -216,15 +219,14 @@ def train(args):
 
     # ---- Close: kNN of all test images, beside two baselines -----------------
     run.save_backbone()
+    scores = {}
     if data.labelled:
         torch.manual_seed(args.seed)
         networks = {"kNN": model.backbone, "raw pixels": nn.Flatten(), "untrained backbone": build(args).backbone.to(device)}
-        for name, network in networks.items():
-            bank, queries = (common.extract(network, data, images, args.precision) for images in (data.labelled_train, data.test))
-            networks[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
-        run.close(networks)
-    else:
-        run.close({})
+        for name, encoder in networks.items():
+            bank, queries = (common.extract(encoder, data, images, args.precision) for images in (data.labelled_train, data.test))
+            scores[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
+    run.close(scores)
 
 
 # ==============================================================================

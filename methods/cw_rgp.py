@@ -26,12 +26,16 @@ One step:
 What prevents collapse: whitening; equal or low-rank embeddings cannot be whitened. No negatives, predictor, stop-gradient or EMA.
 Diff it against wmse.py: the whitened axis (samples here, channels there) and the random groups.
 
-Deviations: cosine schedule (the paper: --schedule step); each view alone sets the backbone's batch statistics, the projector
-sees all views as one batch (as in the official code); the whitening has a backward of its own, stable for equal eigenvalues.
-With random groups per view the loss has a positive floor, even for equal views: the partition acts as noise.
+Deviations: cosine schedule (the paper on CIFAR-10: --schedule step); the whitening has a backward of its own, stable for equal
+eigenvalues; no covariance term, which the official ImageNet script adds in the first half of the training. As in the official code
+each view alone sets the backbone's batch statistics, and the projector sees all views as one batch. With random groups per view the
+loss has a positive floor, even for equal views: the partition acts as noise.
 
     python methods/cw_rgp.py                             # two minutes on a laptop, offline
     torchrun --nproc_per_node=4 methods/cw_rgp.py --dataset cifar10 --backbone resnet18 --epochs 1000 --schedule step --warmup 500
+    torchrun --nproc_per_node=4 methods/cw_rgp.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
+        --proj-layers 3 --proj-hidden 2048 --proj-dim 1024 --groups 2 --w-size 128 --w-iter 1 --views 4 --augment moco-v2 \
+        --optimizer sgd --batch-size 512 --lr 0.1 --weight-decay 1e-4 --warmup 500 --epochs 100
 """
 
 import os
@@ -109,7 +113,8 @@ def channel_whiten(z, groups, permutation=None, eps=0.0, detach=False):
 
     z: [..., w, d], embeddings of w samples. permutation: [..., d], order of the channels before they are cut into `groups`
     equal groups; None keeps their own. eps: covariance becomes (1 - eps) S + eps I. Returns [..., w, d] with |row|^2 = d - g
-    and, in every group, orthogonal rows. Needs w <= d/g (w < d where g = 1) or eps > 0, else S is singular: ValueError."""
+    and, in every group, orthogonal rows. Needs w <= d/g (w < d where g = 1) or eps > 0, else S is singular: ValueError. Take
+    w <= d / (2 g): near the limit the smallest eigenvalue nears 0 and the gradient grows without bound."""
     if z.shape[-1] % groups:
         raise ValueError(f"groups = {groups} does not divide the {z.shape[-1]} channels")
     z = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -129,13 +134,12 @@ def channel_whiten(z, groups, permutation=None, eps=0.0, detach=False):
     return y if permutation is None else torch.zeros_like(y).scatter(-1, permutation, y)
 
 
-def cw_rgp_loss(views, groups=4, w_size=64, w_iter=1, eps=0.0, generator=None, permutation="per-view", detach=False):
+def cw_rgp_loss(views, groups=4, w_size=64, w_iter=4, eps=0.0, generator=None, permutation="per-view", detach=False):
     """Mean squared distance of the normalised, channel-whitened views (CW-RGP Eq. 2 and 4), a scalar in [0, 4].
 
     views: list of s >= 2 embeddings [N, d] of the same N images. The batch is cut at random into N / w_size slices, alike for all
     views, `w_iter` times; all s (s - 1) / 2 pairs of views count alike. Raises ValueError if w_size does not divide N."""
     z = torch.stack(list(views))  # [s, N, d]
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
     s, n, d = z.shape
     if n % w_size:
         raise ValueError(f"w_size = {w_size} does not divide the batch of {n}")
@@ -153,7 +157,7 @@ def cw_rgp_loss(views, groups=4, w_size=64, w_iter=1, eps=0.0, generator=None, p
         else:
             channels = random_order(s, n // w_size, d)
         y = F.normalize(channel_whiten(slices, groups, channels, eps, detach), dim=-1).flatten(1, 2)  # [s, N, d], Eq. 2
-        loss = loss + sum((2 - 2 * (y[i] * y[j]).sum(-1)).mean() for i in range(s) for j in range(i))  # Eq. 4
+        loss = loss + sum((2 - 2 * (y[i] * y[j]).sum(-1)).mean() for j in range(s) for i in range(j))  # Eq. 4
     return loss / (w_iter * s * (s - 1) / 2)
 
 
@@ -243,15 +247,14 @@ def train(args):
 
     # ---- Close: kNN of all test images, beside two baselines -----------------
     run.save_backbone()
+    scores = {}
     if data.labelled:
         torch.manual_seed(args.seed)
         networks = {"kNN": model.backbone, "raw pixels": nn.Flatten(), "untrained backbone": build(args).backbone.to(device)}
-        for name, network in networks.items():
-            bank, queries = (common.extract(network, data, images, args.precision) for images in (data.labelled_train, data.test))
-            networks[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
-        run.close(networks)
-    else:
-        run.close({})
+        for name, encoder in networks.items():
+            bank, queries = (common.extract(encoder, data, images, args.precision) for images in (data.labelled_train, data.test))
+            scores[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
+    run.close(scores)
 
 
 # ==============================================================================

@@ -1,7 +1,8 @@
 """MoCo: contrast every view with a queue of earlier keys from a slowly moving encoder.
 
 Kaiming He, Haoqi Fan, Yuxin Wu, Saining Xie, Ross Girshick: "Momentum Contrast for Unsupervised Visual Representation Learning",
-CVPR 2020, arXiv 1911.05722; v2: Xinlei Chen, Haoqi Fan, Ross Girshick, Kaiming He, arXiv 2003.04297.
+CVPR 2020, arXiv 1911.05722; v2: Xinlei Chen, Haoqi Fan, Ross Girshick, Kaiming He: "Improved Baselines with
+Momentum Contrastive Learning", 2020, arXiv 2003.04297.
 Official code: facebookresearch/moco.
 
 The idea. A query shall match the key of the same image among many keys of other images. The other keys are taken from a queue of
@@ -27,8 +28,10 @@ of the batch are normalised apart on one device, as in the authors' CIFAR-10 dem
 What prevents collapse: the negatives in the queue. Stop-gradient and EMA on the key side; no predictor, no whitening.
 Diff it against simclr.py: where the negatives come from. Against byol.py: a predictor in place of the negatives.
 
-Deviations: sizes of the authors' CIFAR-10 demo (queue 4096, m 0.99, tau 0.1, one linear layer); Adam, cosine schedule and the W-MSE
-augmentation, so that the nine methods differ in the idea alone; more than two views: the mean over pairs, view i asking for view j > i.
+Deviations: sizes of the authors' CIFAR-10 demo (queue 4096, m 0.99, tau 0.1, one linear layer); more than two views: the mean over
+pairs, view i asking for view j > i.
+As in all nine files, so that a diff shows no recipe: Adam, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
+residual blocks that start as the identity.
 
     python methods/moco.py                               # two minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/moco.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
@@ -165,6 +168,7 @@ class MoCo(nn.Module):
 
     def forward(self, views):
         s = len(views)
+        # View i asks, a later view j answers; with --symmetric every view does both.
         h = [self.backbone(x) for x in views[: s if self.symmetric else s - 1]]  # the views that ask, [n, feature_dim] each
         q = [self.projector(v) for v in h]
         self.update_key_encoder()
@@ -172,7 +176,7 @@ class MoCo(nn.Module):
         with torch.autocast(h[0].device.type, enabled=False):  # the loss: float32 or better, over the global batch
             q = [common.gather(v) for v in q]  # [N, d] each
             queue = self.queue.clone()  # of before this step; backward still needs it when the new keys are in
-            pairs = [(i, j) for j in range(s) for i in range(j)]
+            pairs = [(i, j) for j in range(len(views)) for i in range(j)]
             loss = sum(info_nce_loss(q[i], k[j], queue, self.temperature) for i, j in pairs) / len(pairs)
             if self.symmetric:  # the sum of both directions, not their mean
                 loss = loss + sum(info_nce_loss(q[j], k[i], queue, self.temperature) for i, j in pairs) / len(pairs)
@@ -242,15 +246,14 @@ def train(args):
 
     # ---- Close: kNN of all test images, beside two baselines -----------------
     run.save_backbone()
+    scores = {}
     if data.labelled:
         torch.manual_seed(args.seed)
         networks = {"kNN": model.backbone, "raw pixels": nn.Flatten(), "untrained backbone": build(args).backbone.to(device)}
-        for name, network in networks.items():
-            bank, queries = (common.extract(network, data, images, args.precision) for images in (data.labelled_train, data.test))
-            networks[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
-        run.close(networks)
-    else:
-        run.close({})
+        for name, encoder in networks.items():
+            bank, queries = (common.extract(encoder, data, images, args.precision) for images in (data.labelled_train, data.test))
+            scores[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
+    run.close(scores)
 
 
 # ==============================================================================

@@ -24,9 +24,10 @@ One step:
 What prevents collapse: the negatives. No predictor, stop-gradient, EMA or whitening.
 Diff it against moco.py: where the negatives come from (this batch, or a queue filled by a slowly moving encoder).
 
-Deviations: the paper's value, the mean over 2N anchors (the official code returns twice that); Adam, cosine schedule and the
-W-MSE augmentation by default, so that the nine methods differ in the idea alone; each view alone sets the backbone's batch
-statistics (the official code sends both views through as one batch); more than two views: the mean over all pairs of views.
+Deviations: the paper's value, the mean over 2N anchors (the official code returns twice that); each view alone sets the backbone's
+batch statistics (the official code sends both views through as one batch); more than two views: the mean over pairs of views.
+As in all nine files, so that a diff shows no recipe: Adam, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
+residual blocks that start as the identity.
 
     python methods/simclr.py                             # two minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/simclr.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
@@ -51,9 +52,9 @@ import common  # noqa: E402
 
 def parse_args(argv=None):
     parser = common.shared_arguments("simclr", __doc__)
-    parser.set_defaults(proj_hidden=512, proj_dim=128, proj_layers=2)  # the paper's; on ImageNet 2048, 128, 3 (official code)
+    parser.set_defaults(proj_hidden=512, proj_dim=128, proj_layers=2)  # the paper's two layers; the official code's 3 on ImageNet
     parser.add_argument("--temperature", type=common.number(float, above=0, example=0.5), default=0.5, help="tau; CIFAR-10 0.5, ImageNet 0.1")
-    parser.add_argument("--stop-gradient", action="store_true", help="no gradient through the targets: MoCo without its queue")
+    parser.add_argument("--stop-gradient", action="store_true", help="no gradient through the targets: MoCo without queue and slow encoder")
     return common.finish_arguments(parser, argv)
 
 
@@ -98,8 +99,8 @@ class SimCLR(nn.Module):
         z = self.projector(torch.cat(h)).chunk(len(views))  # s x [n, d]
         with torch.autocast(h[0].device.type, enabled=False):  # the loss: float32 or better, over the global batch
             z = [common.gather(v) for v in z]  # s x [N, d]
-            pairs = [(z[i], z[j]) for j in range(len(z)) for i in range(j)]
-            return sum(nt_xent_loss(a, b, self.temperature, self.stop_gradient) for a, b in pairs) / len(pairs)
+            pairs = [(i, j) for j in range(len(views)) for i in range(j)]
+            return sum(nt_xent_loss(z[i], z[j], self.temperature, self.stop_gradient) for i, j in pairs) / len(pairs)
 
 
 def build(args):
@@ -163,15 +164,14 @@ def train(args):
 
     # ---- Close: kNN of all test images, beside two baselines -----------------
     run.save_backbone()
+    scores = {}
     if data.labelled:
         torch.manual_seed(args.seed)
         networks = {"kNN": model.backbone, "raw pixels": nn.Flatten(), "untrained backbone": build(args).backbone.to(device)}
-        for name, network in networks.items():
-            bank, queries = (common.extract(network, data, images, args.precision) for images in (data.labelled_train, data.test))
-            networks[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
-        run.close(networks)
-    else:
-        run.close({})
+        for name, encoder in networks.items():
+            bank, queries = (common.extract(encoder, data, images, args.precision) for images in (data.labelled_train, data.test))
+            scores[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
+    run.close(scores)
 
 
 # ==============================================================================

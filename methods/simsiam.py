@@ -4,10 +4,10 @@ Xinlei Chen, Kaiming He: "Exploring Simple Siamese Representation Learning", CVP
 Official code: facebookresearch/simsiam.
 
 The idea. A predictor on one view shall foretell the embedding of the other view by the same network, and the gradient flows
-through the predicting side alone. Take the stop-gradient away and everything collapses at once. With it, the training
-alternates as EM does: the targets are held fixed while the network moves towards them.
+through the predicting side alone. Take the stop-gradient away and everything collapses at once. The authors' hypothesis: with
+it, the training alternates as EM does; the targets are held fixed while the network moves towards them.
 
-The loss (Eq. 1 and 2) for predictions p and embeddings z of two views:
+The loss (Eq. 1 and 4) for predictions p and embeddings z of two views:
 
     D(p, z) = -(p / |p|) . (z / |z|)                                                     p, z [N, d]
     L = D(p1, stopgrad(z2)) / 2 + D(p2, stopgrad(z1)) / 2                                mean over the batch, at least -1
@@ -20,9 +20,10 @@ One step:
 What prevents collapse: predictor and stop-gradient. No negatives, EMA or whitening.
 Diff it against byol.py: the EMA target. Watch --no-stop-gradient and --predictor none collapse: loss -1, std 0.
 
-Deviations: Adam, cosine schedule and the W-MSE augmentation, so that the nine methods differ in the idea alone; the CIFAR-10 heads of the
-paper's appendix D (two-layer projector, 2048 channels, predictor 512); more than two views: the mean over pairs of views.
-The predictor's learning rate stays constant, as in the official command.
+Deviations: the CIFAR-10 projector of the paper's appendix D (two layers, 2048 channels) and its ImageNet predictor (512); more than two
+views: the mean over pairs of views. The predictor's learning rate stays constant, as in the official command.
+As in all nine files, so that a diff shows no recipe: Adam, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
+residual blocks that start as the identity.
 
     python methods/simsiam.py                            # two minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/simsiam.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
@@ -47,14 +48,14 @@ import common  # noqa: E402
 def parse_args(argv=None):
     parser = common.shared_arguments("simsiam", __doc__)
     parser.set_defaults(proj_hidden=2048, proj_dim=2048, proj_layers=2)  # the paper's on CIFAR-10; on ImageNet 2048, 2048, 3
-    parser.add_argument("--pred-hidden", type=common.number(int, 1), default=512, help="width of the predictor's hidden layer; the paper's 512, d / 4")
+    parser.add_argument("--pred-hidden", type=common.number(int, 1), default=512, help="width of the predictor's hidden layer; the paper's d / 4")
     parser.add_argument("--no-stop-gradient", action="store_true", help="let the gradient through the targets: collapses")
     parser.add_argument("--predictor", choices=("mlp", "none", "fixed"), default="mlp", help="`none` collapses")
     parser.add_argument("--predictor-lr", choices=("constant", "decay"), default="constant", help="of the predictor; the paper's constant")
     parser.add_argument("--similarity", choices=("cosine", "softmax"), default="cosine", help="`softmax`: a cross-entropy")
     parser.add_argument("--asymmetric", action="store_true", help="one direction only: the first view of a pair predicts the second")
     parser.add_argument("--head-bn", choices=("none", "hidden", "output", "all"), default="output",
-                        help="batch norm: on hidden layers, also on the projector's output (the paper's), also on the predictor's")
+                        help="batch norm on `hidden` layers; also the projector's `output` (the paper's); `all`: also the predictor's")
     return common.finish_arguments(parser, argv)
 
 
@@ -112,16 +113,16 @@ class SimSiam(nn.Module):
         with torch.autocast(h[0].device.type, enabled=False):  # the loss: float32 or better, over the global batch
             p, z = [common.gather(v) for v in p], [common.gather(v) for v in z]  # s x [N, d]
             z = [v.detach() for v in z] if self.stop_gradient else z
-            pairs = [(i, j) for j in range(len(z)) for i in range(j)]
+            pairs = [(i, j) for j in range(len(views)) for i in range(j)]
             if not self.symmetric:
                 return sum(self.similarity(p[i], z[j]) for i, j in pairs) / len(pairs)
-            return sum(self.similarity(p[i], z[j]) / 2 + self.similarity(p[j], z[i]) / 2 for i, j in pairs) / len(pairs)  # Eq. 2
+            return sum(self.similarity(p[i], z[j]) / 2 + self.similarity(p[j], z[i]) / 2 for i, j in pairs) / len(pairs)  # Eq. 4
 
 
 def build(args):
     backbone, feature_dim = common.build_backbone(args.backbone, args.image_size)
-    return SimSiam(backbone, feature_dim, args.proj_hidden, args.proj_dim, args.proj_layers, args.pred_hidden, not args.no_stop_gradient, args.predictor,
-                   args.predictor_lr, args.similarity, not args.asymmetric, args.head_bn)
+    return SimSiam(backbone, feature_dim, args.proj_hidden, args.proj_dim, args.proj_layers, args.pred_hidden,
+                   not args.no_stop_gradient, args.predictor, args.predictor_lr, args.similarity, not args.asymmetric, args.head_bn)
 
 
 # ==============================================================================
@@ -180,15 +181,14 @@ def train(args):
 
     # ---- Close: kNN of all test images, beside two baselines -----------------
     run.save_backbone()
+    scores = {}
     if data.labelled:
         torch.manual_seed(args.seed)
         networks = {"kNN": model.backbone, "raw pixels": nn.Flatten(), "untrained backbone": build(args).backbone.to(device)}
-        for name, network in networks.items():
-            bank, queries = (common.extract(network, data, images, args.precision) for images in (data.labelled_train, data.test))
-            networks[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
-        run.close(networks)
-    else:
-        run.close({})
+        for name, encoder in networks.items():
+            bank, queries = (common.extract(encoder, data, images, args.precision) for images in (data.labelled_train, data.test))
+            scores[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
+    run.close(scores)
 
 
 # ==============================================================================

@@ -23,8 +23,9 @@ or EMA. Watch --var 0 and --cov 0.
 Diff it against barlow.py: there one correlation matrix between the branches, here two regularisers in each.
 
 Deviations: the official code's scaling: half the sum of the variance terms, mean square over N and d (the paper's Eq. 5 and 6: the whole
-sum, squared distance summed over d: --scaling paper); Adam, cosine schedule, the W-MSE augmentation and 2048 channels, so that the nine
-methods differ in the idea alone; more than two views: the mean over pairs of views.
+sum, squared distance summed over d: --scaling paper); more than two views: the mean over pairs of views.
+As in all nine files, so that a diff shows no recipe: Adam, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
+residual blocks that start as the identity.
 
     python methods/vicreg.py                             # two minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/vicreg.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
@@ -53,7 +54,7 @@ def parse_args(argv=None):
     parser.add_argument("--inv", type=common.number(float, 0, example=25), default=25.0, help="lambda, of the invariance term; the paper's 25")
     parser.add_argument("--var", type=common.number(float, 0, example=25), default=25.0, help="mu, of the variance term; the paper's 25; 0 collapses")
     parser.add_argument("--cov", type=common.number(float, 0, example=1), default=1.0, help="nu, of the covariance term; the paper's 1")
-    parser.add_argument("--scaling", choices=("code", "paper"), default="code", help="see the deviations above")
+    parser.add_argument("--scaling", choices=("code", "paper"), default="code", help="of the terms: the official code's, or the paper's equations 5 and 6")
     return common.finish_arguments(parser, argv)
 
 
@@ -105,8 +106,8 @@ class VICReg(nn.Module):
         z = [self.projector(v) for v in h]  # s x [n, d]
         with torch.autocast(h[0].device.type, enabled=False):  # the loss: float32 or better, over the global batch
             z = [common.gather(v) for v in z]  # s x [N, d]
-            pairs = [(z[i], z[j]) for j in range(len(z)) for i in range(j)]
-            return sum(vicreg_loss(a, b, *self.weights, self.scaling) for a, b in pairs) / len(pairs)
+            pairs = [(i, j) for j in range(len(views)) for i in range(j)]
+            return sum(vicreg_loss(z[i], z[j], *self.weights, self.scaling) for i, j in pairs) / len(pairs)
 
 
 def build(args):
@@ -170,15 +171,14 @@ def train(args):
 
     # ---- Close: kNN of all test images, beside two baselines -----------------
     run.save_backbone()
+    scores = {}
     if data.labelled:
         torch.manual_seed(args.seed)
         networks = {"kNN": model.backbone, "raw pixels": nn.Flatten(), "untrained backbone": build(args).backbone.to(device)}
-        for name, network in networks.items():
-            bank, queries = (common.extract(network, data, images, args.precision) for images in (data.labelled_train, data.test))
-            networks[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
-        run.close(networks)
-    else:
-        run.close({})
+        for name, encoder in networks.items():
+            bank, queries = (common.extract(encoder, data, images, args.precision) for images in (data.labelled_train, data.test))
+            scores[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
+    run.close(scores)
 
 
 # ==============================================================================

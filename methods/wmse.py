@@ -10,23 +10,24 @@ gradient flows through it. Small slices of the batch, taken at random, whiten mo
 The loss for views Z1, Z2 of a slice of w images, Z [w, d]:
 
     S = (Z - mean)^T (Z - mean) / (w - 1)                [d, d] covariance of the channels over the samples
-    V = (Z - mean) L^(-T),  L L^T = S                    Cholesky whitening: V^T V / (w - 1) = I
-    L = mean over the images of |v1/|v1| - v2/|v2||^2    = 2 - 2 cos(v1, v2), over all pairs of views
+    Y = (Z - mean) L^(-T),  L L^T = S                    Cholesky whitening: Y^T Y / (w - 1) = I
+    L = mean over the images of |y1/|y1| - y2/|y2||^2    = 2 - 2 cos(y1, y2), over all pairs of views
 
 One step:
     x1, x2 = augment(x), augment(x)                      # N images
     z1, z2 = projector(backbone(x1)), projector(backbone(x2))
     for rows in random_partition(N, w):                  # the same images in both views
-        v1, v2 = whiten(z1[rows]), whiten(z2[rows])      # each view by itself
-    loss = mean(2 - 2 cos(v1, v2))
+        y1, y2 = whiten(z1[rows]), whiten(z2[rows])      # each view by itself
+    loss = mean(2 - 2 cos(y1, y2))
 
 What prevents collapse: whitening; fewer than d dimensions cannot be whitened. No negatives, predictor, stop-gradient or EMA.
 Diff it against cw_rgp.py: the whitened axis (channels here, samples there). Watch --whitening bn (one point no, few dimensions yes),
-none (all collapses) and pca (its axes jump from batch to batch, so the loss cannot fall): section 3.2 of arXiv 2210.03586.
+none (all collapses) and pca (its axes jump from batch to batch, so the loss cannot fall): sections 3.2 and 3.3
+of arXiv 2210.03586.
 
-Deviations: cosine schedule (the paper: --schedule step); each view alone sets the backbone's batch statistics, the projector sees all
-views as one batch (as in the official code); ZCA has a backward of its own, stable for equal eigenvalues; non-finite gradients of
-PCA are set to 0.
+Deviations: cosine schedule (the paper: --schedule step); batch 256 (the paper's two-view runs on CIFAR-10: 512); residual blocks start as
+the identity, as in all nine files (official: not); ZCA has a backward of its own, stable for equal eigenvalues; non-finite gradients of
+PCA are set to 0. As in the official code each view alone sets the backbone's batch statistics, and the projector sees all views as one batch.
 
     python methods/wmse.py                               # two minutes on a laptop, offline
     torchrun --nproc_per_node=4 methods/wmse.py --dataset cifar10 --backbone resnet18 --batch-size 512 --epochs 1000 --schedule step --warmup 500
@@ -56,7 +57,7 @@ def parse_args(argv=None):
     parser.add_argument("--w-size", type=common.number(int, 3), default=128, help="w, images whitened together; the paper's 2 d")
     parser.add_argument("--w-iter", type=common.number(int, 1), default=1, help="random partitions per step; the paper's 1, on larger images 4")
     parser.add_argument("--eps", type=common.number(float, 0, below=1), default=0.0, help="S becomes (1 - eps) S + eps I; the official code's 0")
-    parser.add_argument("--one-way", action="store_true", help="the second view of a pair is a fixed target: L1' of arXiv 2210.03586, Eq. 6")
+    parser.add_argument("--one-way", action="store_true", help="the second view of a pair is a fixed target: L1' of Eq. 6 in arXiv 2210.03586")
     return common.finish_arguments(parser, argv, size_rules)
 
 
@@ -139,13 +140,16 @@ def wmse_loss(views, w_size=128, w_iter=1, kind="cholesky", eps=0.0, generator=N
     s, n, d = z.shape
     if n % w_size:
         raise ValueError(f"w_size = {w_size} does not divide the batch of {n}")
+
+    def random_order(*shape):  # independent random permutations along the last axis
+        return torch.rand(shape, device=z.device, generator=generator).argsort(-1)
+
     loss = 0.0
     for _ in range(w_iter):
-        order = torch.rand(n, device=z.device, generator=generator).argsort()
-        slices = z[:, order].unflatten(1, (-1, w_size))  # [s, N/w, w, d], the same images in all views
-        v = F.normalize(whiten(slices, kind, eps), dim=-1).flatten(1, 2)  # [s, N, d]
-        target = v.detach() if one_way else v
-        loss = loss + sum((2 - 2 * (v[i] * target[j]).sum(-1)).mean() for j in range(s) for i in range(j))
+        slices = z[:, random_order(n)].unflatten(1, (-1, w_size))  # [s, N/w, w, d], the same images in all views
+        y = F.normalize(whiten(slices, kind, eps), dim=-1).flatten(1, 2)  # [s, N, d]
+        target = y.detach() if one_way else y
+        loss = loss + sum((2 - 2 * (y[i] * target[j]).sum(-1)).mean() for j in range(s) for i in range(j))
     return loss / (w_iter * s * (s - 1) / 2)
 
 
@@ -235,15 +239,14 @@ def train(args):
 
     # ---- Close: kNN of all test images, beside two baselines -----------------
     run.save_backbone()
+    scores = {}
     if data.labelled:
         torch.manual_seed(args.seed)
         networks = {"kNN": model.backbone, "raw pixels": nn.Flatten(), "untrained backbone": build(args).backbone.to(device)}
-        for name, network in networks.items():
-            bank, queries = (common.extract(network, data, images, args.precision) for images in (data.labelled_train, data.test))
-            networks[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
-        run.close(networks)
-    else:
-        run.close({})
+        for name, encoder in networks.items():
+            bank, queries = (common.extract(encoder, data, images, args.precision) for images in (data.labelled_train, data.test))
+            scores[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
+    run.close(scores)
 
 
 # ==============================================================================
