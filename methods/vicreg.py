@@ -54,7 +54,7 @@ def parse_args(argv=None):
     parser.add_argument("--inv", type=common.number(float, 0, example=25), default=25.0, help="lambda, of the invariance term; the paper's 25")
     parser.add_argument("--var", type=common.number(float, 0, example=25), default=25.0, help="mu, of the variance term; the paper's 25; 0 collapses")
     parser.add_argument("--cov", type=common.number(float, 0, example=1), default=1.0, help="nu, of the covariance term; the paper's 1")
-    parser.add_argument("--scaling", choices=("code", "paper"), default="code", help="of the terms: the official code's, or the paper's equations 5 and 6")
+    parser.add_argument("--scaling", choices=("code", "paper"), default="code", help="the official code's, or the paper's Eq. 5 and 6")
     return common.finish_arguments(parser, argv)
 
 

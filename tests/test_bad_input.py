@@ -20,20 +20,26 @@ HELP = r"see \w+\.py --help"  # all that can be said of a flag that does not exi
 # (script, flags, what the message names, the way out)
 SHARED = [
     ("--dataset mnist", "--dataset", TRY), ("--dataset Folder", "--dataset", TRY), ("--data-dir nowhere", "--data-dir nowhere", TRY),
-    ("--image-size 7", "--image-size", "try 32"), ("--image-size 1025", "--image-size", "try 32"), ("--image-size 32x32", "--image-size", "try 32"),
+    ("--image-size 7", "--image-size", "try 32"), ("--image-size 1025", "--image-size", "try 32"),
+    ("--image-size 32x32", "--image-size", "try 32"),
     ("--backbone resnet17", "--backbone resnet17", "try tiny"), ("--backbone Tiny", "--backbone Tiny", "try tiny"),
     ("--backbone vgg16", "--backbone vgg16", "try tiny"), ("--epochs 0", "--epochs", "try 15"), ("--epochs 1e3", "--epochs", "try 15"),
     ("--epochs -1", "--epochs", "try 15"), ("--batch-size 1", "--batch-size", "try 256"), ("--batch-size 32.5", "--batch-size", "try 256"),
     ("--lr 0", "--lr", "try 3e-3"), ("--lr nan", "--lr", "try 3e-3"), ("--lr inf", "--lr", "try 3e-3"), ("--lr 0,1", "--lr", "try 3e-3"),
-    ("--lr-bias -1", "--lr-bias", "try 3e-3"), ("--weight-decay=-1e-6", "--weight-decay", "try 1e-6"), ("--warmup -1", "--warmup", "try 500"),
+    ("--lr-bias -1", "--lr-bias", "try 3e-3"), ("--weight-decay=-1e-6", "--weight-decay", "try 1e-6"),
+    ("--warmup -1", "--warmup", "try 500"),
     ("--warmup 2.5", "--warmup", "try 500"), ("--schedule linear", "--schedule", TRY), ("--optimizer adamw", "--optimizer", TRY),
     ("--augment mocov2", "--augment", TRY), ("--proj-hidden 0", "--proj-hidden", "try 1024"), ("--proj-dim 1", "--proj-dim", "try 128"),
     ("--proj-layers 0", "--proj-layers", "try 2"), ("--proj-layers 9", "--proj-layers", "try 2"), ("--views 1", "--views", "try 2"),
-    ("--views 17", "--views", "try 2"), ("--seed -1", "--seed", "try 0"), ("--seed 2147483648", "--seed", "try 0"), ("--seed zero", "--seed", "try 0"),
+    ("--views 17", "--views", "try 2"), ("--seed -1", "--seed", "try 0"), ("--seed 2147483648", "--seed", "try 0"),
+    ("--seed zero", "--seed", "try 0"),
     ("--device gpu", "--device", TRY), ("--device cuda:0", "--device", TRY), ("--precision fp16", "--precision", TRY),
-    ("--num-workers -1", "--num-workers", "try 2"), ("--num-workers 257", "--num-workers", "try 2"), ("--eval-every -1", "--eval-every", "try 1"),
-    ("--save-every -5", "--save-every", "try 100"), ("--log-every 0", "--log-every", "try 10"), ("--lr", "--lr: expected one argument", HELP),
-    ("--learning-rate 1", "--learning-rate", HELP), ("--batch 32", "--batch", HELP), ("--resume yes", "yes", HELP), ("--compile=1", "--compile", HELP),
+    ("--num-workers -1", "--num-workers", "try 2"), ("--num-workers 257", "--num-workers", "try 2"),
+    ("--eval-every -1", "--eval-every", "try 1"),
+    ("--save-every -5", "--save-every", "try 100"), ("--log-every 0", "--log-every", "try 10"),
+    ("--lr", "--lr: expected one argument", HELP),
+    ("--learning-rate 1", "--learning-rate", HELP), ("--batch 32", "--batch", HELP), ("--resume yes", "yes", HELP),
+    ("--compile=1", "--compile", HELP),
 ]
 OF_METHOD = [
     ("simclr", "--temperature 0", "--temperature", "try 0.5"), ("simclr", "--temperature -0.5", "--temperature", "try 0.5"),
@@ -45,35 +51,43 @@ OF_METHOD = [
     ("moco", "--momentum 1.5", "--momentum", "try 0.99"), ("moco", "--momentum -0.1", "--momentum", "try 0.99"),
     ("moco", "--temperature 0", "--temperature", "try 0.1"), ("moco", "--bn-splits 0", "--bn-splits", "try 8"),
     ("moco", "--bn-splits 3", "--bn-splits 3", "try --bn-splits 1"), ("moco", "--bn-splits 32", "--bn-splits 32", "try --bn-splits 1"),
-    ("byol", "--momentum 2", "--momentum", "try 0.99"), ("byol", "--predictor cubic", "--predictor", TRY), ("byol", "--norm ln", "--norm", TRY),
+    ("byol", "--momentum 2", "--momentum", "try 0.99"), ("byol", "--predictor cubic", "--predictor", TRY),
+    ("byol", "--norm ln", "--norm", TRY),
     ("byol", "--norm gn --proj-hidden 100", "--proj-hidden 100", "try --proj-hidden "), ("byol", "--queue-size 64", "--queue-size", HELP),
     ("simsiam", "--pred-hidden 0", "--pred-hidden", TRY), ("simsiam", "--predictor direct", "--predictor", TRY),
     ("simsiam", "--predictor-lr 0.1", "--predictor-lr", TRY), ("simsiam", "--similarity l2", "--similarity", TRY),
     ("simsiam", "--head-bn some", "--head-bn", TRY), ("simsiam", "--asymmetric 1", "1", HELP),
-    ("barlow", "--lambd -1", "--lambd", "try 0.0051"), ("barlow", "--lambd 1e", "--lambd", "try 0.0051"), ("barlow", "--standardize none", "--standardize", TRY),
+    ("barlow", "--lambd -1", "--lambd", "try 0.0051"), ("barlow", "--lambd 1e", "--lambd", "try 0.0051"),
+    ("barlow", "--standardize none", "--standardize", TRY),
     ("barlow", "--lambda 0.1", "--lambda", HELP),
     ("vicreg", "--inv -1", "--inv", "try 25"), ("vicreg", "--var much", "--var", "try 25"), ("vicreg", "--cov nan", "--cov", "try 1"),
     ("vicreg", "--scaling official", "--scaling", TRY),
-    ("wmse", "--whitening eigen", "--whitening", TRY), ("wmse", "--w-size 2", "--w-size", "try 3"), ("wmse", "--w-size 24", "--w-size 24", "try --w-size"),
+    ("wmse", "--whitening eigen", "--whitening", TRY), ("wmse", "--w-size 2", "--w-size", "try 3"),
+    ("wmse", "--w-size 24", "--w-size 24", "try --w-size"),
     ("wmse", "--w-size 3", "--w-size 3", "try --w-size"), ("wmse", "--proj-dim 16", "--w-size 16", "try --proj-dim 8 or --eps 1e-3"),
     ("wmse", "--proj-dim 64 --w-size 32", "--proj-dim 64", "try --proj-dim 16 or --eps 1e-3"), ("wmse", "--w-iter 0", "--w-iter", "try 1"),
     ("wmse", "--eps 1", "--eps", "try 0"), ("wmse", "--eps -0.1", "--eps", "try 0"),
     ("shuffled_dbn", "--groups -1", "--groups", "try 0"), ("shuffled_dbn", "--groups 5", "--groups 5", "try --groups 4"),
     ("shuffled_dbn", "--groups 1", "--batch-size 32", "try --groups 2"), ("shuffled_dbn", "--groups 64", "--groups 64", "try --groups 32"),
     ("cw_rgp", "--groups 0", "--groups", "try 1"), ("cw_rgp", "--groups 3", "--groups 3", "try --groups 2"),
-    ("cw_rgp", "--w-size 5", "--w-size 5", "try --w-size 4"), ("cw_rgp", "--groups 8", "--w-size 16 is too large", "try --w-size 4 or --eps 1e-3"),
+    ("cw_rgp", "--w-size 5", "--w-size 5", "try --w-size 4"),
+    ("cw_rgp", "--groups 8", "--w-size 16 is too large", "try --w-size 4 or --eps 1e-3"),
     ("cw_rgp", "--groups 100", "--groups 100", "try --groups"), ("cw_rgp", "--permutation none", "--permutation", TRY),
     ("cw_rgp", "--eps 1", "--eps", "try 0"), ("cw_rgp", "--detach-whitening=0", "--detach-whitening", HELP),
 ]
 OF_EVAL = [
-    ("", "RUN", HELP), ("no-such-run", "no-such-run", "try runs/"), ("run --features H,h", "--features", "try H,Z"), ("run --features=", "--features", "try H,Z"),
-    ("run --dataset imagenet", "--dataset", TRY), ("run --dataset folder", "--data-dir", "needs --data-dir DIR"), ("run --probe-epochs -1", "--probe-epochs", "try 500"),
+    ("", "RUN", HELP), ("no-such-run", "no-such-run", "try runs/"), ("run --features H,h", "--features", "try H,Z"),
+    ("run --features=", "--features", "try H,Z"),
+    ("run --dataset imagenet", "--dataset", TRY), ("run --dataset folder", "--data-dir", "needs --data-dir DIR"),
+    ("run --probe-epochs -1", "--probe-epochs", "try 500"),
     ("run --probe-epochs 1.5", "--probe-epochs", "try 500"), ("run --label-fraction 0", "--label-fraction", "try 0.1"),
     ("run --label-fraction 1.01", "--label-fraction", "try 0.1"), ("run --label-fraction 10%", "--label-fraction", "try 0.1"),
     ("run --seed -1", "--seed", "try 0"), ("run --batch-size 0", "--batch-size", "try 500"), ("run --device tpu", "--device", TRY),
-    ("run --precision fp64", "--precision", TRY), ("run --num-workers -1", "--num-workers", "try 2"), ("run --plot curves.pdf", "--plot curves.pdf", "try curves.pdf.png"),
+    ("run --precision fp64", "--precision", TRY), ("run --num-workers -1", "--num-workers", "try 2"),
+    ("run --plot curves.pdf", "--plot curves.pdf", "try curves.pdf.png"),
     ("run --plot nowhere/p.png", "--plot nowhere/p.png", "try a folder"), ("run --neighbors n", "--neighbors n", "try n.png"),
-    ("run --views nowhere/v.png", "--views nowhere/v.png", "try a folder"), ("run --json nowhere/r.json", "--json nowhere/r.json", "try a folder"),
+    ("run --views nowhere/v.png", "--views nowhere/v.png", "try a folder"),
+    ("run --json nowhere/r.json", "--json nowhere/r.json", "try a folder"),
     ("run other --views v.png", "--views", "try run"), ("run --probe", "--probe", HELP), ("run --epochs 5", "--epochs", HELP),
 ]
 # Each shared flag's cases go to the nine methods in turn, so that every script and every case is there without their product.
@@ -83,7 +97,8 @@ CASES = ([(method, *case) for method, case in zip(itertools.cycle(METHODS), SHAR
 def command_line(script, text, images):
     if script == "eval":
         return text.split()
-    small = ["--batch-size", "32", "--epochs", "1", "--precision", "fp32", *SMALL_OF[script], "--dataset", "folder", "--data-dir", str(images)]
+    small = ["--batch-size", "32", "--epochs", "1", "--precision", "fp32", *SMALL_OF[script], "--dataset", "folder", "--data-dir",
+             str(images)]
     return small + text.split()
 
 

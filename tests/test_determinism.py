@@ -48,7 +48,8 @@ def test_backbone_files_of_the_same_seed_are_equal_byte_for_byte(images, tmp_pat
 @pytest.mark.parametrize("method", [m if m in ("moco", "cw_rgp") else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_another_seed_is_another_run(images, unstopped, tmp_path, method):  # noqa: F811
     whole, other = unstopped(method), trained(method, images, tmp_path / "run", "--seed", "1")
-    assert whole[".metrics.csv.0.loss"] != other[".metrics.csv.0.loss"] and whole[".metrics.csv.0.std_sqrt_d"] != other[".metrics.csv.0.std_sqrt_d"]
+    for figure in ("loss", "std_sqrt_d"):
+        assert whole[f".metrics.csv.0.{figure}"] != other[f".metrics.csv.0.{figure}"]
     assert not torch.equal(whole[".backbone.pt.layers.0.weight"], other[".backbone.pt.layers.0.weight"])
 
 
@@ -105,7 +106,8 @@ def test_measuring_less_often_does_not_change_the_training(images, unstopped, tm
 # What needs a number on the host. `index` by a mask is nonzero inside, whatever name it goes by. The decompositions of
 # torch.linalg look at their own error codes inside one operation (eigh does on CUDA, cholesky_ex does not), which cannot be seen
 # from here; torch.cuda.set_sync_debug_mode in the last test sees it where there is a GPU.
-WAITING = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::nonzero_numpy", "aten::is_nonzero", "aten::equal", "aten::argwhere",
+WAITING = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::nonzero_numpy", "aten::is_nonzero", "aten::equal",
+           "aten::argwhere",
            "aten::masked_select", "aten::unique_dim", "aten::_unique2", "aten::unique_consecutive", "aten::bincount", "aten::allclose"}
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
 
@@ -179,8 +181,10 @@ def every_step_under(monkeypatch, mode, bad_step=None):
 
 
 METHOD_VARIANTS = [(method,) for method in METHODS] + [
-    ("moco", "--symmetric", "--views", "3", "--queue-size", "96"), ("wmse", "--whitening", "zca"), ("wmse", "--whitening", "pca"), ("wmse", "--optimizer", "lars"),
-    ("cw_rgp", "--permutation", "shared", "--eps", "0.1"), ("byol", "--predictor", "direct"), ("byol", "--norm", "gn", "--proj-hidden", "64", "--optimizer", "sgd"),
+    ("moco", "--symmetric", "--views", "3", "--queue-size", "96"), ("wmse", "--whitening", "zca"), ("wmse", "--whitening", "pca"),
+    ("wmse", "--optimizer", "lars"),
+    ("cw_rgp", "--permutation", "shared", "--eps", "0.1"), ("byol", "--predictor", "direct"),
+    ("byol", "--norm", "gn", "--proj-hidden", "64", "--optimizer", "sgd"),
     ("simsiam", "--similarity", "softmax", "--augment", "byol"), ("simclr", "--augment", "simclr"), ("vicreg", "--precision", "bf16")]
 
 

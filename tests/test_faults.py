@@ -16,7 +16,8 @@ import torch
 
 import common
 from conftest import METHODS, ROOT, is_one_line_error, run_here
-from test_resume import (arguments, content, copied, finish, first_difference, half_done, images, left_by, run_in_pieces, start,  # noqa: F401
+from test_resume import (arguments, content, copied, finish, first_difference, half_done, images, left_by, run_in_pieces, start,
+                         # noqa: F401
                          unstopped, wait_for)
 
 HEAVY = pytest.mark.slow
@@ -142,7 +143,8 @@ def test_from_a_damaged_checkpoint_the_one_before_is_used_and_said(images, unsto
     (out / "last.pt").write_bytes(DAMAGES[damage]((out / "last.pt").read_bytes()))
     result = run_here("byol", arguments("byol", images, out, "--resume"))
     assert result.status == 0 and "after step 4 of" in result.out
-    assert len(result.err.splitlines()) == 1 and f"{out}/last.pt" in result.err and f"using {out}/previous.pt (step 4) instead" in result.err
+    assert len(result.err.splitlines()) == 1 and f"{out}/last.pt" in result.err
+    assert f"using {out}/previous.pt (step 4) instead" in result.err
     assert first_difference(left_by(out), unstopped("byol")) == ""
 
 
@@ -150,7 +152,8 @@ def test_no_flipped_bit_changes_a_number_unseen(two_checkpoints, tmp_path, capfd
     """30 flips all over the file: the checkpoint is refused and the one before is read, or it is read as it was written."""
     out = copied(two_checkpoints, tmp_path / "run")
     whole, refused = (out / "last.pt").read_bytes(), 0
-    expected = {checkpoint["step"]: checkpoint for checkpoint in (common.load_checkpoint(str(out / name)) for name in ("last.pt", "previous.pt"))}
+    expected = {checkpoint["step"]: checkpoint for checkpoint in (common.load_checkpoint(str(out / name)) for name in ("last.pt",
+                                                                                                                       "previous.pt"))}
     for i in range(30):
         (out / "last.pt").write_bytes(flipped(whole, share=1 - (1 - i / 30) ** 3 if i % 2 else i / 30, bit=1 << i % 8))
         found = common.load_last(str(out))
@@ -173,7 +176,8 @@ def test_both_checkpoints_damaged_is_one_line(images, two_checkpoints, tmp_path)
         (out / name).write_bytes(truncated((out / name).read_bytes()))
     before = content(out)
     result = run_here("byol", arguments("byol", images, out, "--resume"))
-    assert is_one_line_error(result) and "last.pt" in result.err and "no older checkpoint is readable: start afresh with another --out" in result.err
+    assert is_one_line_error(result) and "last.pt" in result.err
+    assert "no older checkpoint is readable: start afresh with another --out" in result.err
     assert content(out) == before
 
 
@@ -189,7 +193,8 @@ class Payload:
 def test_a_malicious_checkpoint_is_not_executed(images, tmp_path, kind):  # noqa: F811
     out, marker = tmp_path / "run", tmp_path / "executed"
     out.mkdir()
-    torch.save({"format": common.CHECKPOINT_FORMAT, "args": Payload(str(marker))}, out / "last.pt", _use_new_zipfile_serialization=kind == "zip")
+    torch.save({"format": common.CHECKPOINT_FORMAT, "args": Payload(str(marker))}, out / "last.pt",
+               _use_new_zipfile_serialization=kind == "zip")
     result = run_here("moco", arguments("moco", images, out, "--resume"))
     assert is_one_line_error(result) and str(out / "last.pt") in result.err and not marker.exists()
     torch.load(out / "last.pt", weights_only=False)
@@ -200,7 +205,8 @@ def test_a_malicious_checkpoint_is_not_executed(images, tmp_path, kind):  # noqa
 def test_metrics_are_repaired_on_resume(images, unstopped, two_checkpoints, tmp_path, cut):  # noqa: F811
     out = copied(two_checkpoints, tmp_path / "run")
     text = (out / "metrics.csv").read_text()
-    damaged = {"in mid-line": text[: len(text) * 2 // 3], "a line too many": text + text.splitlines()[1].replace("1,", "9,", 1) + "\n", "empty": ""}
+    damaged = {"in mid-line": text[: len(text) * 2 // 3], "a line too many": text + text.splitlines()[1].replace("1,", "9,", 1) + "\n",
+               "empty": ""}
     (out / "metrics.csv").unlink()
     if cut in damaged:
         (out / "metrics.csv").write_text(damaged[cut])
@@ -320,7 +326,8 @@ def spoil_eigenvalues(monkeypatch, now, how):
 
 
 @pytest.mark.parametrize("how, what", [("negative", "the loss"), ("LinAlgError", "the whitening")])
-@pytest.mark.parametrize("method, more", [("cw_rgp", []), ("shuffled_dbn", []), ("wmse", ["--whitening", "zca"]), ("wmse", ["--whitening", "pca"]),
+@pytest.mark.parametrize("method, more",
+                         [("cw_rgp", []), ("shuffled_dbn", []), ("wmse", ["--whitening", "zca"]), ("wmse", ["--whitening", "pca"]),
                                           ("byol", ["--predictor", "direct"])], ids=lambda v: v if isinstance(v, str) else "".join(v))
 def test_eigenvalues_that_cannot_be_stop_the_run(monkeypatch, now, images, tmp_path, method, more, how, what):  # noqa: F811
     if method == "byol" and how == "negative":
@@ -351,7 +358,8 @@ def test_embeddings_that_are_all_equal_stop_a_whitening(monkeypatch, now, images
 
 
 def spoil_gradient(monkeypatch, now, method, name, value):
-    change_built_model(monkeypatch, method, lambda model: model.get_parameter(name).register_hook(lambda g: g * value if now.step == 5 else g))
+    change_built_model(monkeypatch, method,
+                       lambda model: model.get_parameter(name).register_hook(lambda g: g * value if now.step == 5 else g))
 
 
 @pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=HEAVY)])
@@ -396,7 +404,8 @@ def test_images_in_memory_may_change_under_the_run(monkeypatch, images, unstoppe
     monkeypatch.setattr(common.Run, "watch", lambda run, step, loss: (watch(run, step, loss), step == 2 and shutil.rmtree(root)))
     assert run_here("byol", arguments("byol", root, tmp_path / "run")).status == 0
     assert not root.exists()
-    ours, whole = ({k: v for k, v in numbers.items() if k != ".args.data_dir"} for numbers in (left_by(tmp_path / "run"), unstopped("byol")))
+    ours, whole = ({k: v for k, v in numbers.items() if k != ".args.data_dir"} for numbers in (left_by(tmp_path / "run"),
+                                                                                               unstopped("byol")))
     assert first_difference(ours, whole) == ""
 
 

@@ -101,7 +101,8 @@ def first_difference(a, b):
 def test_the_comparison_sees_a_single_bit_and_all_parts(unstopped):
     whole = unstopped("moco")
     for part in (".model.queue", ".model.position", ".model.key_backbone.layers.0.weight", ".model.backbone.layers.1.running_mean",
-                 ".optimizer.state.0.exp_avg_sq", ".optimizer.param_groups.0.lr", ".metrics.csv.1.loss", ".backbone.pt.layers.0.weight", ".step"):
+                 ".optimizer.state.0.exp_avg_sq", ".optimizer.param_groups.0.lr", ".metrics.csv.1.loss", ".backbone.pt.layers.0.weight",
+                 ".step"):
         assert part in whole, part
     for name in (".model.queue", ".optimizer.state.0.exp_avg"):
         other = {**whole, name: whole[name].clone(memory_format=torch.contiguous_format)}
@@ -159,7 +160,8 @@ def test_stopped_several_times_ends_as_if_never_stopped(monkeypatch, images, uns
     """SIGTERM in mid-epoch, a crash a step after a checkpoint, and in fp32 SIGINT in the second epoch."""
     more = precision_or_skip(precision)
     whole = unstopped(method, *more)
-    stops = [(2, signal.SIGTERM, 3), (4, "crash", 4)] if precision == "bf16" else [(0, signal.SIGTERM, 1), (2, "crash", 2), (6, signal.SIGINT, 7)]
+    stops = [(2, signal.SIGTERM, 3), (4, "crash", 4)] if precision == "bf16" else [(0, signal.SIGTERM, 1), (2, "crash", 2),
+                                                                                   (6, signal.SIGINT, 7)]
     run_in_pieces(monkeypatch, method, images, tmp_path / "run", stops, *more, "--save-every", "2")
     assert first_difference(left_by(tmp_path / "run"), whole) == ""
 
@@ -212,7 +214,8 @@ def test_a_signal_while_measuring_stops_after_the_epoch(monkeypatch, images, uns
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_streaming_loader_resumes_exactly(monkeypatch, images, unstopped, tmp_path, workers):
-    run_in_pieces(monkeypatch, "cw_rgp", images, tmp_path / "run", [(1, signal.SIGTERM, 2), (5, "crash", 4)], "--stream", "--num-workers", workers)
+    run_in_pieces(monkeypatch, "cw_rgp", images, tmp_path / "run", [(1, signal.SIGTERM, 2), (5, "crash", 4)], "--stream", "--num-workers",
+                  workers)
     whole = unstopped("cw_rgp", "--stream", "--num-workers", 0)
     assert first_difference(left_by(tmp_path / "run"), whole) == ""
     assert first_difference(whole, unstopped("cw_rgp")) != ""  # the crops are drawn elsewhere, so streaming is another run
@@ -255,7 +258,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def start(method, argv, held=-1, forever=""):
     """A process that waits in step `held` (-1: none) for a signal; `forever`: also after one."""
     command = [sys.executable, "-c", HELD, str(ROOT), str(held), forever, str(ROOT / "methods" / f"{method}.py"), *argv]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONHASHSEED": "random"})
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "PYTHONHASHSEED": "random"})
 
 
 def wait_for(process, path, limit=240):
@@ -381,24 +385,30 @@ def content(folder):
 
 
 OTHER = [("moco", "--lr", "0.01"), ("moco", "--batch-size", "32"), ("moco", "--queue-size", "128"), ("moco", "--momentum", "0.5"),
-         ("moco", "--temperature", "0.3"), ("moco", "--seed", "1"), ("moco", "--symmetric",), ("moco", "--no-shuffle",), ("moco", "--bn-splits", "1"),
+         ("moco", "--temperature", "0.3"), ("moco", "--seed", "1"), ("moco", "--symmetric",), ("moco", "--no-shuffle",),
+         ("moco", "--bn-splits", "1"),
          ("moco", "--weight-decay", "0.1"), ("moco", "--augment", "byol"), ("moco", "--schedule", "constant"), ("moco", "--warmup", "1"),
          ("moco", "--optimizer", "sgd"), ("moco", "--lr-bias", "0.5"), ("moco", "--views", "3"), ("moco", "--proj-dim", "16"),
          ("moco", "--proj-layers", "2"), ("moco", "--eval-every", "2"), ("moco", "--image-size", "16"), ("moco", "--backbone", "resnet18"),
-         ("moco", "--precision", "bf16"), ("cw_rgp", "--groups", "4"), ("cw_rgp", "--w-size", "8"), ("cw_rgp", "--eps", "0.1"), ("cw_rgp", "--w-iter", "2")]
+         ("moco", "--precision", "bf16"), ("cw_rgp", "--groups", "4"), ("cw_rgp", "--w-size", "8"), ("cw_rgp", "--eps", "0.1"),
+         ("cw_rgp", "--w-iter", "2")]
 
 
-@pytest.mark.parametrize("method, flag, value", [pytest.param(*(*case, None)[:3], marks=pytest.mark.slow if i % 2 else ()) for i, case in enumerate(OTHER)])
+@pytest.mark.parametrize("method, flag, value",
+                         [pytest.param(*(*case, None)[:3], marks=pytest.mark.slow if i % 2 else ()) for i, case in enumerate(OTHER)])
 def test_another_hyper_parameter_is_refused_by_name(half_done, images, method, flag, value):
     out = half_done(method)
     before = content(out)
     result = run_here(method, arguments(method, images, out, "--resume", flag, *([value] if value else [])))
     assert is_one_line_error(result) and f"--resume: {flag} was " in result.err, result.err
     assert re.search(f"try ({flag} |it without {flag}, )", result.err) and "or another --out" in result.err
-    assert {name: data for name, data in content(out).items() if name.endswith(".pt")} == {n: d for n, d in before.items() if n.endswith(".pt")}
+    assert {name: data for name, data in content(out).items() if name.endswith(".pt")} == {n: d for n,
+                                                                                           d in before.items() if n.endswith(".pt")}
 
 
-@pytest.mark.parametrize("more, remedy", [(["--symmetric"], "it without --symmetric"), (["--lr", "0.01"], "--lr 0.003"), (["--warmup", "1"], "it without --warmup")])
+@pytest.mark.parametrize("more, remedy",
+                         [(["--symmetric"], "it without --symmetric"), (["--lr", "0.01"], "--lr 0.003"),
+                          (["--warmup", "1"], "it without --warmup")])
 def test_the_proposed_remedy_works(half_done, images, tmp_path, more, remedy):
     """These flags were not given at first."""
     out = copied(half_done("moco"), tmp_path / "run")
