@@ -1317,7 +1317,7 @@ class Run:
         check(before["method"] == now["method"], f"--resume: {self.folder} is a run of {before['method']}, not of {now['method']}; try another --out")
         for name in sorted(set(now) - FREE_ON_RESUME):
             flag = "--" + name.replace("_", "-")
-            given = before.get(name) not in (None, False)
+            given = before.get(name) is not None and before[name] is not False
             remedy = f"it without {flag}" if not given else f"it with {flag}" if before[name] is True else f"{flag} {before[name]}"
             check(before.get(name) == now[name], f"--resume: {flag} was {before.get(name)} and is now {now[name]}; "
                   f"try {remedy}, or another --out")
