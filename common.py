@@ -16,6 +16,7 @@ To borrow a method, copy its file and this one into a folder of your own.
 import argparse
 import contextlib
 import csv
+import datetime
 import http.client
 import inspect
 import io
@@ -78,27 +79,33 @@ def _broken_pipe_tolerated(stream):
 
 def main(function, parse):
     """Call function(parse()) and turn every foreseeable fault into one line on stderr and exit status 2."""
-    program = os.path.basename(sys.argv[0])
-    status = 2
+    status, message = 2, ""
     try:
         status = function(parse()) or 0
     except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        message = f"error: {error}"
     except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        status = 130
-    except torch.cuda.OutOfMemoryError:
-        print(f"{program}: error: out of GPU memory; try a smaller --batch-size or --precision bf16", file=sys.stderr)
+        status, message = 130, "interrupted"
     except (MemoryError, RuntimeError) as error:
-        out_of_memory = isinstance(error, MemoryError) or any(words in str(error) for words in ("can't allocate", "not enough memory"))
-        if not out_of_memory:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            message = "error: out of GPU memory; try a smaller --batch-size or --precision bf16"
+        elif isinstance(error, MemoryError) or any(words in str(error) for words in ("can't allocate", "not enough memory")):
+            message = "error: out of memory; try a smaller --batch-size, --image-size or --proj-hidden"
+        elif world_size() > 1 and any(words in str(error) for words in ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL")):
+            message = f"error: process {rank()} lost another process, whose own words say why; go on with --resume"
+        else:
             raise
-        print(f"{program}: error: out of memory; try a smaller --batch-size, --image-size or --proj-hidden", file=sys.stderr)
+    if message:
+        if world_size() > 1 and rank() > 0:
+            time.sleep(3)  # the same error on rank 0 ends this process before it repeats the line
+        with _broken_pipe_tolerated(sys.stderr):
+            print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
     with _broken_pipe_tolerated(sys.stdout):
         sys.stdout.flush()
-    if dist.is_initialized() and status == 0:
+    if world_size() > 1 and status:
+        os._exit(status)  # not sys.exit: taking down a process group with work pending may wait for ever
+    if dist.is_initialized():
         dist.destroy_process_group()
-    sys.stderr.flush()
     sys.exit(status)
 
 
@@ -219,11 +226,15 @@ def set_up(args):
     cuda = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
+        gpus = torch.cuda.device_count()
+        check(device.index < gpus, f"torchrun started more processes than there are GPUs; try --nproc_per_node={gpus}")
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # all batches have one size
     if args.precision == "auto":
         args.precision = "bf16" if has_fast_bf16(device) else "fp32"
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        patience = datetime.timedelta(hours=3)  # while rank 0 downloads; torchrun ends all when one ends
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=patience)
     return device
 
 
@@ -247,13 +258,14 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z):
+        z = z.contiguous()
         parts = [torch.empty_like(z) for _ in range(world_size())]
-        dist.all_gather(parts, z.contiguous())
+        dist.all_gather(parts, z)
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)  # sum over the processes
         return gradient.chunk(world_size())[rank()]
 
@@ -377,8 +389,9 @@ class Data:
     def __init__(self, args, device, train, labels, test, test_labels, class_names, unlabeled=None):
         self.args, self.device, self.size, self.class_names = args, device, args.image_size, class_names
         self.fingerprint = f"{len(train)} training images"
-        self.labelled_train, self.train_labels = place(train, device), None if labels is None else torch.as_tensor(labels, device=device).long()
-        self.train = self.labelled_train if unlabeled is None else torch.cat([self.labelled_train, place(unlabeled, device)])
+        self.train = place(train if unlabeled is None else np.concatenate([train, unlabeled]), device)
+        self.labelled_train = self.train if unlabeled is None else self.train[: len(train)]
+        self.train_labels = None if labels is None else torch.as_tensor(labels, device=device).long()
         self.test = self.labelled_train if test is None else place(test, device)
         self.test_labels = None if test is None or test_labels is None else torch.as_tensor(test_labels, device=device).long()
         self.labelled = self.train_labels is not None and self.test_labels is not None
@@ -422,7 +435,7 @@ class Data:
 
 
 def place(images, device):
-    return images if images is None or isinstance(images, Files) else torch.as_tensor(images).to(device)
+    return images if images is None or isinstance(images, Files) else torch.as_tensor(images).to(device).contiguous()
 
 
 def evenly_spaced(images, labels, count):
@@ -445,9 +458,10 @@ def centre_view(x, size):
 def colour_statistics(images):
     """Mean and standard deviation per channel, in 0 ... 1, of at most 5000 evenly spaced images."""
     index = torch.arange(0, len(images), -(-len(images) // 5000))
-    pixels = next(images.centres(index, len(index), 0)) if isinstance(images, Files) else images[index.to(images.device)]
-    pixels = pixels.double() / 255
-    return pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).clamp_min(1e-3).tolist()
+    parts = images.centres(index, 100, 0) if isinstance(images, Files) else (images[i.to(images.device)] for i in index.split(100))
+    sums = [(x.mean((0, 2, 3)) * len(x), x.square().mean((0, 2, 3)) * len(x)) for x in (part.double() / 255 for part in parts)]
+    mean, square = (sum(column) / len(index) for column in zip(*sums))
+    return mean.tolist(), (square - mean.square()).clamp_min(1e-6).sqrt().tolist()
 
 
 def load_data(args, device):
@@ -458,16 +472,12 @@ def load_data(args, device):
         return Data(args, device, train, labels, test, test_labels, PATTERN_CLASSES)
     if args.dataset == "folder":
         return load_folder(args, device, args.data_dir)
-    first_process_first = rank() > 0 and dist.is_initialized()
-    if first_process_first:
-        dist.barrier()  # let rank 0 download
-    try:
-        if args.dataset == "tinyimagenet":
-            return load_tinyimagenet(args, device)
-        return load_torchvision(args, device)
-    finally:
-        if dist.is_initialized() and not first_process_first:
-            dist.barrier()
+    if rank() > 0 and dist.is_initialized():
+        dist.barrier()  # let rank 0 download; if it fails, torchrun ends the others
+    data = load_tinyimagenet(args, device) if args.dataset == "tinyimagenet" else load_torchvision(args, device)
+    if rank() == 0 and dist.is_initialized():
+        dist.barrier()
+    return data
 
 
 def load_torchvision(args, device):
@@ -552,7 +562,7 @@ def list_images(root):
     return paths, [number_of[parts[0]] for parts in tops], class_names
 
 
-MEMORY_LIMIT = 6 * 2**30  # bytes of images kept in memory; beyond, or with --stream, they are read from disk as needed
+MEMORY_LIMIT = 6 * 2**30  # bytes of images kept in memory by the processes of a machine; beyond, or with --stream, they are read from disk as needed
 
 
 def data_from_files(args, device, train, labels, test, test_labels, class_names):
@@ -562,7 +572,8 @@ def data_from_files(args, device, train, labels, test, test_labels, class_names)
     shorter = min(shape.shape[1:])
     args.image_size = args.image_size or min(64, shorter)
     side = args.image_size if shorter <= args.image_size else math.ceil(args.image_size * 8 / 7)
-    stream = args.stream or 3 * side**2 * (len(train) + len(test or [])) > MEMORY_LIMIT
+    size = 3 * side**2 * (len(train) + len(test or [])) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    stream = args.stream or size > MEMORY_LIMIT
     fingerprint = f"{len(train)} files, {names_crc(os.path.relpath(path, args.data_dir) for path in train)}"
     if stream:
         train, test = Files(train, args.image_size, side), test and Files(test, args.image_size, side)
@@ -578,7 +589,8 @@ def data_from_files(args, device, train, labels, test, test_labels, class_names)
 
 
 def names_crc(names):
-    return f"{zlib.crc32(chr(10).join(names).encode()):08x}"
+    """A short fingerprint of a list of file names."""
+    return f"{zlib.crc32(chr(10).join(names).replace(os.sep, '/').encode(errors='surrogateescape')):08x}"
 
 
 def read_image(path):
@@ -603,19 +615,18 @@ def to_square(image, side):
 
 def decode(paths, labels, side):
     """All images in memory: uint8 [N, 3, side, side] and their labels. Broken files are skipped, counted and named."""
-    images, kept, broken = [], [], []
+    images, kept, broken = torch.empty(len(paths), 3, side, side, dtype=torch.uint8), [], []
     for i, path in enumerate(paths):
         image = read_image(path)
         if image is None:
             broken.append(path)
             continue
         check(min(image.shape[1:]) >= 8, f"{path} is {image.shape[2]}x{image.shape[1]} pixels, too small to learn from; remove images below 8x8")
-        images.append(to_square(image, side))
+        images[len(kept)] = to_square(image, side)
         kept.append(i)
     if broken:
         warn(f"skipped {len(broken)} of {len(paths)} files that cannot be read as images: {', '.join(broken[:3])}{' ...' if len(broken) > 3 else ''}")
-    images = torch.stack(images) if images else torch.empty(0, 3, side, side, dtype=torch.uint8)
-    return images, None if labels is None else [labels[i] for i in kept]
+    return images[: len(kept)], None if labels is None else [labels[i] for i in kept]
 
 
 class Files:
@@ -629,17 +640,25 @@ class Files:
 
     def crops(self, batches, args, first_step, device):
         """For each row of `batches` [steps, n] a list of views uint8 [n, 3, size, size], cropped by draws from (seed, step, view, sample)."""
-        tasks = [[(first_step + i, rank() * len(row) + j, int(k)) for j, k in enumerate(row)] for i, row in enumerate(batches)]
+        tasks = [[(first_step + i, rank() * len(row) + j, k) for j, k in enumerate(row)] for i, row in enumerate(batches.tolist())]
         recipe = [RECIPES[args.augment][v % len(RECIPES[args.augment])] for v in range(args.views)]
         dataset = _CropTask(self.paths, self.size, recipe, args.seed)
-        loader = torch.utils.data.DataLoader(dataset, batch_sampler=tasks, num_workers=args.num_workers, pin_memory=device.type == "cuda")
+        loader = torch.utils.data.DataLoader(dataset, batch_sampler=tasks, num_workers=args.num_workers, pin_memory=device.type == "cuda",
+                                             worker_init_fn=leave_signals_to_the_main_process)
         for views in in_one_line(loader):
             yield [view.to(device, non_blocking=True) for view in views]
 
     def centres(self, index, batch_size, num_workers):
         """uint8 [n, 3, side, side] centre squares of the images `index`, for measuring."""
         dataset = _CentreTask(self.paths, self.side)
-        yield from in_one_line(torch.utils.data.DataLoader(dataset, batch_size, sampler=index.tolist(), num_workers=num_workers))
+        yield from in_one_line(torch.utils.data.DataLoader(dataset, batch_size, sampler=index.tolist(), num_workers=num_workers,
+                                                           worker_init_fn=leave_signals_to_the_main_process))
+
+
+def leave_signals_to_the_main_process(_worker):
+    """Ctrl-C and torchrun's SIGTERM reach the loader's processes too; they go on until the main process has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def in_one_line(loader):
@@ -887,7 +906,7 @@ def crop_and_resize(x, vertical, horizontal, size, interpolation):
     n, c, height, width = x.shape
     wx = resize_matrix(horizontal, width, size, interpolation)  # [n, size, W]
     wy = resize_matrix(vertical, height, size, interpolation)  # [n, size, H]
-    x = torch.bmm(wx, x.view(n, c * height, width).mT)  # [n, size, 3 H]: no copy
+    x = torch.bmm(wx, x.reshape(n, c * height, width).mT)  # [n, size, 3 H]: no copy
     x = torch.bmm(x.view(n, size * c, height), wy.mT).view(n, size, c, size).permute(0, 2, 3, 1) # [n, 3, size, size]
     return x.clamp_(0, 1) if interpolation == "bicubic" else x  # bicubic overshoots
 
@@ -993,8 +1012,7 @@ def augment(images, recipe, views, size, mean, std, seed, step, rank=0, world_si
         with torch.autocast(batch.device.type, enabled=False):  # resampling needs float32
             x = apply(view, batch, params, size, cropped)
         m, s = (torch.as_tensor(v, dtype=torch.float32, device=x.device).view(3, 1, 1) for v in (mean, std))
-        x = x.sub_(m).div_(s)
-        out.append(x.contiguous(memory_format=torch.channels_last))
+        out.append(torch.sub(x, m, out=torch.empty_like(x, memory_format=torch.channels_last)).div_(s))
     return out
 
 
@@ -1115,7 +1133,9 @@ class LARS(torch.optim.Optimizer):
                     norm, update_norm = w.norm(), update.norm()
                     ratio = group["trust"] * norm / update_norm
                     update = update * torch.where((norm > 0) & (update_norm > 0), ratio, torch.ones_like(ratio))
-                velocity = self.state[w].setdefault("velocity", torch.zeros_like(w))
+                if "velocity" not in self.state[w]:
+                    self.state[w]["velocity"] = torch.zeros_like(w)
+                velocity = self.state[w]["velocity"]
                 velocity.mul_(group["momentum"]).add_(update)
                 w.add_(velocity * -group["lr"])
 
@@ -1165,10 +1185,10 @@ def collapse_metrics(z, eps=1e-4):
     unit = F.normalize(z, dim=1)
     centred = z - z.mean(0)
     s = torch.linalg.svdvals(centred)
-    floor = max(n, d) * 2.0**-23 * torch.linalg.matrix_norm(z, 2)  # what is left of a constant after centring is rounding, not rank
+    p = torch.linalg.svdvals(z)
+    floor = max(n, d) * 2.0**-23 * p[0]  # what is left of a constant after centring is rounding, not rank
     s = torch.where(s > floor, s, 0.0)
     largest = s[0].clamp_min(1e-300)
-    p = torch.linalg.svdvals(z)
     p = p / p.sum().clamp_min(1e-300) + 1e-7
     covariance = centred.T @ centred / max(1, n - 1)
     std = covariance.diagonal().sqrt()
@@ -1246,6 +1266,7 @@ class Run:
         self.total_steps = args.epochs * data.steps_per_epoch
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=data.device)  # of the epoch so far, on the device
         self.rows, self.seconds_before, self.started = [], 0.0, time.monotonic()
+        self.last_is_good = True  # False after a resume from previous.pt, until the next save
         self.epoch_seconds_before, self.epoch_started = 0.0, time.monotonic()
         self.stop_signal = 0
         for number_ in (signal.SIGINT, signal.SIGTERM):
@@ -1285,7 +1306,8 @@ class Run:
 
     def _on_signal(self, number_, _frame):
         self.stop_signal = number_
-        signal.signal(number_, signal.SIG_DFL)  # a second Ctrl-C ends at once
+        if world_size() == 1:  # torchrun repeats the signal, and ends by force whoever does not leave within 30 seconds
+            signal.signal(number_, signal.SIG_DFL)  # a second Ctrl-C ends at once
 
     # ---- checkpoints ---------------------------------------------------------
 
@@ -1294,6 +1316,7 @@ class Run:
         checkpoint = load_last(self.folder) if self.args.resume else None
         if checkpoint:
             self._check_same_run(checkpoint)
+            self.last_is_good = checkpoint["file"] == "last.pt"
         if rank() == 0:  # not before: a resume that is refused leaves the record as it was
             write_file(os.path.join(self.folder, "config.json"), json.dumps(self._config(), indent=1).encode())
         if checkpoint is None:
@@ -1308,6 +1331,10 @@ class Run:
         if rank() == 0:
             self._write_metrics()  # rows after the checkpoint, or a line cut short, are gone: they will come again
         steps, before = checkpoint["step"], checkpoint["args"]["epochs"]
+        if dist.is_initialized():
+            slowest = torch.tensor(steps, device=self.data.device)
+            dist.all_reduce(slowest, dist.ReduceOp.MIN)
+            check(steps == int(slowest), f"--out {self.folder} must lie on a disk that all machines share")
         longer = f"; {before} epochs before, {self.args.epochs} now, so the schedule is another" if before != self.args.epochs else ""
         say(f"going on with {self.folder} after step {steps} of {self.total_steps}{longer}")
         return steps
@@ -1336,7 +1363,8 @@ class Run:
                     "optimizer": self.optimizer.state_dict(), "loss_sum": self.loss_sum.cpu(), "rows": self.rows, "seconds": self.seconds(),
                     "epoch_seconds": self.epoch_seconds(), "data": self.data.fingerprint}, buffer)
         last = os.path.join(self.folder, "last.pt")
-        write_file(last, buffer.getvalue(), keep_as=os.path.join(self.folder, "previous.pt"))
+        write_file(last, buffer.getvalue(), keep_as=os.path.join(self.folder, "previous.pt") if self.last_is_good else None)
+        self.last_is_good = True
 
     # ---- the watch -----------------------------------------------------------
 
@@ -1367,6 +1395,8 @@ class Run:
 
     def check_finite(self):
         """Raise UserError if a watched number was not finite since the start. Waits for the device."""
+        if dist.is_initialized():
+            dist.all_reduce(self.first_bad, dist.ReduceOp.MIN)  # all processes say the same
         first_bad = self.first_bad.tolist()
         if min(first_bad) < 2**31 - 1:
             self._stop_non_finite(min(first_bad), self.watched[first_bad.index(min(first_bad))])
@@ -1422,6 +1452,8 @@ class Run:
             self._leave(step)
 
     def _leave(self, step):
+        if dist.is_initialized():
+            dist.barrier()  # until rank 0 has saved: torchrun ends all when the first one leaves
         out = f" --out {self.args.out}" if self.args.out else ""
         say(f"{self._clear()}stopped after step {step} of {self.total_steps}; go on with --resume{out}")
         sys.exit(128 + self.stop_signal)
@@ -1454,7 +1486,9 @@ class Run:
             self._leave(step)
 
     def save_backbone(self):
-        """backbone.pt: the backbone's weights alone, in torchvision's own names."""
+        """backbone.pt: the backbone's weights alone, in torchvision's own names. All is saved now: from here on Ctrl-C ends at once."""
+        for number_ in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number_, signal.SIG_DFL)
         if rank() == 0:
             buffer = io.BytesIO()
             torch.save(self.model.backbone.state_dict(), buffer)
@@ -1514,7 +1548,7 @@ def write_file(path, content, keep_as=None):
 
 
 def load_last(folder):
-    """The newest readable checkpoint of a run folder, or None. A damaged one is named and the one before it is used."""
+    """The newest readable checkpoint of a run folder, its name under "file", or None. A damaged one is named and the one before it used."""
     faults = []
     for name in ("last.pt", "previous.pt"):
         path = os.path.join(folder, name)
@@ -1523,7 +1557,7 @@ def load_last(folder):
                 checkpoint = load_checkpoint(path)
                 if faults:
                     warn(f"{faults[0]}; using {path} (step {checkpoint['step']}) instead")
-                return checkpoint
+                return {**checkpoint, "file": name}
             except UserError as error:
                 faults.append(str(error))
     check(not faults, (faults or [""])[0] + "; no older checkpoint is readable: start afresh with another --out")
@@ -1550,13 +1584,16 @@ def load_checkpoint(path):
 
 
 def lock_file(file):
-    """True if this process now holds the file; the lock goes with the process, however it ends."""
+    """True if this process now holds the file; the lock goes with the process, however it ends, and is not its children's."""
     try:
-        import fcntl
-    except ImportError:  # Windows has no flock
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     except OSError:
         return False

@@ -147,18 +147,14 @@ def cw_rgp_loss(views, groups=4, w_size=64, w_iter=4, eps=0.0, generator=None, p
     def random_order(*shape):  # independent random permutations along the last axis
         return torch.rand(shape, device=z.device, generator=generator).argsort(-1)
 
-    loss = 0.0
-    for _ in range(w_iter):
-        slices = z[:, random_order(n)].unflatten(1, (-1, w_size))  # [s, N/w, w, d], the same images in all views
-        if permutation == "fixed" or groups == 1:
-            channels = None
-        elif permutation == "shared":
-            channels = random_order(n // w_size, d).expand(s, -1, -1)
-        else:
-            channels = random_order(s, n // w_size, d)
-        y = F.normalize(channel_whiten(slices, groups, channels, eps, detach), dim=-1).flatten(1, 2)  # [s, N, d], Eq. 2
-        loss = loss + sum((2 - 2 * (y[i] * y[j]).sum(-1)).mean() for j in range(s) for i in range(j))  # Eq. 4
-    return loss / (w_iter * s * (s - 1) / 2)
+    partitions = random_order(w_iter, n).flatten()  # [w_iter N]
+    slices = z[:, partitions].unflatten(1, (-1, w_size))  # [s, w_iter N/w, w, d], the same images in all views
+    channels = None  # "fixed": groups of neighbouring channels
+    if permutation != "fixed" and groups > 1:
+        channels = random_order(1 if permutation == "shared" else s, slices.shape[1], d).expand(s, -1, -1)  # one for each slice and view
+    y = F.normalize(channel_whiten(slices, groups, channels, eps, detach), dim=-1)  # Eq. 2
+    distances = [(2 - 2 * (y[i] * y[j]).sum(-1)).mean() for j in range(s) for i in range(j)]  # Eq. 4, a scalar for each pair of views
+    return sum(distances) / len(distances)
 
 
 # ==============================================================================
@@ -250,7 +246,8 @@ def train(args):
     scores = {}
     if data.labelled:
         torch.manual_seed(args.seed)
-        networks = {"kNN": model.backbone, "raw pixels": nn.Flatten(), "untrained backbone": build(args).backbone.to(device)}
+        pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(32, data.size)), nn.Flatten())  # at most 32 x 32 of them
+        networks = {"kNN": model.backbone, "raw pixels": pixels, "untrained backbone": build(args).backbone.to(device)}
         for name, encoder in networks.items():
             bank, queries = (common.extract(encoder, data, images, args.precision) for images in (data.labelled_train, data.test))
             scores[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)

@@ -87,9 +87,10 @@ def info_nce_loss(q, k, queue, temperature=0.1):
     q: queries [N, d], k: their keys [N, d], both normalised here; queue: [K, d] unit rows. Only q gets a gradient."""
     q = F.normalize(q.to(torch.promote_types(q.dtype, torch.float32)), dim=1)
     k = F.normalize(k.to(q.dtype), dim=1).detach()
-    positive = (q * k).sum(1, keepdim=True)  # [N, 1], q.k+
-    negatives = q @ queue.to(q.dtype).detach().T  # [N, K], q.k_i
-    logits = torch.cat([positive, negatives], dim=1) / temperature
+    q = q / temperature
+    positive = (q * k).sum(1, keepdim=True)  # [N, 1], q.k+ / tau
+    negatives = q @ queue.to(q.dtype).detach().T  # [N, K], q.k_i / tau
+    logits = torch.cat([positive, negatives], dim=1)
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))  # Eq. 1: the key is column 0
 
 
@@ -110,8 +111,9 @@ class SplitBatchNorm(nn.BatchNorm2d):
         means, variances = self.running_mean.repeat(len(parts), 1), self.running_var.repeat(len(parts), 1)
         out = torch.cat([F.batch_norm(part, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
                          for part, mean, variance in zip(parts, means, variances)])
-        self.running_mean.copy_(common.mean_over_ranks(means.mean(0)))  # batch_norm has moved every part's row; keep their mean
-        self.running_var.copy_(common.mean_over_ranks(variances.mean(0)))
+        mean, variance = common.mean_over_ranks(torch.stack([means.mean(0), variances.mean(0)]))  # batch_norm has moved every part's row
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(variance)
         self.num_batches_tracked += 1
         return out
 
@@ -154,7 +156,7 @@ class MoCo(nn.Module):
         x = common.gather(x)  # [N, 3, H, W]
         order = torch.randperm(len(x), device=x.device) if self.shuffle else torch.arange(len(x), device=x.device)
         mine = order.chunk(common.world_size())[common.rank()]
-        k = self.key_projector(self.key_backbone(x[mine]))  # [n, d]
+        k = self.key_projector(self.key_backbone(x[mine].contiguous(memory_format=torch.channels_last)))  # [n, d]
         return F.normalize(common.gather(k), dim=1)[order.argsort()]
 
     @torch.no_grad()
@@ -249,7 +251,8 @@ def train(args):
     scores = {}
     if data.labelled:
         torch.manual_seed(args.seed)
-        networks = {"kNN": model.backbone, "raw pixels": nn.Flatten(), "untrained backbone": build(args).backbone.to(device)}
+        pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(32, data.size)), nn.Flatten())  # at most 32 x 32 of them
+        networks = {"kNN": model.backbone, "raw pixels": pixels, "untrained backbone": build(args).backbone.to(device)}
         for name, encoder in networks.items():
             bank, queries = (common.extract(encoder, data, images, args.precision) for images in (data.labelled_train, data.test))
             scores[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)

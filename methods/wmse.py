@@ -144,13 +144,12 @@ def wmse_loss(views, w_size=128, w_iter=1, kind="cholesky", eps=0.0, generator=N
     def random_order(*shape):  # independent random permutations along the last axis
         return torch.rand(shape, device=z.device, generator=generator).argsort(-1)
 
-    loss = 0.0
-    for _ in range(w_iter):
-        slices = z[:, random_order(n)].unflatten(1, (-1, w_size))  # [s, N/w, w, d], the same images in all views
-        y = F.normalize(whiten(slices, kind, eps), dim=-1).flatten(1, 2)  # [s, N, d]
-        target = y.detach() if one_way else y
-        loss = loss + sum((2 - 2 * (y[i] * target[j]).sum(-1)).mean() for j in range(s) for i in range(j))
-    return loss / (w_iter * s * (s - 1) / 2)
+    partitions = random_order(w_iter, n).flatten()  # [w_iter N]
+    slices = z[:, partitions].unflatten(1, (-1, w_size))  # [s, w_iter N/w, w, d], the same images in all views
+    y = F.normalize(whiten(slices, kind, eps), dim=-1)
+    target = y.detach() if one_way else y
+    distances = [(2 - 2 * (y[i] * target[j]).sum(-1)).mean() for j in range(s) for i in range(j)]  # a scalar for each pair of views
+    return sum(distances) / len(distances)
 
 
 # ==============================================================================
@@ -242,7 +241,8 @@ def train(args):
     scores = {}
     if data.labelled:
         torch.manual_seed(args.seed)
-        networks = {"kNN": model.backbone, "raw pixels": nn.Flatten(), "untrained backbone": build(args).backbone.to(device)}
+        pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(32, data.size)), nn.Flatten())  # at most 32 x 32 of them
+        networks = {"kNN": model.backbone, "raw pixels": pixels, "untrained backbone": build(args).backbone.to(device)}
         for name, encoder in networks.items():
             bank, queries = (common.extract(encoder, data, images, args.precision) for images in (data.labelled_train, data.test))
             scores[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)

@@ -1,11 +1,12 @@
 """What a user can do wrong ends in one line that names the flag or the file and a way out: no traceback, nothing left behind."""
 
 import errno
-import fcntl
 import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import common
@@ -359,10 +360,12 @@ def test_a_checkpoint_of_another_method_is_refused_by_name(run):
 
 def test_two_runs_on_one_folder_at_once(flags, tmp_path):
     (tmp_path / "run").mkdir()
-    with open(tmp_path / "run" / "lock", "w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+    hold = f"import fcntl, sys; f = open({str(tmp_path / 'run' / 'lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
         refused(run_here("cw_rgp", flags("cw_rgp")), f"--out {tmp_path / 'run'}", "in use")
         refused(run_here("cw_rgp", flags("cw_rgp", "--resume")), f"--out {tmp_path / 'run'}", "in use")
+        other.stdin.close()
     assert list(snapshot(tmp_path / "run")) == ["lock"]
 
 

@@ -73,23 +73,19 @@ def unit(z):
 # ---------------------------------------------------------------------------------------------- replayed draws
 def replay_partitions(n, w, rounds, seed):
     """The slices that wmse_loss draws: one random order of the images a round."""
-    g = generator(seed)
-    return [torch.rand(n, generator=g).argsort().reshape(-1, w).numpy() for _ in range(rounds)]
+    orders = torch.rand(rounds, n, generator=generator(seed)).argsort(-1).numpy()
+    return [order.reshape(-1, w) for order in orders]
 
 
 def replay_cw(s, n, d, w, rounds, seed, mode):
     """(partitions[round][slice], permutations[round][view][slice]) that cw_rgp_loss draws."""
-    g, partitions, permutations = generator(seed), [], []
-    draw = lambda *shape: torch.rand(shape, generator=g).argsort(-1).numpy()
-    for _ in range(rounds):
-        partitions.append(draw(n).reshape(-1, w))
-        if mode == "per-view":
-            permutations.append(draw(s, n // w, d))
-        elif mode == "shared":
-            permutations.append(np.stack([draw(n // w, d)] * s))
-        else:
-            permutations.append([[None] * (n // w)] * s)
-    return partitions, permutations
+    g = generator(seed)
+    partitions = torch.rand(rounds, n, generator=g).argsort(-1).numpy().reshape(rounds, -1, w)
+    if mode == "fixed":
+        return partitions, [[[None] * (n // w)] * s] * rounds
+    channels = torch.rand(1 if mode == "shared" else s, rounds * n // w, d, generator=g).argsort(-1).numpy()
+    channels = np.broadcast_to(channels, (s, *channels.shape[1:])).reshape(s, rounds, n // w, d)
+    return partitions, channels.swapaxes(0, 1)
 
 
 def replay_dbn(d, seed):
