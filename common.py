@@ -27,6 +27,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -96,13 +97,13 @@ def main(function, parse):
         else:
             raise
     if message:
-        if world_size() > 1 and rank() > 0:
+        if dist.is_initialized() and rank() > 0:
             time.sleep(3)  # the same error on rank 0 ends this process before it repeats the line
         with _broken_pipe_tolerated(sys.stderr):
             print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
     with _broken_pipe_tolerated(sys.stdout):
         sys.stdout.flush()
-    if world_size() > 1 and status:
+    if dist.is_initialized() and status:
         os._exit(status)  # not sys.exit: taking down a process group with work pending may wait for ever
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -656,9 +657,9 @@ class Files:
 
 
 def leave_signals_to_the_main_process(_worker):
-    """Ctrl-C and torchrun's SIGTERM reach the loader's processes too; they go on until the main process has saved."""
+    """Ctrl-C and torchrun's SIGTERM reach the loader's processes too: they go on until the main process has saved, or for five seconds."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(5, os._exit, (0,)).start())
 
 
 def in_one_line(loader):
