@@ -721,11 +721,11 @@ PATTERN_CLASSES = ["stripes", "checks", "dots", "bricks", "zigzag", "grid", "rin
 
 
 def make_patterns(seed=0, train=10_000, test=2_000):
-    """(train_images uint8 [N, 3, 32, 32], train_labels int64 [N], test_images, test_labels): textures in two greyish colours.
+    """(train_images uint8 [N, 3, 32, 32], train_labels int64 [N], test_images, test_labels): textures in two colours.
 
-    Nothing but the texture tells the class: period, phase, tilt, warp, colours, shading and noise are drawn alike for all
-    classes, and half of every image is ink. The colours vary little, on purpose: what tells one *image* from all others and
-    survives the augmentation (a colour, say) would let a method tell its images apart without learning any texture."""
+    Nothing but the texture tells the class: period, phase, tilt, warp, brightness, shading and noise are drawn alike for all
+    classes, and half of every image is ink. All images have the same two hues, on purpose: what tells one *image* from all others
+    and survives the augmentation (a hue, say) would let a method tell its images apart without learning any texture."""
     rng, n = np.random.default_rng(seed), train + test
     labels = np.arange(n) % 10  # balanced; shuffled below, in each split apart
     labels = np.concatenate([labels[:train][np.argsort(rng.random(train))], labels[train:][np.argsort(rng.random(test))]])
@@ -756,8 +756,8 @@ def make_patterns(seed=0, train=10_000, test=2_000):
              lambda: np.maximum(np.minimum(a, b) - .12, np.maximum(a, b) - .36))[k]()  # crosses
         g = (g - np.median(g, (1, 2), keepdims=True)) * np.where(draw(0, 1) < .5, 1, -1)  # ink where g > 0: half of the image
         ink = np.clip(.5 + 16 / scale * g, 0, 1)[:, None]  # edges one pixel wide
-        dark = draw(.25, .35, 1, 1, 1) + draw(-.03, .03, 3, 1, 1)
-        light = dark + draw(.35, .4, 1, 1, 1) + draw(-.03, .03, 3, 1, 1)
+        dark = draw(.25, .35, 1, 1, 1) + np.reshape([-.05, 0, .05], (3, 1, 1))  # bluish
+        light = dark + draw(.35, .4, 1, 1, 1) + np.reshape([.1, .02, -.1], (3, 1, 1))  # yellowish
         image = dark + ink * (light - dark)
         for t in (x, y):  # shading
             image += .1 * np.sin(draw(2, 4, 1, 1, 1) * t + draw(0, 6.3, 1, 1, 1))
