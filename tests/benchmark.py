@@ -1,0 +1,115 @@
+"""What a training step costs beside the bare backbone: a script, not a test.
+
+    python tests/benchmark.py                                    # all nine, tiny, batch 256
+    python tests/benchmark.py --methods cw_rgp byol --backbone resnet18 --repeats 3
+    python tests/benchmark.py --methods wmse --flags "--proj-dim 128 --w-size 256 --views 4"
+
+(a) bare: forward and backward of the backbone on the same views, in the same precision and memory layout; for MoCo and BYOL their own
+bare passes, the second encoder's forward included. (b) step: augmentation, forward, loss, backward, optimizer, the watch for
+non-finite numbers. Both are timed in turn, `--repeats` times after a warm-up; the medians and their ratio are printed, and where
+the rest of the step goes. Times are wall-clock milliseconds: run it on a machine that does nothing else.
+"""
+
+import argparse
+import importlib
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
+import common  # noqa: E402
+
+METHODS = ("simclr", "moco", "byol", "simsiam", "barlow", "vicreg", "wmse", "shuffled_dbn", "cw_rgp")
+
+
+def measure(name, backbone, flags, repeats):
+    """Median milliseconds of each part of a step, and of the bare passes."""
+    module = importlib.import_module(name)
+    args = module.parse_args(["--backbone", backbone, *shlex.split(flags)])
+    device = common.set_up(args)
+    args.image_size = args.image_size or 32
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8, device=device)
+    numbers = torch.full((3, 1, 1), 0.5, device=device)
+    data = SimpleNamespace(args=args, device=device, size=args.image_size, mean=numbers, std=numbers, steps_per_epoch=100)
+    model = module.build(args).to(device, memory_format=torch.channels_last).train()
+    optimizer = common.build_optimizer(model, args)
+    watch = SimpleNamespace(model=model, data=data, loss_sum=torch.zeros((), dtype=torch.float64, device=device))
+    common.Run._prepare_watch(watch)
+    autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
+    slow = getattr(model, "target_backbone", getattr(model, "key_backbone", None))
+    parts = {}
+
+    def clock(part, start):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        parts.setdefault(part, []).append(1000 * (now - start))
+        return now
+
+    for step in range(repeats + 2):
+        now = time.perf_counter()
+        views = common.Data.augment(data, images, step)
+        now = clock("augment", now)
+        with torch.autocast(**autocast):
+            h = [model.backbone(x) for x in views]
+            if slow is not None:
+                with torch.no_grad():
+                    [slow(x) for x in (views if name == "byol" or getattr(args, "symmetric", False) else views[1:])]
+            asked = h if name != "moco" or args.symmetric else h[:-1]  # MoCo's last view only answers
+        torch.autograd.backward(asked, [torch.ones_like(v) for v in asked])
+        clock("bare", now)
+        optimizer.zero_grad(set_to_none=True)
+        for outputs in watch.outputs.values():
+            outputs.clear()
+        del h, asked
+        now = time.perf_counter()
+        with torch.autocast(**autocast):
+            h = [model.backbone(x) for x in views[: len(views) - (name == "moco" and not args.symmetric)]]
+        clock("backbone forward", now)
+        del h
+        for outputs in watch.outputs.values():
+            outputs.clear()
+        now = time.perf_counter()
+        with torch.autocast(**autocast):
+            loss = model(views)
+        now = clock("forward", now)
+        loss.backward()
+        now = clock("backward", now)
+        optimizer.step()
+        if hasattr(model, "update_target"):
+            model.update_target(0.5)
+        now = clock("optimizer", now)
+        common.Run.watch(watch, step, loss)
+        clock("watch", now)
+    medians = {part: statistics.median(times[2:]) for part, times in parts.items()}
+    medians["step"] = sum(medians[part] for part in ("augment", "forward", "backward", "optimizer", "watch"))
+    memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else None
+    return medians, args, memory
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--backbone", default="tiny")
+    parser.add_argument("--flags", default="", help="further flags for the method, in one string")
+    parser.add_argument("--repeats", type=int, default=10)
+    options = parser.parse_args()
+    print(f"{common.processor_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, torch {torch.__version__}; milliseconds, medians of {options.repeats}")
+    print(f"{'method':13}{'backbone':>10}{'bare':>9}{'step':>9}{'step/bare':>10}{'images/s':>10}{'augment':>9}{'heads+loss':>11}{'optimizer':>10}{'watch':>7}  augment %")
+    for name in options.methods:
+        ms, args, memory = measure(name, options.backbone, options.flags, options.repeats)
+        heads = ms["forward"] + ms["backward"] - ms["bare"]
+        print(f"{name:13}{options.backbone:>10}{ms['bare']:9.1f}{ms['step']:9.1f}{ms['step'] / ms['bare']:10.2f}{1000 * args.batch_size / ms['step']:10.0f}"
+              f"{ms['augment']:9.1f}{heads:11.1f}{ms['optimizer']:10.1f}{ms['watch']:7.1f}{100 * ms['augment'] / ms['step']:9.1f} %"
+              + (f"  {memory:.0f} MiB" if memory else ""), flush=True)
+
+
+if __name__ == "__main__":
+    main()
