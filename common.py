@@ -157,7 +157,7 @@ def shared_arguments(method, description):
     add("--data-dir", default="data", help="where the data set lies, or is downloaded to")
     add("--image-size", type=number(int, 8, 1024, example=32), help="side of a view in pixels (default: the data set's own)")
     add("--backbone", default="tiny", help="`tiny`, or a torchvision ResNet by name (resnet18, resnet50, ...)")
-    add("--epochs", type=number(int, 1, example=15), default=15, help="the paper's CIFAR-10 runs take 1000")
+    add("--epochs", type=number(int, 1, example=10), default=10, help="the paper's CIFAR-10 runs take 1000")
     add("--batch-size", type=number(int, 2, example=256), default=256, help="images a step, over all processes")
     add("--lr", type=number(float, above=0, example="3e-3"), default=3e-3, help="peak learning rate, not scaled by the batch size")
     add("--lr-bias", type=number(float, above=0, example="3e-3"), help="peak learning rate of biases and norm layers (default: --lr)")
