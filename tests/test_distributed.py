@@ -59,6 +59,7 @@ def three_steps(variant):
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(100 + step)
         views = [torch.randn(B, 3, SIDE, SIDE, generator=generator, dtype=torch.float64)[r * n:(r + 1) * n] for _ in range(2)]
+        views = [view.contiguous(memory_format=torch.channels_last) for view in views]
         torch.manual_seed(common.step_seed(0, step))
         loss = network(views)
         optimizer.zero_grad(set_to_none=True)
@@ -93,7 +94,7 @@ def one_process():
     return {variant: three_steps(variant) for variant in VARIANTS}
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def many_processes(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(worker, (request.param, free_port(), str(folder)), nprocs=request.param)
@@ -187,3 +188,76 @@ def test_every_image_is_measured_once_whatever_the_world_size(tmp_path):
     images = torch.arange(7 * 3 * 8 * 8).remainder(251).to(torch.uint8).view(7, 3, 8, 8)
     for r in range(3):
         assert torch.equal(torch.load(tmp_path / f"features{r}.pt", weights_only=True), images.float().flatten(1))
+
+
+def test_a_run_goes_on_with_another_number_of_processes(small_folder, tmp_path):
+    """One epoch by two processes, the second by one: the rows of a run that one process made, up to rounding."""
+    from conftest import run_script
+
+    argv = [*SMALL, *SMALL_OF["moco"], "--dataset", "folder", "--data-dir", small_folder, "--epochs", "2"]
+    assert run_script(ROOT / "methods" / "moco.py", *argv, "--out", tmp_path / "one").status == 0
+    assert torchrun("moco", small_folder, tmp_path / "two", 2, "--epochs", "1").returncode == 0
+    done = run_script(ROOT / "methods" / "moco.py", *argv, "--out", tmp_path / "two", "--resume")
+    assert done.status == 0 and "after step 2 of 4" in done.out
+    assert [row["epoch"] for row in rows(tmp_path / "two")] == ["1", "2"]
+    first, second = (abs(float(a["loss"]) - float(b["loss"])) for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True))
+    assert first < 1e-3 and second < 0.2  # the schedule of one epoch is another one than that of two
+
+
+DYING = """
+import os, sys
+sys.path[:0] = [{root!r}, {methods!r}]
+import common, simclr
+watch = common.Run.watch
+def die(self, step, loss):
+    if step == 2 and common.rank() == 1:
+        {death}
+    watch(self, step, loss)
+common.Run.watch = die
+common.main(simclr.train, lambda: simclr.parse_args(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("death, cause", [("os.kill(os.getpid(), 9)", "lost another process"), ('raise common.UserError("rank 1 ran dry")', "rank 1 ran dry")])
+def test_a_process_that_dies_ends_the_others_with_the_cause_first(small_folder, tmp_path, death, cause):
+    script = tmp_path / "dying.py"
+    script.write_text(DYING.format(root=str(ROOT), methods=str(ROOT / "methods"), death=death))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *SMALL, *SMALL_OF["simclr"],
+               "--dataset", "folder", "--data-dir", str(small_folder), "--out", str(tmp_path / "run"), "--epochs", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if "error:" in line or "Traceback" in line or "Signal 9" in line]
+    assert cause in errors[0] or "Signal 9" in errors[0], done.stderr[:3000]
+    assert (tmp_path / "run" / "last.pt").exists()  # of the first epoch
+
+
+def test_sigterm_to_torchrun_saves_and_leaves(small_folder, tmp_path):
+    import signal
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "methods" / "simclr.py"), *SMALL,
+               *SMALL_OF["simclr"], "--dataset", "folder", "--data-dir", str(small_folder), "--out", str(tmp_path / "run"), "--epochs", "100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as run:
+        while "epoch" not in (line := run.stdout.readline()):
+            assert line, run.stderr.read()[-2000:]
+        run.send_signal(signal.SIGTERM)
+        out, err = run.communicate(timeout=60)
+    assert "stopped after step" in out, err[:2000]
+    checkpoint = common.load_checkpoint(str(tmp_path / "run" / "last.pt"))
+    assert checkpoint["step"] == int(out.split("stopped after step ")[1].split()[0])
+
+
+def test_draws_agree_where_they_must_and_differ_where_they_must(monkeypatch):
+    """Permutations are drawn alike on all ranks; the augmentation of a rank's rows is that of these rows in one process."""
+    images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    whole = common.augment(images, "w-mse", 2, 16, (0.5,) * 3, (0.5,) * 3, 0, 0)
+    for r in range(2):
+        mine = common.augment(images[4 * r:4 * r + 4], "w-mse", 2, 16, (0.5,) * 3, (0.5,) * 3, 0, 0, rank=r, world_size=2)
+        assert torch.allclose(mine[0], whole[0][4 * r:4 * r + 4], atol=1e-5)
+    same = images[:1].expand(4, 3, 16, 16)
+    a, b = (common.augment(same, "w-mse", 1, 16, (0.5,) * 3, (0.5,) * 3, 0, 0, rank=r, world_size=2)[0] for r in range(2))
+    assert not torch.allclose(a, b)
+    seeds = []
+    for r in range(2):
+        monkeypatch.setenv("RANK", str(r))
+        seeds.append(common.step_seed(0, 5))
+    assert seeds[0] == seeds[1]
