@@ -23,7 +23,7 @@ SHARED = [
     ("--image-size 7", "--image-size", "try 32"), ("--image-size 1025", "--image-size", "try 32"),
     ("--image-size 32x32", "--image-size", "try 32"),
     ("--backbone resnet17", "--backbone resnet17", "try tiny"), ("--backbone Tiny", "--backbone Tiny", "try tiny"),
-    ("--backbone vgg16", "--backbone vgg16", "try tiny"), ("--epochs 0", "--epochs", "try 10"), ("--epochs 1e3", "--epochs", "try 15"),
+    ("--backbone vgg16", "--backbone vgg16", "try tiny"), ("--epochs 0", "--epochs", "try 10"), ("--epochs 1e3", "--epochs", "try 10"),
     ("--epochs -1", "--epochs", "try 10"), ("--batch-size 1", "--batch-size", "try 256"), ("--batch-size 32.5", "--batch-size", "try 256"),
     ("--lr 0", "--lr", "try 3e-3"), ("--lr nan", "--lr", "try 3e-3"), ("--lr inf", "--lr", "try 3e-3"), ("--lr 0,1", "--lr", "try 3e-3"),
     ("--lr-bias -1", "--lr-bias", "try 3e-3"), ("--weight-decay=-1e-6", "--weight-decay", "try 1e-6"),
