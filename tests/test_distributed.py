@@ -160,7 +160,8 @@ def assert_same_training(folder, tmp_path, method):
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("epoch 1/2") == 1  # one process speaks
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        assert abs(float(a["loss"]) - float(b["loss"])) < 1e-3 * (1 + abs(float(a["loss"])))
+        # float32: Adam's first step is the sign of each gradient, so rounding near 0 counts; the float64 test above is the exact one
+        assert abs(float(a["loss"]) - float(b["loss"])) < 1e-2 * (1 + abs(float(a["loss"])))
     assert json.loads((tmp_path / "two" / "config.json").read_text())["processes"] == 2
 
 
