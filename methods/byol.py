@@ -29,7 +29,7 @@ over pairs of views.
 As in all nine files, so that a diff shows no recipe: Adam, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
 residual blocks that start as the identity.
 
-    python methods/byol.py                               # two minutes on a laptop, offline
+    python methods/byol.py                               # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/byol.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
         --proj-hidden 4096 --proj-dim 256 --momentum 0.996 --augment byol --optimizer lars --batch-size 4096 --lr 3.2 \
         --weight-decay 1.5e-6 --warmup 3120 --epochs 1000

@@ -31,7 +31,7 @@ eigenvalues; no covariance term, which the official ImageNet script adds in the 
 each view alone sets the backbone's batch statistics, and the projector sees all views as one batch. With random groups per view the
 loss has a positive floor, even for equal views: the partition acts as noise.
 
-    python methods/cw_rgp.py                             # two minutes on a laptop, offline
+    python methods/cw_rgp.py                             # some minutes on a laptop, offline
     torchrun --nproc_per_node=4 methods/cw_rgp.py --dataset cifar10 --backbone resnet18 --epochs 1000 --schedule step --warmup 500
     torchrun --nproc_per_node=4 methods/cw_rgp.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
         --proj-layers 3 --proj-hidden 2048 --proj-dim 1024 --groups 2 --w-size 128 --w-iter 1 --views 4 --augment moco-v2 \

@@ -33,7 +33,7 @@ pairs, view i asking for view j > i.
 As in all nine files, so that a diff shows no recipe: Adam, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
 residual blocks that start as the identity.
 
-    python methods/moco.py                               # two minutes on a laptop, offline
+    python methods/moco.py                               # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/moco.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
         --proj-layers 2 --proj-hidden 2048 --queue-size 65536 --momentum 0.999 --temperature 0.2 --augment moco-v2 \
         --optimizer sgd --lr 0.03 --weight-decay 1e-4 --warmup 0 --epochs 200

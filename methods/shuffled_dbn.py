@@ -29,7 +29,7 @@ for equal eigenvalues; more than two views: the mean over pairs of views.
 As in all nine files, so that a diff shows no recipe: Adam, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
 residual blocks that start as the identity.
 
-    python methods/shuffled_dbn.py                       # two minutes on a laptop, offline
+    python methods/shuffled_dbn.py                       # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/shuffled_dbn.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
         --proj-layers 3 --proj-hidden 2048 --groups 32 --augment moco-v2 --optimizer sgd --batch-size 256 --lr 0.02 \
         --weight-decay 5e-4 --warmup 25020 --epochs 200

@@ -29,7 +29,7 @@ batch statistics (the official code sends both views through as one batch); more
 As in all nine files, so that a diff shows no recipe: Adam, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
 residual blocks that start as the identity.
 
-    python methods/simclr.py                             # two minutes on a laptop, offline
+    python methods/simclr.py                             # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/simclr.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
         --proj-layers 3 --proj-hidden 2048 --temperature 0.1 --augment simclr --optimizer lars --batch-size 4096 --lr 4.8 \
         --weight-decay 1e-4 --warmup 3120 --epochs 100

@@ -26,7 +26,7 @@ solo-learn's rate for CIFAR-10: with the Adam of the other files (--optimizer ad
 As in all nine files, so that a diff shows no recipe: cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
 residual blocks that start as the identity.
 
-    python methods/simsiam.py                            # two minutes on a laptop, offline
+    python methods/simsiam.py                            # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/simsiam.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
         --proj-layers 3 --augment moco-v2 --optimizer sgd --batch-size 512 --lr 0.1 --weight-decay 1e-4 --warmup 0 --epochs 100
 """

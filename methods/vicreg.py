@@ -27,7 +27,7 @@ sum, squared distance summed over d: --scaling paper); more than two views: the 
 As in all nine files, so that a diff shows no recipe: Adam, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
 residual blocks that start as the identity.
 
-    python methods/vicreg.py                             # two minutes on a laptop, offline
+    python methods/vicreg.py                             # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/vicreg.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
         --proj-hidden 8192 --proj-dim 8192 --augment byol --optimizer lars --batch-size 2048 --lr 1.6 \
         --weight-decay 1e-6 --warmup 6250 --epochs 1000

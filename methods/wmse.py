@@ -29,7 +29,7 @@ Deviations: cosine schedule (the paper: --schedule step); batch 256 (the paper's
 the identity, as in all nine files (official: not); ZCA has a backward of its own, stable for equal eigenvalues; non-finite gradients of
 PCA are set to 0. As in the official code each view alone sets the backbone's batch statistics, and the projector sees all views as one batch.
 
-    python methods/wmse.py                               # two minutes on a laptop, offline
+    python methods/wmse.py                               # some minutes on a laptop, offline
     torchrun --nproc_per_node=4 methods/wmse.py --dataset cifar10 --backbone resnet18 --batch-size 512 --epochs 1000 --schedule step --warmup 500
     torchrun --nproc_per_node=4 methods/wmse.py --dataset folder --data-dir imagenet100 --image-size 224 --backbone resnet18 --proj-dim 128 \
         --w-size 256 --views 4 --augment simclr --lr 2e-3 --epochs 240 --schedule step --warmup 500
