@@ -723,9 +723,10 @@ PATTERN_CLASSES = ["stripes", "checks", "dots", "bricks", "zigzag", "grid", "rin
 def make_patterns(seed=0, train=10_000, test=2_000):
     """(train_images uint8 [N, 3, 32, 32], train_labels int64 [N], test_images, test_labels): textures in two colours.
 
-    Nothing but the texture tells the class: period, phase, tilt, warp, brightness, shading and noise are drawn alike for all
-    classes, and half of every image is ink. All images have the same two hues, on purpose: what tells one *image* from all others
-    and survives the augmentation (a hue, say) would let a method tell its images apart without learning any texture."""
+    Nothing but the texture tells the class: period, phase, tilt, warp, light and noise are drawn alike for all classes, and half
+    of every image is ink. All images have nearly the same two colours, and the light changes several times across an image, on
+    purpose: what is an *image's* own and survives the augmentation (a hue, or one bright side) can be learned in place of any
+    texture. BYOL did: where the light changed slowly, its features foretold how fast (R^2 = 0.9) and no more of the class than untrained ones."""
     rng, n = np.random.default_rng(seed), train + test
     labels = np.arange(n) % 10  # balanced; shuffled below, in each split apart
     labels = np.concatenate([labels[:train][np.argsort(rng.random(train))], labels[train:][np.argsort(rng.random(test))]])
@@ -739,7 +740,7 @@ def make_patterns(seed=0, train=10_000, test=2_000):
         # Coordinates (u, v) that count periods: bent by a smooth warp, turned by a tilt, scaled and shifted.
         px = x + draw(.1, .25) * np.sin(draw(2, 4) * y + draw(0, 6.3))
         py = y + draw(.1, .25) * np.sin(draw(2, 4) * x + draw(0, 6.3))
-        tilt, scale = draw(-.4, .4) * (8 if k == 0 else 1), draw(1.8, 3)  # radians (stripes lie at any angle); periods in 16 pixels
+        tilt, scale = draw(-.3, .3) * (11 if k == 0 else 1), draw(2, 3)  # radians (stripes lie at any angle); periods in 16 pixels
         u = scale * (px * np.cos(tilt) - py * np.sin(tilt)) + draw(0, 8)
         v = scale * (px * np.sin(tilt) + py * np.cos(tilt)) + draw(0, 8)
         row, column = np.floor(v), np.floor(u)
@@ -756,11 +757,11 @@ def make_patterns(seed=0, train=10_000, test=2_000):
              lambda: np.maximum(np.minimum(a, b) - .12, np.maximum(a, b) - .36))[k]()  # crosses
         g = (g - np.median(g, (1, 2), keepdims=True)) * np.where(draw(0, 1) < .5, 1, -1)  # ink where g > 0: half of the image
         ink = np.clip(.5 + 16 / scale * g, 0, 1)[:, None]  # edges one pixel wide
-        dark = draw(.25, .35, 1, 1, 1) + np.reshape([-.05, 0, .05], (3, 1, 1))  # bluish
-        light = dark + draw(.35, .4, 1, 1, 1) + np.reshape([.1, .02, -.1], (3, 1, 1))  # yellowish
+        dark = draw(.29, .31, 1, 1, 1) + np.reshape([-.05, 0, .05], (3, 1, 1))  # bluish
+        light = dark + draw(.37, .38, 1, 1, 1) + np.reshape([.1, .02, -.1], (3, 1, 1))  # yellowish
         image = dark + ink * (light - dark)
-        for t in (x, y):  # shading
-            image += .1 * np.sin(draw(2, 4, 1, 1, 1) * t + draw(0, 6.3, 1, 1, 1))
+        for t in (x, y):  # uneven light
+            image += .1 * np.sin(draw(5, 8, 1, 1, 1) * t + draw(0, 6.3, 1, 1, 1))
         image += draw(-.06, .06, 3, 32, 32)  # pixel noise
         images[mine] = np.rint(255 * np.clip(image, 0, 1))
     return images[:train], labels[:train], images[train:], labels[train:]

@@ -55,6 +55,7 @@ import common  # noqa: E402
 def parse_args(argv=None):
     parser = common.shared_arguments("byol", __doc__)
     parser.set_defaults(proj_hidden=1024, proj_dim=64, proj_layers=2)  # the W-MSE authors' CIFAR-10 runs; the paper on ImageNet: 4096, 256, 2
+    parser.set_defaults(lr=1e-3)  # at the others' 3e-3 the embeddings soon keep few of their dimensions
     parser.add_argument("--momentum", type=common.number(float, 0, 1, example=0.99), default=0.99, help="tau_base, rising to 1; the paper's 0.996")
     parser.add_argument("--predictor", choices=("mlp", "linear", "direct", "none"), default="mlp",
                         help="`direct`: DirectPred, from the embeddings' correlation")

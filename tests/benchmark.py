@@ -3,6 +3,7 @@
     python tests/benchmark.py                                    # all nine, tiny, batch 256
     python tests/benchmark.py --methods cw_rgp byol --backbone resnet18 --repeats 3
     python tests/benchmark.py --methods wmse --flags "--proj-dim 128 --w-size 256 --views 4"
+    python tests/benchmark.py --grow                             # step time and peak memory as batch, d and views grow (a Markdown table)
 
 (a) bare: forward and backward of the backbone on the same views, in the same precision and memory layout; for MoCo and BYOL their own
 bare passes, the second encoder's forward included. (b) step: augmentation, forward, loss, backward, optimizer, the watch for
@@ -12,6 +13,8 @@ the rest of the step goes. Times are wall-clock milliseconds: run it on a machin
 
 import argparse
 import importlib
+import multiprocessing
+import resource
 import shlex
 import statistics
 import sys
@@ -94,14 +97,60 @@ def measure(name, backbone, flags, repeats):
     return medians, args, memory
 
 
+# method -> what grows beside the backbone's share, which is linear in batch and views
+WHY = {
+    "simclr": "logits (s N)^2",
+    "moco": "N x queue logits; the queue is queue x d",
+    "byol": "a second network's forward; linear in d",
+    "simsiam": "linear in N; d^2 in the projector",
+    "barlow": "one d x d matrix per pair of views: d^2",
+    "vicreg": "one d x d covariance per view: d^2",
+    "wmse": "d x d Cholesky per slice: d^3, and it needs w > d",
+    "shuffled_dbn": "g eigen-decompositions of (d / g)^2: d^3 / g^2",
+    "cw_rgp": "w_iter N g / w eigen-decompositions of w x w: N g w^2, hence d only through g",
+}
+
+
+def step_and_memory(name, backbone, flags, repeats):
+    """(milliseconds of a step, MiB at its peak beyond the process's own) - or the words of the refusal. Run in a fresh process."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    try:
+        ms, _, on_gpu = measure(name, backbone, flags, repeats)
+    except common.UserError as refusal:
+        return str(refusal)
+    return ms["step"], on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+
+
+def grow(options):
+    columns = {"default": "", "batch 128": "--batch-size 128", "batch 512": "--batch-size 512", "batch 1024": "--batch-size 1024",
+               "d 32": "--proj-dim 32", "d 128": "--proj-dim 128", "d 512": "--proj-dim 512", "3 views": "--views 3", "4 views": "--views 4"}
+    refusals = []
+    print("milliseconds of a step / MiB at its peak\n")
+    print("| method | " + " | ".join(columns) + " | what grows beside the backbone |")
+    print("|---" * (len(columns) + 2) + "|")
+    for name in options.methods:
+        cells = []
+        for column, flags in columns.items():
+            with multiprocessing.get_context("spawn").Pool(1) as process:
+                found = process.apply(step_and_memory, (name, options.backbone, f"{options.flags} {flags}", options.repeats))
+            if isinstance(found, str):
+                refusals.append(f"{name}, {column}: {found}")
+            cells.append("refused" if isinstance(found, str) else f"{found[0]:.0f} / {found[1]:.0f}")
+        print(f"| {name} | " + " | ".join(cells) + f" | {WHY[name]} |", flush=True)
+    print("\n".join(["", *refusals]))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--backbone", default="tiny")
     parser.add_argument("--flags", default="", help="further flags for the method, in one string")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--grow", action="store_true", help="vary batch, embedding size and views instead; every cell in a fresh process")
     options = parser.parse_args()
     print(f"{common.processor_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, torch {torch.__version__}; milliseconds, medians of {options.repeats}")
+    if options.grow:
+        return grow(options)
     print(f"{'method':13}{'backbone':>10}{'bare':>9}{'step':>9}{'step/bare':>10}{'images/s':>10}{'augment':>9}{'heads+loss':>11}{'optimizer':>10}{'watch':>7}  augment %")
     for name in options.methods:
         ms, args, memory = measure(name, options.backbone, options.flags, options.repeats)
