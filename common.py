@@ -738,9 +738,9 @@ def make_patterns(seed=0, train=10_000, test=2_000):
         mine = np.flatnonzero(labels == k)
         draw = lambda low, high, *shape: low + (high - low) * rng.random((len(mine), *(shape or (1, 1))))
         # Coordinates (u, v) that count periods: bent by a smooth warp, turned by a tilt, scaled and shifted.
-        px = x + draw(.1, .25) * np.sin(draw(2, 4) * y + draw(0, 6.3))
-        py = y + draw(.1, .25) * np.sin(draw(2, 4) * x + draw(0, 6.3))
-        tilt, scale = draw(-.3, .3) * (11 if k == 0 else 1), draw(2, 3)  # radians (stripes lie at any angle); periods in 16 pixels
+        px = x + draw(.1, .2) * np.sin(draw(2, 4) * y + draw(0, 6.3))
+        py = y + draw(.1, .2) * np.sin(draw(2, 4) * x + draw(0, 6.3))
+        tilt, scale = draw(-.3, .3) * (11 if k == 0 else 1), draw(2.2, 3)  # radians (stripes lie at any angle); periods in 16 pixels
         u = scale * (px * np.cos(tilt) - py * np.sin(tilt)) + draw(0, 8)
         v = scale * (px * np.sin(tilt) + py * np.cos(tilt)) + draw(0, 8)
         row, column = np.floor(v), np.floor(u)
@@ -761,7 +761,7 @@ def make_patterns(seed=0, train=10_000, test=2_000):
         light = dark + draw(.37, .38, 1, 1, 1) + np.reshape([.1, .02, -.1], (3, 1, 1))  # yellowish
         image = dark + ink * (light - dark)
         for t in (x, y):  # uneven light
-            image += .1 * np.sin(draw(5, 8, 1, 1, 1) * t + draw(0, 6.3, 1, 1, 1))
+            image += .12 * np.sin(draw(5, 8, 1, 1, 1) * t + draw(0, 6.3, 1, 1, 1))
         image += draw(-.06, .06, 3, 32, 32)  # pixel noise
         images[mine] = np.rint(255 * np.clip(image, 0, 1))
     return images[:train], labels[:train], images[train:], labels[train:]
