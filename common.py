@@ -352,7 +352,9 @@ def distribute(model, args):
     if world_size() > 1:
         synchronise_batch_norm(model)
     if args.compile:
-        model.backbone.forward = torch.compile(model.backbone.forward)  # .forward: the names in the checkpoint stay
+        for name, module in model.named_children():
+            if name.endswith("backbone"):  # the slow one of MoCo and BYOL too
+                module.forward = torch.compile(module.forward)  # .forward: the names in the checkpoint stay
     if world_size() == 1:
         return model
     ddp = nn.parallel.DistributedDataParallel

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torchvision
-from conftest import run_here
+from conftest import METHODS, run_here
 
 # ---- backbones -----------------------------------------------------------------------------------
 
@@ -123,12 +123,13 @@ def test_a_compiled_tiny_computes_the_same():
 
 
 @pytest.mark.slow
-def test_a_compiled_run_ends_like_an_uncompiled_one(flags, tmp_path):
+@pytest.mark.parametrize("method", METHODS)
+def test_a_compiled_run_ends_like_an_uncompiled_one(method, flags, tmp_path):
     """With SGD: Adam's first steps have the sign of each gradient alone, which rounding decides where a gradient is next to 0."""
     models = []
     for more in ([], ["--compile"]):
         out = tmp_path / f"run{len(more)}"
-        assert run_here("cw_rgp", flags("cw_rgp", "--optimizer", "sgd", "--lr", 0.01, "--epochs", 1, "--out", out, *more)).status == 0
+        assert run_here(method, flags(method, "--optimizer", "sgd", "--lr", 0.01, "--epochs", 1, "--out", out, *more)).status == 0
         models.append(torch.load(out / "last.pt", weights_only=True)["model"])
     assert list(models[0]) == list(models[1])
     for name, tensor in models[0].items():
