@@ -29,7 +29,7 @@ def test_the_stem_of_a_resnet_follows_the_image_size(name, size, kernel, stride,
     assert isinstance(network.maxpool, nn.MaxPool2d) == pool and isinstance(network.fc, nn.Identity)
 
 
-@pytest.mark.parametrize("name, size, feature_dim", [("tiny", 32, 384), ("tiny", 64, 384), ("tiny", 8, 384), ("resnet18", 32, 512),
+@pytest.mark.parametrize("name, size, feature_dim", [("tiny", 32, 192), ("tiny", 64, 192), ("tiny", 8, 192), ("resnet18", 32, 512),
                                                      ("resnet18", 64, 512), ("resnet34", 32, 512), ("resnet50", 32, 2048)])
 def test_features_are_rows_of_the_announced_width(name, size, feature_dim):
     network, announced = common.build_backbone(name, size)
