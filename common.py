@@ -124,6 +124,13 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument ") + ("" if "try" in message else f"; see {self.prog} --help"))
 
 
+class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Names each default, but no "(default: None)": those help texts say what happens."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def number(kind, minimum=None, maximum=None, above=None, below=None, example=None):
     """A type for argparse: an int or float within bounds (`above` and `below` are strict), or a message that says so."""
     bounds = [f"at least {minimum}" * (minimum is not None), f"above {above}" * (above is not None),
@@ -150,30 +157,30 @@ def divisor_near(number_, wish, least=2):
 def shared_arguments(method, description):
     """The parser with the flags of all nine methods; a method adds its own and calls `finish_arguments`."""
     parser = OneLineParser(prog=f"{method}.py", description=description.strip().splitlines()[0], allow_abbrev=False,
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                           formatter_class=HelpWithDefaults)
     parser.set_defaults(method=method)
     add = parser.add_argument
     add("--dataset", choices=DATASETS, default="patterns", help="`patterns` is drawn on the spot; `folder` is your own images in --data-dir")
     add("--data-dir", default="data", help="where the data set lies, or is downloaded to")
     add("--image-size", type=number(int, 8, 1024, example=32), help="side of a view in pixels (default: the data set's own)")
     add("--backbone", default="tiny", help="`tiny`, or a torchvision ResNet by name (resnet18, resnet50, ...)")
-    add("--epochs", type=number(int, 1, example=10), default=10, help="the paper's CIFAR-10 runs take 1000")
+    add("--epochs", type=number(int, 1, example=10), default=10, help="the W-MSE and CW-RGP authors' CIFAR-10 runs take 1000")
     add("--batch-size", type=number(int, 2, example=256), default=256, help="images a step, over all processes")
     add("--lr", type=number(float, above=0, example="3e-3"), default=3e-3, help="peak learning rate, not scaled by the batch size")
     add("--lr-bias", type=number(float, above=0, example="3e-3"), help="peak learning rate of biases and norm layers (default: --lr)")
     add("--weight-decay", type=number(float, 0, example="1e-6"), default=1e-6, help="L2 penalty; LARS leaves biases and norm layers out")
     add("--warmup", type=number(int, 0, example=500), help="steps of linear warm-up (default: 500, or a tenth of a shorter run)")
-    add("--schedule", choices=("cosine", "step", "constant"), default="cosine", help="`step`: x 0.2 at 50 and 25 epochs before the end")
+    add("--schedule", choices=("cosine", "step", "constant"), default="cosine", help="`step`: x 0.2 at 50 and 25 epochs before the end of longer runs")
     add("--optimizer", choices=("adam", "sgd", "lars"), default="adam", help="sgd and lars have momentum 0.9")
     add("--augment", choices=sorted(RECIPES), default="w-mse", help="recipe of the random views, see common.RECIPES")
-    add("--proj-hidden", type=number(int, 1, example=1024), help="width of the projector's hidden layers")
+    add("--proj-hidden", type=number(int, 1, example=1024), help="width of the hidden layers of the projector (BYOL: and predictor); --proj-layers 1 has none")
     add("--proj-dim", type=number(int, 2, example=128), help="d, channels of the embedding Z, the projector's output")
     add("--proj-layers", type=number(int, 1, 8, example=2), help="linear layers of the projector")
     add("--views", type=number(int, 2, 16, example=2), default=2, help="views of each image")
     add("--seed", type=number(int, 0, 2**31 - 1, example=0), default=0, help="of weights, order, views and every other draw")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the processor has it; the loss is always fp32")
-    add("--compile", action="store_true", help="torch.compile the backbone")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the processor has it; the loss is computed in fp32")
+    add("--compile", action="store_true", help="torch.compile the backbones")
     add("--num-workers", type=number(int, 0, 256, example=2), default=2, help="loader processes, used only where the images do not fit in memory")
     add("--stream", action="store_true", help="read image files as training goes on even if they would fit in memory")
     add("--out", help="folder of the run (default: runs/<method>-<dataset>-s<seed>)")
@@ -730,7 +737,7 @@ def make_patterns(seed=0, train=10_000, test=2_000):
     purpose: what is an *image's* own and survives the augmentation (a hue, or one bright side) can be learned in place of any
     texture. BYOL did: where the light changed slowly, its features foretold how fast (R^2 = 0.9) and no more of the class than untrained ones."""
     rng, n = np.random.default_rng(seed), train + test
-    labels = np.arange(n) % 10  # balanced; shuffled below, in each split apart
+    labels = np.arange(n) % 10  # balanced; shuffled below, each split by itself
     labels = np.concatenate([labels[:train][np.argsort(rng.random(train))], labels[train:][np.argsort(rng.random(test))]])
     images = np.empty((n, 3, 32, 32), np.uint8)
     x = np.arange(32) / 16 - 31 / 32  # pixel centres, in (-1, 1)
@@ -785,7 +792,7 @@ SOFT_JITTER = ("jitter", 0.4, 0.4, 0.2, 0.1, 0.8)
 # name -> views -> operations in the order in which they are applied. A view beyond the listed ones starts again at the
 # first: symmetric recipes list one view, BYOL's two alternate.
 RECIPES = {
-    # W-MSE, CW-RGP (htdt/self-supervised): colours are changed before the crop
+    # W-MSE, CW-RGP (htdt/self-supervised): colours are changed before the crop (streamed images are cropped as they are read)
     "w-mse": [(JITTER, ("grey", 0.1), BICUBIC_CROP, FLIP)],
     # MoCo v2 2003.04297, SimSiam 2011.10566; v1 1911.05722; the MoCo authors' CIFAR-10 demo
     "moco-v2": [(CROP, JITTER, ("grey", 0.2), BLUR, FLIP)],
@@ -1035,7 +1042,7 @@ def build_backbone(name, image_size, width=48):
 
     `tiny`: 2x2 stride-2 stem, six 3x3 convolutions (w, w, pool, 2w, 2w, pool, 4w, 4w) with batch norm and ReLU.
     A ResNet has torchvision's own parameter names and zero-initialised last batch norms (SimSiam, Barlow, VICReg, CW-RGP code).
-    Its stem (SimCLR appendix B.9, W-MSE code): up to 32 pixels 3x3 stride 1 without pooling; up to 64 pixels 3x3 with pooling."""
+    Its stem (SimCLR appendix B.9, W-MSE code, but with weights drawn like the other convolutions'): up to 32 pixels 3x3 stride 1 without pooling; up to 64 pixels 3x3 with pooling."""
     if name == "tiny":
         return Tiny(width), 4 * width
     check(name in resnet_names(), f"--backbone {name} is unknown; try tiny, {', '.join(resnet_names()[:5])}")
@@ -1177,7 +1184,7 @@ def collapse_metrics(z, eps=1e-4):
 
     dim              dimensions that N rows can fill, min(d, N - 1)
     std_sqrt_d       mean over channels of the standard deviation of the l2-normalised rows, times sqrt(d): 1 if isotropic, 0 if constant (SimSiam)
-    rank             singular values of centred z above max(N, d) * 2^-23 * the largest (float32's resolution: what numpy and torch call rank)
+    rank             singular values of centred z above max(N, d) * 2^-23 * the largest of z itself (float32's resolution)
     rank_1pct        singular values above a hundredth of the largest
     stable_rank      (sum of s) / s_1, the "stable-rank" of the CW-RGP paper (Definition 1)
     stable_rank_sq   (sum of s^2) / s_1^2, the usual stable rank

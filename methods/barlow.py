@@ -5,7 +5,7 @@ ICML 2021, arXiv 2103.03230. Official code: facebookresearch/barlowtwins.
 
 The idea. Correlate every channel of one view with every channel of the other, over the batch. A channel shall correlate fully with
 itself, which makes it invariant to the augmentation, and not at all with the others, which makes the channels say different things.
-A constant channel correlates with nothing, so nothing can collapse.
+A constant channel correlates with nothing, and equal channels correlate with each other: the loss forbids both kinds of collapse.
 
 The loss (Eq. 1 and 2) for embeddings standardised over the batch, channel by channel:
 
@@ -22,14 +22,15 @@ Its value is large and should be: independent random embeddings give about d + l
 What prevents collapse: decorrelation (soft whitening of the channels). No negatives, predictor, stop-gradient or EMA.
 Diff it against vicreg.py: here one correlation matrix between the branches, there two regularisers in each.
 
-Deviations: biased variance with 1e-5 inside the root, as the official code's batch norm; C over all processes with gradient (the
-official in-place sum over W processes hides from autograd: its gradient is 1 / W of ours); more than two views: the mean over pairs.
-As in all nine files, so that a diff shows no recipe: Adam, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
-residual blocks that start as the identity.
+Deviations: biased variance with 1e-5 inside the root, as the official code's batch norm; C over all processes with gradient (the official
+in-place sum over W processes hides from autograd: its gradient is 1 / W of ours, which LARS hides but in biases and norm layers: hence
+their official rate 0.0384 / 32 below, for the authors' 32 GPUs); more than two views: the mean over pairs.
+The recipe is that of the other files (simsiam.py: SGD), so that a diff shows the idea: Adam, weight decay 1e-6, a warm-up of 500 steps or a
+tenth of the run, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone, residual blocks that start as the identity.
 
     python methods/barlow.py                             # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/barlow.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
-        --proj-hidden 8192 --proj-dim 8192 --augment byol --optimizer lars --batch-size 2048 --lr 1.6 --lr-bias 0.0384 \
+        --proj-hidden 8192 --proj-dim 8192 --augment byol --optimizer lars --batch-size 2048 --lr 1.6 --lr-bias 0.0012 \
         --weight-decay 1e-6 --warmup 6250 --epochs 1000
 """
 
@@ -65,7 +66,7 @@ def barlow_twins_loss(z1, z2, lambd=0.0051, standardize="batch"):
     """Barlow Twins (Eq. 1 and 2), a scalar: the sum over all d^2 entries of the cross-correlation, not divided by d.
 
     z1, z2: [N, d]. standardize: `batch`, every channel to mean 0 and variance 1 over the batch (biased, 1e-5 added to the variance); or
-    `l2`, every row to length sqrt(d) (the variation of UniGrad, arXiv 2112.05141)."""
+    `l2`, every row to length sqrt(d) (after UniGrad, arXiv 2112.05141, which has length 1 and lambd 50)."""
 
     def normalised(z):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -86,7 +87,7 @@ def barlow_twins_loss(z1, z2, lambd=0.0051, standardize="batch"):
 
 
 class BarlowTwins(nn.Module):
-    """Backbone and projector. `forward(views)`: list of image batches [n, 3, H, W] -> scalar loss."""
+    """Backbone and projector. `forward(views)`: s views [n, 3, H, W] (n images here, N in all) -> scalar loss."""
 
     def __init__(self, backbone, feature_dim, proj_hidden=2048, proj_dim=2048, proj_layers=3, lambd=0.0051, standardize="batch"):
         super().__init__()

@@ -4,11 +4,11 @@ Jean-Bastien Grill, Florian Strub, Florent Altche, Corentin Tallec, Pierre Riche
 Pires, Zhaohan Guo, Mohammad Gheshlaghi Azar, Bilal Piot, Koray Kavukcuoglu, Remi Munos, Michal Valko: "Bootstrap Your Own Latent: A New
 Approach to Self-Supervised Learning", NeurIPS 2020, arXiv 2006.07733. Official code: google-deepmind/deepmind-research, folder byol.
 
-The idea. An online network with a predictor on top shall foretell what a target network says of another view. The target is a
-moving average of the online network and gets no gradient. There are no negatives, and yet nothing collapses: the predictor
-and the slow target make constant embeddings unstable.
+The idea. An online network with a predictor on top learns to predict what a target network says of another view. The target is a
+moving average of the online network and gets no gradient. There are no negatives, and yet nothing collapses: the authors'
+hypothesis is that predictor and slow target make constant embeddings unstable.
 
-The loss (Eq. 2) for the prediction p of one view and the target embedding z' of the other, summed over both directions:
+The loss (Eq. 2) for the prediction p of one view and the target embedding z' of the other; both directions are added:
 
     L = |p/|p| - z'/|z'||^2 = 2 - 2 cos(p, z')                                           p, z' [N, d]
     xi <- tau xi + (1 - tau) theta (Eq. 1),   tau_k = 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2   at step k of K
@@ -20,14 +20,14 @@ One step:
     optimizer step
     target <- tau * target + (1 - tau) * online                          # parameters only, with the new online network
 
-What prevents collapse: predictor, stop-gradient and the EMA target. No negatives, no whitening.
-Diff it against simsiam.py: the EMA target. Against moco.py: a predictor in place of the negatives.
+What prevents collapse: predictor and stop-gradient; the EMA target steadies them (simsiam.py does without). No negatives, no whitening.
+Diff it against simsiam.py: the EMA target (and the optimizer). Against moco.py: a predictor in place of the negatives.
 
-Deviations: heads 1024 and 64 and tau_base 0.99 of the W-MSE authors' CIFAR-10 runs (the paper: 4096, 256, 0.996); the target starts as a
-copy (official: its own random start); its batch norms use their own batch statistics (as official); more than two views: the mean
-over pairs of views.
-As in all nine files, so that a diff shows no recipe: Adam, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
-residual blocks that start as the identity.
+Deviations: heads 1024 and 64 and tau_base 0.99 of the W-MSE authors' CIFAR-10 runs (the paper: 4096, 256, 0.996), and a third of their
+rate (at 3e-3 the embeddings soon keep few of their dimensions); the target starts as a copy (official: its own random start); more than
+two views: the mean over pairs of views. As in the official code, the target's batch norms use their own batch statistics.
+The recipe is that of the other files (simsiam.py: SGD), so that a diff shows the idea: Adam, weight decay 1e-6, a warm-up of 500 steps or a
+tenth of the run, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone, residual blocks that start as the identity.
 
     python methods/byol.py                               # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/byol.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
@@ -54,11 +54,10 @@ import common  # noqa: E402
 
 def parse_args(argv=None):
     parser = common.shared_arguments("byol", __doc__)
-    parser.set_defaults(proj_hidden=1024, proj_dim=64, proj_layers=2)  # the W-MSE authors' CIFAR-10 runs; the paper on ImageNet: 4096, 256, 2
-    parser.set_defaults(lr=1e-3)  # at the others' 3e-3 the embeddings soon keep few of their dimensions
+    parser.set_defaults(proj_hidden=1024, proj_dim=64, proj_layers=2, lr=1e-3)  # the W-MSE authors' on CIFAR-10 (lr 3e-3); ImageNet: 4096, 256, 2
     parser.add_argument("--momentum", type=common.number(float, 0, 1, example=0.99), default=0.99, help="tau_base, rising to 1; the paper's 0.996")
     parser.add_argument("--predictor", choices=("mlp", "linear", "direct", "none"), default="mlp",
-                        help="`direct`: DirectPred, from the embeddings' correlation")
+                        help="`direct`: DirectPred, from the embeddings' correlation; `none` and --momentum 0 collapse")
     parser.add_argument("--norm", choices=("bn", "gn"), default="bn", help="norm of the heads: batch norm, or group norm, which sees no batch")
     return common.finish_arguments(parser, argv, size_rules)
 
@@ -92,7 +91,8 @@ def direct_predictor(correlation, eps=0.1):
     """DirectPred (Tian et al. 2021, arXiv 2102.06810): W [d, d] from the correlation F [d, d] of the embeddings.
 
     F = U diag(s) U^T  ->  W = U diag(sqrt(s / max s) + eps) U^T (the authors' code; the paper: sqrt(s) + eps max s). In training the
-    eigenvectors of a linear predictor come to agree with F's, so they are set at once."""
+    eigenvectors of a linear predictor come to agree with F's, so they are set at once. (Here F starts as the identity and W knows the
+    present batch; in the authors' code F starts from the first batch and W is that of the step before.)"""
     s, u = torch.linalg.eigh(correlation)
     root = (s / s.max().clamp_min(1e-12)).clamp_min(0).sqrt() + eps
     return (u * root) @ u.mT
@@ -112,7 +112,7 @@ def head(inputs, hidden, outputs, layers, norm):
 
 
 class BYOL(nn.Module):
-    """Online network, predictor and target network. `forward(views)`: list of image batches [n, 3, H, W] -> scalar loss."""
+    """Online network, predictor and target network. `forward(views)`: s views [n, 3, H, W] (n images here, N in all) -> scalar loss."""
 
     def __init__(self, backbone, feature_dim, proj_hidden=1024, proj_dim=64, proj_layers=2, momentum=0.99, predictor="mlp", norm="bn"):
         super().__init__()

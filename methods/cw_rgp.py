@@ -4,14 +4,14 @@ Xi Weng, Lei Huang, Lei Zhao, Rao Muhammad Anwer, Salman Khan, Fahad Shahbaz Kha
 Loss for Self-supervised Learning", NeurIPS 2022, arXiv 2210.03586. Official code: winci-ai/CW-RGP.
 
 The idea. Two views of an image shall have the same embedding, once the embeddings are whitened: whitened embeddings
-cannot all be equal, so nothing can collapse. Batch whitening (W-MSE) makes channels uncorrelated over the samples and
+cannot all be equal, so they cannot collapse to a point. Batch whitening (W-MSE) makes channels uncorrelated over the samples and
 needs more samples than channels; channel whitening swaps the axes, makes *samples* uncorrelated over the channels, and
 works with small batches. Splitting the channels into random groups demands that every group has full rank.
 
 The loss, for views Z1, Z2 of w images, Z [w, d], d channels in g random groups of d/g (Eq. 2, 4; section 4):
 
     X = Z - mean over the d channels                     centring, before the grouping
-    S_k = X_k X_k^T / (d/g - 1)                          [w, w] covariance of the samples in group k, X_k [w, d/g]
+    S_k = X_k X_k^T / (d/g - 1)                          [w, w] covariance of the samples in group k, X_k [w, d/g] (not centred again)
     Y_k = S_k^(-1/2) X_k                                 ZCA whitening; the groups back in place are Y [w, d]
     L = mean over the images of |y1/|y1| - y2/|y2||^2    = 2 - 2 cos(y1, y2)
 
@@ -27,9 +27,9 @@ What prevents collapse: whitening; equal or low-rank embeddings cannot be whiten
 Diff it against wmse.py: the whitened axis (samples here, channels there) and the random groups.
 
 Deviations: cosine schedule (the paper on CIFAR-10: --schedule step); the whitening has a backward of its own, stable for equal
-eigenvalues; no covariance term, which the official ImageNet script adds in the first half of the training. As in the official code
-each view alone sets the backbone's batch statistics, and the projector sees all views as one batch. With random groups per view the
-loss has a positive floor, even for equal views: the partition acts as noise.
+eigenvalues; bf16 where the processor has it (official: --precision fp32); no covariance term, which the official ImageNet script offers.
+As in the official code each view alone sets the backbone's batch statistics, and the projector sees all views as one batch. With random
+groups per view the loss has a positive floor, even for equal views: the partition acts as noise.
 
     python methods/cw_rgp.py                             # some minutes on a laptop, offline
     torchrun --nproc_per_node=4 methods/cw_rgp.py --dataset cifar10 --backbone resnet18 --epochs 1000 --schedule step --warmup 500
@@ -112,7 +112,7 @@ def channel_whiten(z, groups, permutation=None, eps=0.0, detach=False):
     """Whiten samples over the channels of each group (CW-RGP section 4; official code).
 
     z: [..., w, d], embeddings of w samples. permutation: [..., d], order of the channels before they are cut into `groups`
-    equal groups; None keeps their own. eps: covariance becomes (1 - eps) S + eps I. Returns [..., w, d] with |row|^2 = d - g
+    equal groups; None keeps their own. eps: covariance becomes (1 - eps) S + eps I. Returns [..., w, d]; with eps = 0, |row|^2 = d - g
     and, in every group, orthogonal rows. Needs w <= d/g (w < d where g = 1) or eps > 0, else S is singular: ValueError. Take
     w <= d / (2 g): near the limit the smallest eigenvalue nears 0 and the gradient grows without bound."""
     if z.shape[-1] % groups:
@@ -163,7 +163,7 @@ def cw_rgp_loss(views, groups=4, w_size=64, w_iter=4, eps=0.0, generator=None, p
 
 
 class CWRGP(nn.Module):
-    """Backbone and projector. `forward(views)`: list of image batches [n, 3, H, W] -> scalar loss."""
+    """Backbone and projector. `forward(views)`: s views [n, 3, H, W] (n images here, N in all) -> scalar loss."""
 
     def __init__(self, backbone, feature_dim, proj_hidden=1024, proj_dim=512, proj_layers=2, groups=4, w_size=64, w_iter=4,
                  eps=0.0, permutation="per-view", detach_whitening=False):

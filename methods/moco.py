@@ -16,22 +16,22 @@ The loss (InfoNCE, Eq. 1) for a query q, its key k+ and K keys k_i of the queue,
 
 One step:                                                (the official code's order)
     q = projector(backbone(x1))
-    key encoder <- m * key encoder + (1 - m) * encoder   # parameters only; with the encoder of before this step
+    key encoder <- m * key encoder + (1 - m) * encoder   # parameters only; with the encoder as it was before this step
     k = key_projector(key_backbone(shuffle(x2)))         # no gradient; un-shuffled afterwards
-    loss = cross_entropy([q.k, q @ queue.T] / tau, 0)    # with the queue of before this step
+    loss = cross_entropy([q.k, q @ queue.T] / tau, 0)    # with the queue as it was before this step
     queue: the oldest N keys are replaced by k
 
 Shuffling BN. Batch norm computed over a query's batch and over its key's batch, if those hold the same images, tells which belong
-together. The official code normalises on each GPU apart and shuffles the keys among the GPUs. Here `--bn-splits` parts
-of the batch are normalised apart on one device, as in the authors' CIFAR-10 demo, and the keys are shuffled among the parts.
+together. The official code normalises on each GPU separately and shuffles the keys among the GPUs. Here `--bn-splits` parts
+of the batch are normalised separately on one device, as in the authors' CIFAR-10 demo, and the keys are shuffled among the parts.
 
 What prevents collapse: the negatives in the queue. Stop-gradient and EMA on the key side; no predictor, no whitening.
 Diff it against simclr.py: where the negatives come from. Against byol.py: a predictor in place of the negatives.
 
-Deviations: sizes of the authors' CIFAR-10 demo (queue 4096, m 0.99, tau 0.1, one linear layer); more than two views: the mean over
-pairs, view i asking for view j > i.
-As in all nine files, so that a diff shows no recipe: Adam, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
-residual blocks that start as the identity.
+Deviations: sizes of the authors' CIFAR-10 demo (queue 4096, m 0.99, tau 0.1, one linear layer); more than two views: the mean over pairs,
+view i asking for view j > i.
+The recipe is that of the other files (simsiam.py: SGD), so that a diff shows the idea: Adam, weight decay 1e-6, a warm-up of 500 steps or a
+tenth of the run, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone, residual blocks that start as the identity.
 
     python methods/moco.py                               # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/moco.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
@@ -62,7 +62,7 @@ def parse_args(argv=None):
     parser.add_argument("--momentum", type=common.number(float, 0, 1, example=0.99), default=0.99, help="m of the key encoder; 0.999 on ImageNet")
     parser.add_argument("--temperature", type=common.number(float, above=0, example=0.1), default=0.1, help="tau; v1 0.07, v2 0.2")
     parser.add_argument("--symmetric", action="store_true", help="sum of both directions, all keys into the queue")
-    parser.add_argument("--bn-splits", type=common.number(int, 1, example=8), default=8, help="parts of the batch normalised apart")
+    parser.add_argument("--bn-splits", type=common.number(int, 1, example=8), default=8, help="parts of the batch with their own batch norm")
     parser.add_argument("--no-shuffle", action="store_true", help="leave the keys in the queries' order: batch norm then leaks")
     return common.finish_arguments(parser, argv, size_rules)
 
@@ -100,7 +100,7 @@ def info_nce_loss(q, k, queue, temperature=0.1):
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
-    """Batch norm that normalises `splits` equal parts of the batch apart, as that many GPUs would. Evaluation is unchanged."""
+    """Batch norm that normalises `splits` equal parts of the batch separately, as that many GPUs would. Evaluation is unchanged."""
 
     splits = 1
 
@@ -126,7 +126,7 @@ def split_batch_norm(network, splits):
 
 
 class MoCo(nn.Module):
-    """Backbone, projector, their slow copies and the queue. `forward(views)`: list of image batches [n, 3, H, W] -> scalar loss."""
+    """Backbone, projector, their slow copies and the queue. `forward(views)`: s views [n, 3, H, W] (n images here, N in all) -> scalar loss."""
 
     def __init__(self, backbone, feature_dim, proj_hidden=512, proj_dim=128, proj_layers=1, queue_size=4096, momentum=0.99, temperature=0.1,
                  symmetric=False, bn_splits=8, shuffle=True):
@@ -177,7 +177,7 @@ class MoCo(nn.Module):
         k = {j: self.keys(views[j]) for j in range(0 if self.symmetric else 1, s)}  # [N, d] each
         with torch.autocast(h[0].device.type, enabled=False):  # the loss: float32 or better, over the global batch
             q = [common.gather(v) for v in q]  # [N, d] each
-            queue = self.queue.clone()  # of before this step; backward still needs it when the new keys are in
+            queue = self.queue.clone()  # as it was before this step; backward still needs it when the new keys are in
             pairs = [(i, j) for j in range(len(views)) for i in range(j)]
             loss = sum(info_nce_loss(q[i], k[j], queue, self.temperature) for i, j in pairs) / len(pairs)
             if self.symmetric:  # the sum of both directions, not their mean

@@ -22,12 +22,13 @@ One step:
 What prevents collapse: whitening, in groups that change. No negatives, predictor, stop-gradient or EMA.
 Diff it against wmse.py: groups of shuffled channels, the whole batch, ZCA, plain distance; there slices of the batch, Cholesky, cosine.
 
-Deviations: the code is the authority where the paper is silent: biased covariance without eps, other permutations for the two views, plain
-squared distance; heads 1024 and 512 as in its covnorm.yaml for CIFAR-10 (there 16 groups at batch 64; here automatic); a group is whitened
-over the global batch, in the authors' code over each GPU's images (hence --groups 32 below); ZCA has a backward of its own, stable
-for equal eigenvalues; more than two views: the mean over pairs of views.
-As in all nine files, so that a diff shows no recipe: Adam, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
-residual blocks that start as the identity.
+Deviations: the code is the authority where the paper is silent: biased covariance without eps, other permutations for the two views,
+plain squared distance; heads 1024 and 512 as in its covnorm.yaml for CIFAR-10 (there 16 groups at batch 64; here automatic); whitening
+and batch norms over the global batch, in the authors' code over each GPU's images (hence --groups 32 below); ZCA has a backward of its
+own, stable for equal eigenvalues; bf16 where the processor has it (official: --precision fp32); more than two views: the mean over pairs.
+With other groups per view the loss has a positive floor, even for equal views: the partition acts as noise.
+The recipe is that of the other files (simsiam.py: SGD), so that a diff shows the idea: Adam, weight decay 1e-6, a warm-up of 500 steps or a
+tenth of the run, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone, residual blocks that start as the identity.
 
     python methods/shuffled_dbn.py                       # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/shuffled_dbn.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
@@ -138,7 +139,7 @@ def shuffled_dbn_loss(z1, z2, groups, generator=None, shuffle=True):
 
 
 class ShuffledDBN(nn.Module):
-    """Backbone and projector. `forward(views)`: list of image batches [n, 3, H, W], n > proj_dim / groups -> scalar loss."""
+    """Backbone and projector. `forward(views)`: s views [n, 3, H, W] (n images here, N > d / g in all) -> scalar loss."""
 
     def __init__(self, backbone, feature_dim, proj_hidden=1024, proj_dim=512, proj_layers=2, groups=4, shuffle=True):
         super().__init__()

@@ -24,15 +24,16 @@ One step:
 What prevents collapse: the negatives. No predictor, stop-gradient, EMA or whitening.
 Diff it against moco.py: where the negatives come from (this batch, or a queue filled by a slowly moving encoder).
 
-Deviations: the paper's value, the mean over 2N anchors (the official code returns twice that); each view alone sets the backbone's
-batch statistics (the official code sends both views through as one batch); more than two views: the mean over pairs of views.
-As in all nine files, so that a diff shows no recipe: Adam, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
-residual blocks that start as the identity.
+Deviations: the paper's value, the mean over 2N anchors (the official code returns twice that); each view alone sets the backbone's batch
+statistics (the official code sends both views through as one batch); the projector's batch norms are the official code's, its initial
+weights torch's own; LARS as in BYOL's code (the rate applied after the momentum); more than two views: the mean over pairs.
+The recipe is that of the other files (simsiam.py: SGD), so that a diff shows the idea: Adam, weight decay 1e-6, a warm-up of 500 steps or a
+tenth of the run, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone, residual blocks that start as the identity.
 
     python methods/simclr.py                             # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/simclr.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
-        --proj-layers 3 --proj-hidden 2048 --temperature 0.1 --augment simclr --optimizer lars --batch-size 4096 --lr 4.8 \
-        --weight-decay 1e-4 --warmup 3120 --epochs 100
+        --proj-hidden 2048 --temperature 0.1 --augment simclr --optimizer lars --batch-size 4096 --lr 4.8 \
+        --weight-decay 1e-6 --warmup 3120 --epochs 100
 """
 
 import os
@@ -52,7 +53,7 @@ import common  # noqa: E402
 
 def parse_args(argv=None):
     parser = common.shared_arguments("simclr", __doc__)
-    parser.set_defaults(proj_hidden=512, proj_dim=128, proj_layers=2)  # the paper's two layers; the official code's 3 on ImageNet
+    parser.set_defaults(proj_hidden=512, proj_dim=128, proj_layers=2)  # the paper's two layers; the official code's default is 3
     parser.add_argument("--temperature", type=common.number(float, above=0, example=0.5), default=0.5, help="tau; CIFAR-10 0.5, ImageNet 0.1")
     parser.add_argument("--stop-gradient", action="store_true", help="no gradient through the targets: MoCo without queue and slow encoder")
     return common.finish_arguments(parser, argv)
@@ -83,7 +84,7 @@ def nt_xent_loss(z1, z2, temperature=0.5, stop_gradient=False):
 
 
 class SimCLR(nn.Module):
-    """Backbone and projector. `forward(views)`: list of image batches [n, 3, H, W] -> scalar loss."""
+    """Backbone and projector. `forward(views)`: s views [n, 3, H, W] (n images here, N in all) -> scalar loss."""
 
     def __init__(self, backbone, feature_dim, proj_hidden=512, proj_dim=128, proj_layers=2, temperature=0.5, stop_gradient=False):
         super().__init__()

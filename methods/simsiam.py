@@ -3,7 +3,7 @@
 Xinlei Chen, Kaiming He: "Exploring Simple Siamese Representation Learning", CVPR 2021, arXiv 2011.10566.
 Official code: facebookresearch/simsiam.
 
-The idea. A predictor on one view shall foretell the embedding of the other view by the same network, and the gradient flows
+The idea. A predictor on one view learns to predict the embedding of the other view by the same network, and the gradient flows
 through the predicting side alone. Take the stop-gradient away and everything collapses at once. The authors' hypothesis: with
 it, the training alternates as EM does; the targets are held fixed while the network moves towards them.
 
@@ -18,13 +18,14 @@ One step:
     loss = D(p1, z2.detach()) / 2 + D(p2, z1.detach()) / 2
 
 What prevents collapse: predictor and stop-gradient. No negatives, EMA or whitening.
-Diff it against byol.py: the EMA target. Watch --no-stop-gradient and --predictor none collapse: loss -1, std 0.
+Diff it against byol.py: the EMA target (and the optimizer). Watch --no-stop-gradient and --predictor none collapse: loss -1, std 0.
 
 Deviations: the CIFAR-10 projector of the paper's appendix D (two layers, 2048 channels) and its ImageNet predictor (512); more than two
-views: the mean over pairs of views. The predictor's learning rate stays constant, as in the official command. SGD, as in the paper, with
-solo-learn's rate for CIFAR-10: with the Adam of the other files (--optimizer adam --lr 3e-3) Z fills few of its dimensions.
-As in all nine files, so that a diff shows no recipe: cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
-residual blocks that start as the identity.
+views: the mean over pairs of views. SGD as in the paper, with solo-learn's rate and weight decay for CIFAR-10 (the paper: 0.03 times
+batch / 256, and 5e-4): with the Adam of the other files (--optimizer adam --lr 3e-3 --weight-decay 1e-6) Z fills few of its dimensions.
+The rest is that of the other files, so that a diff shows the idea: a warm-up of 500 steps or a tenth of the run, cosine to 0 (the predictor's
+rate stays, as in the official command), the W-MSE augmentation, batch norm view by view in the backbone, residual blocks that start as
+the identity.
 
     python methods/simsiam.py                            # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/simsiam.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
@@ -50,14 +51,14 @@ def parse_args(argv=None):
     parser = common.shared_arguments("simsiam", __doc__)
     parser.set_defaults(proj_hidden=2048, proj_dim=2048, proj_layers=2)  # the paper's on CIFAR-10; on ImageNet 2048, 2048, 3
     parser.set_defaults(optimizer="sgd", lr=0.5, weight_decay=1e-5)  # solo-learn's on CIFAR-10
-    parser.add_argument("--pred-hidden", type=common.number(int, 1), default=512, help="width of the predictor's hidden layer; the paper's d / 4")
+    parser.add_argument("--pred-hidden", type=common.number(int, 1), default=512, help="width of the predictor's hidden layer; the paper's 512")
     parser.add_argument("--no-stop-gradient", action="store_true", help="let the gradient through the targets: collapses")
-    parser.add_argument("--predictor", choices=("mlp", "none", "fixed"), default="mlp", help="`none` collapses")
+    parser.add_argument("--predictor", choices=("mlp", "none", "fixed"), default="mlp", help="`fixed` is random and does not train; `none` collapses")
     parser.add_argument("--predictor-lr", choices=("constant", "decay"), default="constant", help="of the predictor; the paper's constant")
     parser.add_argument("--similarity", choices=("cosine", "softmax"), default="cosine", help="`softmax`: a cross-entropy")
     parser.add_argument("--asymmetric", action="store_true", help="one direction only: the first view of a pair predicts the second")
     parser.add_argument("--head-bn", choices=("none", "hidden", "output", "all"), default="output",
-                        help="batch norm on `hidden` layers; also the projector's `output` (the paper's); `all`: also the predictor's")
+                        help="batch norm on hidden layers; `output` (the paper's): also on the projector's output; `all`: also the predictor's")
     return common.finish_arguments(parser, argv)
 
 
@@ -85,7 +86,7 @@ def softmax_similarity(p, z):
 
 
 class SimSiam(nn.Module):
-    """Backbone, projector and predictor. `forward(views)`: list of image batches [n, 3, H, W] -> scalar loss."""
+    """Backbone, projector and predictor. `forward(views)`: s views [n, 3, H, W] (n images here, N in all) -> scalar loss."""
 
     def __init__(self, backbone, feature_dim, proj_hidden=2048, proj_dim=2048, proj_layers=2, pred_hidden=512, stop_gradient=True,
                  predictor="mlp", predictor_lr="constant", similarity="cosine", symmetric=True, head_bn="output"):

@@ -7,7 +7,7 @@ The idea. Three terms say what is wanted, each on its own. Invariance: two views
 varies over the batch, so the embeddings are not one point. Covariance: the channels of a branch are uncorrelated, so they do
 not all say the same. Each regulariser looks at one branch, so the branches need not share anything.
 
-The loss (Eq. 1 to 6) for embeddings Z, Z' [N, d] of two views:
+The loss (Eq. 1 to 6, in the official code's scaling) for embeddings Z, Z' [N, d] of two views:
 
     s(Z, Z') = mean square of Z - Z'                                     invariance
     v(Z) = 1/d sum_j max(0, 1 - sqrt(Var(z_j) + 1e-4))                   variance, hinge at 1
@@ -23,9 +23,10 @@ or EMA. Watch --var 0 and --cov 0.
 Diff it against barlow.py: there one correlation matrix between the branches, here two regularisers in each.
 
 Deviations: the official code's scaling: half the sum of the variance terms, mean square over N and d (the paper's Eq. 5 and 6: the whole
-sum, squared distance summed over d: --scaling paper); more than two views: the mean over pairs of views.
-As in all nine files, so that a diff shows no recipe: Adam, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
-residual blocks that start as the identity.
+sum, squared distance summed over d: --scaling paper; the paper's pseudo-code: the whole sum and the mean square: --var 50); more than two
+views: the mean over pairs of views.
+The recipe is that of the other files (simsiam.py: SGD), so that a diff shows the idea: Adam, weight decay 1e-6, a warm-up of 500 steps or a
+tenth of the run, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone, residual blocks that start as the identity.
 
     python methods/vicreg.py                             # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/vicreg.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
@@ -91,7 +92,7 @@ def vicreg_loss(z1, z2, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, scalin
 
 
 class VICReg(nn.Module):
-    """Backbone and projector ("expander"). `forward(views)`: list of image batches [n, 3, H, W] -> scalar loss."""
+    """Backbone and projector ("expander"). `forward(views)`: s views [n, 3, H, W] (n images here, N in all) -> scalar loss."""
 
     def __init__(self, backbone, feature_dim, proj_hidden=2048, proj_dim=2048, proj_layers=3, inv=25.0, var=25.0, cov=1.0, scaling="code"):
         super().__init__()

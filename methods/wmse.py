@@ -5,7 +5,8 @@ ICML 2021, arXiv 2007.06346. Official code: htdt/self-supervised.
 
 The idea. Two views of an image shall have the same embedding, once the embeddings are whitened: mean 0 and covariance I over the
 batch scatter them in a ball, so they cannot all be equal. Whitening is a linear map computed from the batch itself, and the
-gradient flows through it. Small slices of the batch, taken at random, whiten more cheaply and with healthy noise.
+gradient flows through it. The matrix of one slice is noisy; averaging the loss over the random slices of the batch (and over
+several partitions of it, --w-iter) evens that out.
 
 The loss for views Z1, Z2 of a slice of w images, Z [w, d]:
 
@@ -22,12 +23,14 @@ One step:
 
 What prevents collapse: whitening; fewer than d dimensions cannot be whitened. No negatives, predictor, stop-gradient or EMA.
 Diff it against cw_rgp.py: the whitened axis (channels here, samples there). Watch --whitening bn (one point no, few dimensions yes),
-none (all collapses) and pca (its axes jump from batch to batch, so the loss cannot fall): sections 3.2 and 3.3
+none (all collapses) and pca (its axes jump from batch to batch: the loss cannot fall, few dimensions are left): sections 3.2 and 3.3
 of arXiv 2210.03586.
 
 Deviations: cosine schedule (the paper: --schedule step); batch 256 (the paper's two-view runs on CIFAR-10: 512); residual blocks start as
 the identity, as in all nine files (official: not); ZCA has a backward of its own, stable for equal eigenvalues; non-finite gradients of
-PCA are set to 0. As in the official code each view alone sets the backbone's batch statistics, and the projector sees all views as one batch.
+PCA are set to 0; bf16 where the processor has it (official: --precision fp32), and its rounding can fill a missing dimension; the command
+for ImageNet-100 crops before it changes colours (official: after). As in the official code each view alone sets the backbone's batch
+statistics, and the projector sees all views as one batch.
 
     python methods/wmse.py                               # some minutes on a laptop, offline
     torchrun --nproc_per_node=4 methods/wmse.py --dataset cifar10 --backbone resnet18 --batch-size 512 --epochs 1000 --schedule step --warmup 500
@@ -55,7 +58,7 @@ def parse_args(argv=None):
     parser.set_defaults(proj_hidden=1024, proj_dim=64, proj_layers=2)  # the paper's; for larger images 1024, 128, 2
     parser.add_argument("--whitening", choices=KINDS, default="cholesky", help="`bn` only standardises, `none` does nothing")
     parser.add_argument("--w-size", type=common.number(int, 3), default=128, help="w, images whitened together; the paper's 2 d")
-    parser.add_argument("--w-iter", type=common.number(int, 1), default=1, help="random partitions per step; the paper's 1, on larger images 4")
+    parser.add_argument("--w-iter", type=common.number(int, 1), default=1, help="random partitions per step; the official 1 (STL-10, two views: 4)")
     parser.add_argument("--eps", type=common.number(float, 0, below=1), default=0.0, help="S becomes (1 - eps) S + eps I; the official code's 0")
     parser.add_argument("--one-way", action="store_true", help="the second view of a pair is a fixed target: L1' of Eq. 6 in arXiv 2210.03586")
     return common.finish_arguments(parser, argv, size_rules)
@@ -158,7 +161,7 @@ def wmse_loss(views, w_size=128, w_iter=1, kind="cholesky", eps=0.0, generator=N
 
 
 class WMSE(nn.Module):
-    """Backbone and projector. `forward(views)`: list of image batches [n, 3, H, W] -> scalar loss."""
+    """Backbone and projector. `forward(views)`: s views [n, 3, H, W] (n images here, N in all) -> scalar loss."""
 
     def __init__(self, backbone, feature_dim, proj_hidden=1024, proj_dim=64, proj_layers=2, whitening="cholesky", w_size=128, w_iter=1,
                  eps=0.0, one_way=False):
