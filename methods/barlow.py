@@ -25,8 +25,9 @@ Diff it against vicreg.py: here one correlation matrix between the branches, the
 Deviations: biased variance with 1e-5 inside the root, as the official code's batch norm; C over all processes with gradient (the official
 in-place sum over W processes hides from autograd: its gradient is 1 / W of ours, which LARS hides but in biases and norm layers: hence
 their official rate 0.0384 / 32 below, for the authors' 32 GPUs); more than two views: the mean over pairs.
-The recipe is that of the other files (simsiam.py: SGD), so that a diff shows the idea: Adam, weight decay 1e-6, a warm-up of 500 steps or a
-tenth of the run, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone, residual blocks that start as the identity.
+The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL, Barlow Twins, VICReg: 1e-3; SimSiam: SGD), weight
+decay 1e-6, a warm-up of 500 steps or a tenth of the run, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
+residual blocks that start as the identity.
 
     python methods/barlow.py                             # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/barlow.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
@@ -51,7 +52,7 @@ import common  # noqa: E402
 
 def parse_args(argv=None):
     parser = common.shared_arguments("barlow", __doc__)
-    parser.set_defaults(proj_hidden=2048, proj_dim=2048, proj_layers=3)  # solo-learn's on CIFAR-10; the paper on ImageNet: 8192, 8192, 3
+    parser.set_defaults(proj_hidden=2048, proj_dim=2048, proj_layers=3, lr=1e-3)  # solo-learn's on CIFAR-10 (LARS); the paper on ImageNet: 8192, 8192, 3
     parser.add_argument("--lambd", type=common.number(float, 0, example=0.0051), default=0.0051, help="lambda; the official code's 0.0051")
     parser.add_argument("--standardize", choices=("batch", "l2"), default="batch", help="`l2`: rows of length sqrt(d), not channels of variance 1")
     return common.finish_arguments(parser, argv)

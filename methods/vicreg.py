@@ -25,8 +25,9 @@ Diff it against barlow.py: there one correlation matrix between the branches, he
 Deviations: the official code's scaling: half the sum of the variance terms, mean square over N and d (the paper's Eq. 5 and 6: the whole
 sum, squared distance summed over d: --scaling paper; the paper's pseudo-code: the whole sum and the mean square: --var 50); more than two
 views: the mean over pairs of views.
-The recipe is that of the other files (simsiam.py: SGD), so that a diff shows the idea: Adam, weight decay 1e-6, a warm-up of 500 steps or a
-tenth of the run, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone, residual blocks that start as the identity.
+The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL, Barlow Twins, VICReg: 1e-3; SimSiam: SGD), weight
+decay 1e-6, a warm-up of 500 steps or a tenth of the run, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
+residual blocks that start as the identity.
 
     python methods/vicreg.py                             # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/vicreg.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
@@ -51,7 +52,7 @@ import common  # noqa: E402
 
 def parse_args(argv=None):
     parser = common.shared_arguments("vicreg", __doc__)
-    parser.set_defaults(proj_hidden=2048, proj_dim=2048, proj_layers=3)  # solo-learn's on CIFAR-10; the paper on ImageNet: 8192, 8192, 3
+    parser.set_defaults(proj_hidden=2048, proj_dim=2048, proj_layers=3, lr=1e-3)  # solo-learn's on CIFAR-10 (LARS); the paper on ImageNet: 8192, 8192, 3
     parser.add_argument("--inv", type=common.number(float, 0, example=25), default=25.0, help="lambda, of the invariance term; the paper's 25")
     parser.add_argument("--var", type=common.number(float, 0, example=25), default=25.0, help="mu, of the variance term; the paper's 25; 0 collapses")
     parser.add_argument("--cov", type=common.number(float, 0, example=1), default=1.0, help="nu, of the covariance term; the paper's 1")
