@@ -184,14 +184,11 @@ COLLAPSES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("line", COLLAPSES)
 def test_collapse_switch_collapses_in_words(line, tmp_path):
-    """The last epoch's figures show it, the run says so in words."""
+    """The last epoch's figures show it, the run says so in words. (The default run does not: the test before this one.)"""
     method, *more = line.split()
-    result = run_here(method, ["--out", tmp_path / "run", "--epochs", "8", *more])
+    result = run_here(method, ["--out", tmp_path / "run", "--epochs", "4", *more])
     assert result.status == 0, result.err
     row = {name: float(value) for name, value in table(tmp_path / "run")[-1].items()}
     last_word = result.out.strip().splitlines()[-3]
     assert last_word.startswith(("COLLAPSE", "DIMENSIONAL COLLAPSE")), (last_word, row)
-    few_dimensions = row["rank_1pct"] < row["dim"] / 10 or row["stable_rank_sq"] < 1.5
-    assert row["std_sqrt_d"] < 0.1 if last_word.startswith("COLLAPSE") else few_dimensions
-    healthy = run_here(method, ["--out", tmp_path / "healthy", "--epochs", "8"])
-    assert closing_scores(result.out)["kNN"] < closing_scores(healthy.out)["kNN"] - 5
+    assert row["std_sqrt_d"] < 0.1 if last_word.startswith("COLLAPSE") else row["rank_1pct"] <= 4 or row["stable_rank_sq"] < 1.1
