@@ -18,7 +18,7 @@ One step:
     loss = D(p1, z2.detach()) / 2 + D(p2, z1.detach()) / 2
 
 What prevents collapse: predictor and stop-gradient. No negatives, EMA or whitening.
-Diff it against byol.py: the EMA target (and the optimizer). Watch --no-stop-gradient and --predictor none collapse: loss -1, std 0.
+Diff it against byol.py: the EMA target (and the optimizer). Watch --no-stop-gradient and --predictor none collapse: loss to -1.
 
 Deviations: the CIFAR-10 projector of the paper's appendix D (two layers, 2048 channels) and its ImageNet predictor (512); more than two
 views: the mean over pairs of views. SGD as in the paper, with solo-learn's rate and weight decay for CIFAR-10 (the paper: 0.03 times

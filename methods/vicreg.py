@@ -19,7 +19,7 @@ One step:
     loss = 25 * mse(z1, z2) + 25 * (v(z1) + v(z2)) / 2 + c(z1) + c(z2)
 
 What prevents collapse: the variance term (one point) and the covariance term (few dimensions). No negatives, predictor, stop-gradient
-or EMA. Watch --var 0 and --cov 0.
+or EMA. Watch --var 0 (one point) and --cov 0 (one dimension).
 Diff it against barlow.py: there one correlation matrix between the branches, here two regularisers in each.
 
 Deviations: the official code's scaling: half the sum of the variance terms, mean square over N and d (the paper's Eq. 5 and 6: the whole
