@@ -1229,7 +1229,7 @@ def collapse_in_words(figures, dim):
     their switched-off versions (std below 0.1, or stable rank 1.03 or less and rank at most 4)."""
     if figures["std_sqrt_d"] < 0.1:
         return f"COLLAPSE: all embeddings are nearly one point (std x sqrt(d) = {figures['std_sqrt_d']:.3f}, healthy: near 1)"
-    if figures["stable_rank_sq"] < 1.2 or figures["rank_1pct"] < min(5, dim / 2):
+    if figures["stable_rank_sq"] < 1.1 or figures["rank_1pct"] < min(5, dim / 2):
         return (f"DIMENSIONAL COLLAPSE: the embeddings fill few of their {dim:.0f} dimensions "
                 f"(rank {figures['rank_1pct']:.0f}, stable rank {figures['stable_rank_sq']:.1f})")
     return ""
