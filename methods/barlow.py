@@ -25,7 +25,7 @@ Diff it against vicreg.py: here one correlation matrix between the branches, the
 Deviations: biased variance with 1e-5 inside the root, as the official code's batch norm; C over all processes with gradient (the official
 in-place sum over W processes hides from autograd: its gradient is 1 / W of ours, which LARS hides but in biases and norm layers: hence
 their official rate 0.0384 / 32 below, for the authors' 32 GPUs); more than two views: the mean over pairs.
-The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL 2e-3, Barlow Twins and VICReg 1e-3; SimSiam: SGD), weight
+The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL, Barlow Twins, VICReg: 1e-3; SimSiam: SGD), weight
 decay 1e-6, a warm-up of 500 steps or a tenth of the run, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
 residual blocks that start as the identity.
 

@@ -26,7 +26,7 @@ Diff it against simsiam.py: the EMA target (and the optimizer). Against moco.py:
 Deviations: heads and tau_base of the paper's ImageNet runs (the W-MSE authors on CIFAR-10: 1024, 64, 0.99: worse here); the target starts as a
 copy (official: its own random start); more than two views: the mean over pairs of views. As in the official code, the target's batch
 norms use their own batch statistics.
-The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL 2e-3, Barlow Twins and VICReg 1e-3; SimSiam: SGD), weight
+The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL, Barlow Twins, VICReg: 1e-3; SimSiam: SGD), weight
 decay 1e-6, a warm-up of 500 steps or a tenth of the run, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
 residual blocks that start as the identity.
 
@@ -54,7 +54,7 @@ import common  # noqa: E402
 
 def parse_args(argv=None):
     parser = common.shared_arguments("byol", __doc__)
-    parser.set_defaults(proj_hidden=4096, proj_dim=256, proj_layers=2, lr=2e-3)  # the paper's on ImageNet
+    parser.set_defaults(proj_hidden=4096, proj_dim=256, proj_layers=2, lr=1e-3)  # the paper's on ImageNet
     parser.add_argument("--momentum", type=common.number(float, 0, 1, example=0.996), default=0.996, help="tau_base, rising to 1; the paper's 0.996")
     parser.add_argument("--predictor", choices=("mlp", "linear", "direct", "none"), default="mlp",
                         help="`direct`: DirectPred, from the embeddings' correlation; `none` and --momentum 0 collapse")

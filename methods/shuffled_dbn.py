@@ -27,7 +27,7 @@ plain squared distance; heads 1024 and 512 as in its covnorm.yaml for CIFAR-10 (
 and batch norms over the global batch, in the authors' code over each GPU's images (hence --groups 32 below); ZCA has a backward of its
 own, stable for equal eigenvalues; bf16 where the processor has it (official: --precision fp32); more than two views: the mean over pairs.
 With other groups per view the loss has a positive floor, even for equal views: the partition acts as noise.
-The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL 2e-3, Barlow Twins and VICReg 1e-3; SimSiam: SGD), weight
+The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL, Barlow Twins, VICReg: 1e-3; SimSiam: SGD), weight
 decay 1e-6, a warm-up of 500 steps or a tenth of the run, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
 residual blocks that start as the identity.
 

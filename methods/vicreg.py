@@ -25,7 +25,7 @@ Diff it against barlow.py: there one correlation matrix between the branches, he
 Deviations: the official code's scaling: half the sum of the variance terms, mean square over N and d (the paper's Eq. 5 and 6: the whole
 sum, squared distance summed over d: --scaling paper; the paper's pseudo-code: the whole sum and the mean square: --var 50); more than two
 views: the mean over pairs of views.
-The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL 2e-3, Barlow Twins and VICReg 1e-3; SimSiam: SGD), weight
+The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL, Barlow Twins, VICReg: 1e-3; SimSiam: SGD), weight
 decay 1e-6, a warm-up of 500 steps or a tenth of the run, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
 residual blocks that start as the identity.
 
