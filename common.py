@@ -1225,8 +1225,8 @@ def collapse_metrics(z, eps=1e-4):
 def collapse_in_words(figures, dim):
     """A sentence if the figures of `collapse_metrics` show a collapse, else an empty string.
 
-    The limits lie between the default runs of the nine on `patterns` (std x sqrt(d) 0.73 or more, stable rank 1.38, rank 12) and
-    their switched-off versions (std below 0.1, or stable rank 1.03 or less and rank at most 4)."""
+    The limits lie between the default runs of the nine on `patterns` (std x sqrt(d) 0.7 or more, stable rank 1.2, rank 10) and
+    their switched-off versions (std below 0.1, or stable rank 1.03 or less, or rank at most 4)."""
     if figures["std_sqrt_d"] < 0.1:
         return f"COLLAPSE: all embeddings are nearly one point (std x sqrt(d) = {figures['std_sqrt_d']:.3f}, healthy: near 1)"
     if figures["stable_rank_sq"] < 1.1 or figures["rank_1pct"] < min(5, dim / 2):
