@@ -735,7 +735,8 @@ def make_patterns(seed=0, train=10_000, test=2_000):
     Nothing but the texture tells the class: period, phase, tilt, warp, light and noise are drawn alike for all classes, and half
     of every image is ink. All images have nearly the same two colours, and the light changes several times across an image, on
     purpose: what is an *image's* own and survives the augmentation (a hue, or one bright side) can be learned in place of any
-    texture. BYOL did: where the light changed slowly, its features foretold how fast (R^2 = 0.9) and no more of the class than untrained ones."""
+    texture. BYOL did: where the light changed slowly, its features foretold how
+    fast (R^2 = 0.9, a linear fit) and no more of the class than untrained ones."""
     rng, n = np.random.default_rng(seed), train + test
     labels = np.arange(n) % 10  # balanced; shuffled below, each split by itself
     labels = np.concatenate([labels[:train][np.argsort(rng.random(train))], labels[train:][np.argsort(rng.random(test))]])
@@ -1042,7 +1043,8 @@ def build_backbone(name, image_size, width=48):
 
     `tiny`: 2x2 stride-2 stem, six 3x3 convolutions (w, w, pool, 2w, 2w, pool, 4w, 4w) with batch norm and ReLU.
     A ResNet has torchvision's own parameter names and zero-initialised last batch norms (SimSiam, Barlow, VICReg, CW-RGP code).
-    Its stem (SimCLR appendix B.9, W-MSE code, but with weights drawn like the other convolutions'): up to 32 pixels 3x3 stride 1 without pooling; up to 64 pixels 3x3 with pooling."""
+    Its stem (SimCLR appendix B.9, W-MSE code): up to 32 pixels 3x3 stride 1 without pooling; up to 64 pixels 3x3 with pooling. Its weights
+    are drawn like those of the other convolutions (W-MSE code: PyTorch's default)."""
     if name == "tiny":
         return Tiny(width), 4 * width
     check(name in resnet_names(), f"--backbone {name} is unknown; try tiny, {', '.join(resnet_names()[:5])}")

@@ -23,7 +23,7 @@ One step:
 What prevents collapse: predictor and stop-gradient; the EMA target steadies them (simsiam.py does without). No negatives, no whitening.
 Diff it against simsiam.py: the EMA target (and the optimizer). Against moco.py: a predictor in place of the negatives.
 
-Deviations: heads and tau_base of the paper's ImageNet runs (the W-MSE authors on CIFAR-10: 1024, 64, 0.99: worse here); the target starts as a
+Deviations: heads and tau_base of the paper's ImageNet runs (the W-MSE authors on CIFAR-10: 1024, 64, 0.99); the target starts as a
 copy (official: its own random start); more than two views: the mean over pairs of views. As in the official code, the target's batch
 norms use their own batch statistics.
 The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL, Barlow Twins, VICReg: 1e-3; SimSiam: SGD), weight
@@ -57,7 +57,7 @@ def parse_args(argv=None):
     parser.set_defaults(proj_hidden=4096, proj_dim=256, proj_layers=2, lr=1e-3)  # the paper's on ImageNet
     parser.add_argument("--momentum", type=common.number(float, 0, 1, example=0.996), default=0.996, help="tau_base, rising to 1; the paper's 0.996")
     parser.add_argument("--predictor", choices=("mlp", "linear", "direct", "none"), default="mlp",
-                        help="`direct`: DirectPred, from the embeddings' correlation; `none` and --momentum 0 collapse")
+                        help="`direct`: DirectPred, from the embeddings' correlation; `none` with --momentum 0 collapses")
     parser.add_argument("--norm", choices=("bn", "gn"), default="bn", help="norm of the heads: batch norm, or group norm, which sees no batch")
     return common.finish_arguments(parser, argv, size_rules)
 
