@@ -412,7 +412,7 @@ def draw_plot(path, spectra):
     """spectra: (run, singular values of H, of Z) for each run. Below them the columns of metrics.csv."""
     figure = import_figure()(figsize=(14, 8), layout="constrained")
     panels = list(figure.subplots(2, 3).flat)
-    curves = [("seconds", "minutes", 1 / 60, "knn", "kNN while training, %", 100), ("epoch", "epoch", 1, "loss", "loss", 1),
+    curves = [("seconds", "minutes", 1 / 60, "knn", "kNN while training, %", 100), ("epoch", "epoch", 1, "loss", "loss (each method's own scale)", 1),
               ("epoch", "epoch", 1, "std_sqrt_d", "std sqrt(d) of Z", 1),
               ("epoch", "epoch", 1, "rank_1pct", "rank of Z (above 1 % of the largest)", 1)]
     for run, *values in spectra:
@@ -424,7 +424,7 @@ def draw_plot(path, spectra):
         for panel, (x, unit, x_factor, y, title, factor) in zip(panels[2:], curves):
             points = [(a * x_factor, b * factor) for a, b in zip(found.get(x, []), found.get(y, [])) if a == a and b == b]
             panel.plot(*(zip(*points) if points else ([], [])), marker=".", label=label)
-            panel.set(title=title, xlabel=unit)
+            panel.set(title=title, xlabel=unit, yscale="symlog" if y == "loss" else "linear")  # -1 for SimSiam, thousands for Barlow Twins
     for panel in panels:
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize="small")
