@@ -162,15 +162,15 @@ def shared_arguments(method, description):
     add = parser.add_argument
     add("--dataset", choices=DATASETS, default="patterns", help="`patterns` is drawn on the spot; `folder` is your own images in --data-dir")
     add("--data-dir", default="data", help="where the data set lies, or is downloaded to")
-    add("--image-size", type=number(int, 8, 1024, example=32), help="side of a view in pixels (default: the data set's own)")
+    add("--image-size", type=number(int, 8, 1024, example=32), help="side of a view in pixels (default: 32; stl10 and tinyimagenet 64, folder at most 64)")
     add("--backbone", default="tiny", help="`tiny`, or a torchvision ResNet by name (resnet18, resnet50, ...)")
-    add("--epochs", type=number(int, 1, example=10), default=10, help="the W-MSE and CW-RGP authors' CIFAR-10 runs take 1000")
+    add("--epochs", type=number(int, 1, example=10), default=10, help="passes over the images; the W-MSE and CW-RGP authors' CIFAR-10 runs take 1000")
     add("--batch-size", type=number(int, 2, example=256), default=256, help="images a step, over all processes")
     add("--lr", type=number(float, above=0, example="3e-3"), default=3e-3, help="peak learning rate, not scaled by the batch size")
     add("--lr-bias", type=number(float, above=0, example="3e-3"), help="peak learning rate of biases and norm layers (default: --lr)")
     add("--weight-decay", type=number(float, 0, example="1e-6"), default=1e-6, help="L2 penalty; LARS leaves biases and norm layers out")
     add("--warmup", type=number(int, 0, example=500), help="steps of linear warm-up (default: 500, or a tenth of a shorter run)")
-    add("--schedule", choices=("cosine", "step", "constant"), default="cosine", help="`step`: x 0.2 at 50 and 25 epochs before the end of longer runs")
+    add("--schedule", choices=("cosine", "step", "constant"), default="cosine", help="`step`: x 0.2 when 50 epochs are left, and again when 25 are")
     add("--optimizer", choices=("adam", "sgd", "lars"), default="adam", help="sgd and lars have momentum 0.9")
     add("--augment", choices=sorted(RECIPES), default="w-mse", help="recipe of the random views, see common.RECIPES")
     add("--proj-hidden", type=number(int, 1, example=1024), help="width of the hidden layers of the projector (BYOL: and predictor); --proj-layers 1 has none")
@@ -183,11 +183,11 @@ def shared_arguments(method, description):
     add("--compile", action="store_true", help="torch.compile the backbones")
     add("--num-workers", type=number(int, 0, 256, example=2), default=2, help="loader processes, used only where the images do not fit in memory")
     add("--stream", action="store_true", help="read image files as training goes on even if they would fit in memory")
-    add("--out", help="folder of the run (default: runs/<method>-<dataset>-s<seed>)")
+    add("--out", help="folder of the run (default: runs/<method>-<dataset>-s<seed>, or with -2, -3, ... if that holds a run)")
     add("--resume", action="store_true", help="go on from the run folder's last checkpoint")
     add("--eval-every", type=number(int, 0, example=1), default=1, help="epochs between kNN and collapse figures; 0: only at the end")
     add("--save-every", type=number(int, 0, example=100), default=0, help="steps between extra checkpoints inside an epoch; 0: none")
-    add("--log-every", type=number(int, 1, example=10), default=10, help="steps between looks at the loss: the only wait for the device")
+    add("--log-every", type=number(int, 1, example=10), default=10, help="steps between readings of the loss, the only wait for the device")
     return parser
 
 

@@ -22,12 +22,13 @@ Its value is large and should be: independent random embeddings give about d + l
 What prevents collapse: decorrelation (soft whitening of the channels). No negatives, predictor, stop-gradient or EMA.
 Diff it against vicreg.py: here one correlation matrix between the branches, there two regularisers in each.
 
-Deviations: biased variance with 1e-5 inside the root, as the official code's batch norm; C over all processes with gradient (the official
-in-place sum over W processes hides from autograd: its gradient is 1 / W of ours, which LARS hides but in biases and norm layers: hence
-their official rate 0.0384 / 32 below, for the authors' 32 GPUs); more than two views: the mean over pairs.
-The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL, Barlow Twins, VICReg: 1e-3; SimSiam: SGD), weight
-decay 1e-6, a warm-up of 500 steps or a tenth of the run, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
-residual blocks that start as the identity.
+Deviations: heads of 2048 channels (paper: 8192); the cosine ends at 0 (official: 0.001 of the peak); biased variance with 1e-5 inside the
+root, as the official code's batch norm; C over all processes with gradient (the official in-place sum over W processes hides from
+autograd: its gradient is 1 / W of ours, which LARS hides but in biases and norm layers: hence their official rate 0.0384 / 32 below, for
+the authors' 32 GPUs); more than two views: the mean over pairs.
+The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL, Barlow Twins, VICReg: 1e-3) with weight decay 1e-6
+(SimSiam: SGD at 0.5, 1e-5), a warm-up of 500 steps or a tenth of a shorter run, cosine to 0, the W-MSE augmentation, batch norm view by
+view in the backbone, a ResNet's residual blocks start as the identity.
 
     python methods/barlow.py                             # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/barlow.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \

@@ -57,12 +57,12 @@ def parse_args(argv=None):
     parser = common.shared_arguments("cw_rgp", __doc__)
     parser.set_defaults(proj_hidden=1024, proj_dim=512, proj_layers=2)  # the paper's; on ImageNet 2048, 1024, 3
     parser.add_argument("--groups", type=common.number(int, 1), default=4, help="g, random groups of channels; the paper's 4 (Tiny-ImageNet 2)")
-    parser.add_argument("--w-size", type=common.number(int, 2), default=64, help="w, images whitened together; the paper's 64 (Tiny-ImageNet 128)")
+    parser.add_argument("--w-size", type=common.number(int, 2), default=64, help="w, images whitened together, divides --batch-size; the paper's 64")
     parser.add_argument("--w-iter", type=common.number(int, 1), default=4, help="random partitions per step; official on CIFAR-10: 4 (four views: 1)")
     parser.add_argument("--eps", type=common.number(float, 0, below=1), default=0.0, help="S becomes (1 - eps) S + eps I; the official code's 0")
     parser.add_argument("--permutation", choices=("per-view", "shared", "fixed"), default="per-view",
                         help="random groups: for every slice and view (official); the same for all views; or neighbouring channels, always")
-    parser.add_argument("--detach-whitening", action="store_true", help="no gradient through the whitening matrix, as in ICL")
+    parser.add_argument("--detach-whitening", action="store_true", help="no gradient through the whitening matrix, as in Zero-CL's ICL (ICLR 2022)")
     return common.finish_arguments(parser, argv, size_rules)
 
 

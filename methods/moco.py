@@ -21,18 +21,18 @@ One step:                                                (the official code's or
     loss = cross_entropy([q.k, q @ queue.T] / tau, 0)    # with the queue as it was before this step
     queue: the oldest N keys are replaced by k
 
-Shuffling BN. Batch norm computed over a query's batch and over its key's batch, if those hold the same images, tells which belong
-together. The official code normalises on each GPU separately and shuffles the keys among the GPUs. Here `--bn-splits` parts
-of the batch are normalised separately on one device, as in the authors' CIFAR-10 demo, and the keys are shuffled among the parts.
+Shuffling BN. If a query's batch and its key's batch hold the same images, their batch-norm statistics betray which belong together,
+and the network can cheat. The official code normalises on each GPU separately and shuffles the keys among the GPUs. Here `--bn-splits`
+parts of the batch are normalised separately on one device, as in the authors' CIFAR-10 demo, and the keys are shuffled among the parts.
 
 What prevents collapse: the negatives in the queue. Stop-gradient and EMA on the key side; no predictor, no whitening.
 Diff it against simclr.py: where the negatives come from. Against byol.py: a predictor in place of the negatives.
 
 Deviations: sizes of the authors' CIFAR-10 demo (queue 4096, m 0.99, tau 0.1, one linear layer); more than two views: the mean over pairs,
 view i asking for view j > i.
-The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL, Barlow Twins, VICReg: 1e-3; SimSiam: SGD), weight
-decay 1e-6, a warm-up of 500 steps or a tenth of the run, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
-residual blocks that start as the identity.
+The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL, Barlow Twins, VICReg: 1e-3) with weight decay 1e-6
+(SimSiam: SGD at 0.5, 1e-5), a warm-up of 500 steps or a tenth of a shorter run, cosine to 0, the W-MSE augmentation, batch norm view by
+view in the backbone, a ResNet's residual blocks start as the identity.
 
     python methods/moco.py                               # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/moco.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \

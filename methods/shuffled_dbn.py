@@ -27,9 +27,9 @@ plain squared distance; heads 1024 and 512 as in its covnorm.yaml for CIFAR-10 (
 and batch norms over the global batch, in the authors' code over each GPU's images (hence --groups 32 below); ZCA has a backward of its
 own, stable for equal eigenvalues; bf16 where the processor has it (official: --precision fp32); more than two views: the mean over pairs.
 With other groups per view the loss has a positive floor, even for equal views: the partition acts as noise.
-The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL, Barlow Twins, VICReg: 1e-3; SimSiam: SGD), weight
-decay 1e-6, a warm-up of 500 steps or a tenth of the run, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
-residual blocks that start as the identity.
+The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL, Barlow Twins, VICReg: 1e-3) with weight decay 1e-6
+(SimSiam: SGD at 0.5, 1e-5), a warm-up of 500 steps or a tenth of a shorter run, cosine to 0, the W-MSE augmentation, batch norm view by
+view in the backbone, a ResNet's residual blocks start as the identity.
 
     python methods/shuffled_dbn.py                       # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/shuffled_dbn.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
@@ -55,7 +55,7 @@ import common  # noqa: E402
 def parse_args(argv=None):
     parser = common.shared_arguments("shuffled_dbn", __doc__)
     parser.set_defaults(proj_hidden=1024, proj_dim=512, proj_layers=2)  # the authors' CIFAR-10 configuration; on ImageNet 2048, 512, 3
-    parser.add_argument("--groups", type=common.number(int, 0), default=0, help="g, random groups of channels; 0: 2 d / batch size, rounded up")
+    parser.add_argument("--groups", type=common.number(int, 0), default=0, help="g, random groups of channels; 0: 2 d / batch size, up to a divisor of d")
     parser.add_argument("--no-shuffle", action="store_true", help="groups of neighbouring channels, always the same: plain DBN")
     return common.finish_arguments(parser, argv, size_rules)
 

@@ -22,12 +22,12 @@ What prevents collapse: the variance term (one point) and the covariance term (f
 or EMA. Watch --var 0 (one point) and --cov 0 (one dimension).
 Diff it against barlow.py: there one correlation matrix between the branches, here two regularisers in each.
 
-Deviations: the official code's scaling: half the sum of the variance terms, mean square over N and d (the paper's Eq. 5 and 6: the whole
-sum, squared distance summed over d: --scaling paper; the paper's pseudo-code: the whole sum and the mean square: --var 50); more than two
-views: the mean over pairs of views.
-The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL, Barlow Twins, VICReg: 1e-3; SimSiam: SGD), weight
-decay 1e-6, a warm-up of 500 steps or a tenth of the run, cosine to 0, the W-MSE augmentation, batch norm view by view in the backbone,
-residual blocks that start as the identity.
+Deviations: heads of 2048 channels (paper: 8192); the cosine ends at 0 (official: 0.001 of the peak); the official code's scaling: half the
+sum of the variance terms, mean square over N and d (the paper's Eq. 5 and 6: the whole sum, squared distance summed over d: --scaling
+paper; the paper's pseudo-code: the whole sum and the mean square: --var 50); more than two views: the mean over pairs of views.
+The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL, Barlow Twins, VICReg: 1e-3) with weight decay 1e-6
+(SimSiam: SGD at 0.5, 1e-5), a warm-up of 500 steps or a tenth of a shorter run, cosine to 0, the W-MSE augmentation, batch norm view by
+view in the backbone, a ResNet's residual blocks start as the identity.
 
     python methods/vicreg.py                             # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/vicreg.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \

@@ -22,9 +22,9 @@ One step:
     loss = mean(2 - 2 cos(y1, y2))
 
 What prevents collapse: whitening; fewer than d dimensions cannot be whitened. No negatives, predictor, stop-gradient or EMA.
-Diff it against cw_rgp.py: the whitened axis (channels here, samples there). Watch --whitening bn (one point no, few dimensions yes),
-none (all collapses) and pca (its axes jump from batch to batch: the loss cannot fall, few dimensions are left): sections 3.2 and 3.3
-of arXiv 2210.03586.
+Diff it against cw_rgp.py: the whitened axis (channels here, samples there). Watch --whitening bn (what it makes is no point but has few
+dimensions; Z before it, which the figures show, is nearly a point), none (all collapses) and pca (its axes jump from batch to batch:
+the loss cannot fall, few dimensions are left): sections 3.2 and 3.3 of arXiv 2210.03586.
 
 Deviations: cosine schedule (the paper: --schedule step); batch 256 (the paper's two-view runs on CIFAR-10: 512); residual blocks start as
 the identity, as in all nine files (official: not); ZCA has a backward of its own, stable for equal eigenvalues; non-finite gradients of
@@ -57,7 +57,7 @@ def parse_args(argv=None):
     parser = common.shared_arguments("wmse", __doc__)
     parser.set_defaults(proj_hidden=1024, proj_dim=64, proj_layers=2)  # the paper's; for larger images 1024, 128, 2
     parser.add_argument("--whitening", choices=KINDS, default="cholesky", help="`bn` only standardises, `none` does nothing")
-    parser.add_argument("--w-size", type=common.number(int, 3), default=128, help="w, images whitened together; the paper's 2 d")
+    parser.add_argument("--w-size", type=common.number(int, 3), default=128, help="w, images whitened together, divides --batch-size; the paper's 2 d")
     parser.add_argument("--w-iter", type=common.number(int, 1), default=1, help="random partitions per step; the official 1 (STL-10, two views: 4)")
     parser.add_argument("--eps", type=common.number(float, 0, below=1), default=0.0, help="S becomes (1 - eps) S + eps I; the official code's 0")
     parser.add_argument("--one-way", action="store_true", help="the second view of a pair is a fixed target: L1' of Eq. 6 in arXiv 2210.03586")
