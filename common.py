@@ -1038,10 +1038,10 @@ def resnet_names():
     return [name for name in torchvision.models.list_models() if name.startswith("resnet") and name[6:].isdigit()]
 
 
-def build_backbone(name, image_size, width=48):
+def build_backbone(name, image_size, width=96):
     """(network, feature_dim): H = network(x) is [N, feature_dim], the output of global average pooling.
 
-    `tiny`: 2x2 stride-2 stem, six 3x3 convolutions (w, w, pool, 2w, 2w, pool, 4w, 4w) with batch norm and ReLU.
+    `tiny`: 2x2 stride-2 stem of w / 3 channels, four 3x3 convolutions (w with stride 2, w, pool, 2w, 4w), each with batch norm and ReLU.
     A ResNet has torchvision's own parameter names and zero-initialised last batch norms (SimSiam, Barlow, VICReg, CW-RGP code).
     Its stem (SimCLR appendix B.9, W-MSE code): up to 32 pixels 3x3 stride 1 without pooling; up to 64 pixels 3x3 with pooling. Its weights
     are drawn like those of the other convolutions (W-MSE code: PyTorch's default)."""
@@ -1060,7 +1060,9 @@ def build_backbone(name, image_size, width=48):
 
 
 class Tiny(nn.Module):
-    """A plain network for CPUs: [N, 3, S, S] -> [N, 4 width]. It learned more per minute than a small ResNet did."""
+    """A plain network for CPUs: [N, 3, S, S] -> [N, 4 width], most of its work in few pixels and many channels.
+
+    On CIFAR-10 it learned more per minute than a small ResNet, and than networks with more convolutions at higher resolution."""
 
     def __init__(self, width):
         super().__init__()
@@ -1070,10 +1072,10 @@ class Tiny(nn.Module):
 
         w = width
         self.layers = nn.Sequential(
-            *block(3, w, kernel=2, stride=2, padding=0),
-            *block(w, w), *block(w, w), nn.MaxPool2d(2),
-            *block(w, 2 * w), *block(2 * w, 2 * w), nn.MaxPool2d(2),
-            *block(2 * w, 4 * w), *block(4 * w, 4 * w), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            *block(3, w // 3, kernel=2, stride=2, padding=0),                       # [N, 32, S/2, S/2]
+            *block(w // 3, w, stride=2), *block(w, w), nn.MaxPool2d(2),             # [N, 96, S/8, S/8]
+            *block(w, 2 * w), *block(2 * w, 4 * w),                                 # [N, 384, S/8, S/8]
+            nn.AdaptiveAvgPool2d(1), nn.Flatten())                                  # [N, 384]
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -22,18 +22,18 @@ Its value is large and should be: independent random embeddings give about d + l
 What prevents collapse: decorrelation (soft whitening of the channels). No negatives, predictor, stop-gradient or EMA.
 Diff it against vicreg.py: here one correlation matrix between the branches, there two regularisers in each.
 
-Deviations: heads of 2048 channels (paper: 8192); the cosine ends at 0 (official: 0.001 of the peak); biased variance with 1e-5 inside the
-root, as the official code's batch norm; C over all processes with gradient (the official in-place sum over W processes hides from
-autograd: its gradient is 1 / W of ours, which LARS hides but in biases and norm layers: hence their official rate 0.0384 / 32 below, for
-the authors' 32 GPUs); more than two views: the mean over pairs.
-The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL, Barlow Twins, VICReg: 1e-3) with weight decay 1e-6
+Deviations: heads 1024 and 512, the CW-RGP authors' on CIFAR-10 (paper: 8192, 8192, 8192; solo-learn: 2048 three times); the cosine ends at
+0 (official: 0.001 of the peak); biased variance with 1e-5 inside the root, as the official code's batch norm; C over all processes with
+gradient (the official in-place sum over W processes hides from autograd: its gradient is 1 / W of ours, which LARS hides but in biases
+and norm layers: hence their official rate 0.0384 / 32 below, for the authors' 32 GPUs); more than two views: the mean over pairs.
+The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL, Barlow Twins: 1e-3) with weight decay 1e-6
 (SimSiam: SGD at 0.5, 1e-5), a warm-up of 500 steps or a tenth of a shorter run, cosine to 0, the W-MSE augmentation, batch norm view by
 view in the backbone, a ResNet's residual blocks start as the identity.
 
     python methods/barlow.py                             # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/barlow.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
-        --proj-hidden 8192 --proj-dim 8192 --augment byol --optimizer lars --batch-size 2048 --lr 1.6 --lr-bias 0.0012 \
-        --weight-decay 1e-6 --warmup 6250 --epochs 1000
+        --proj-hidden 8192 --proj-dim 8192 --proj-layers 3 --augment byol --optimizer lars --batch-size 2048 --lr 1.6 \
+        --lr-bias 0.0012 --weight-decay 1e-6 --warmup 6250 --epochs 1000
 """
 
 import os
@@ -53,7 +53,7 @@ import common  # noqa: E402
 
 def parse_args(argv=None):
     parser = common.shared_arguments("barlow", __doc__)
-    parser.set_defaults(proj_hidden=2048, proj_dim=2048, proj_layers=3, lr=1e-3)  # solo-learn's on CIFAR-10 (LARS); the paper on ImageNet: 8192, 8192, 3
+    parser.set_defaults(proj_hidden=1024, proj_dim=512, proj_layers=2, lr=1e-3)  # the CW-RGP authors' on CIFAR-10; the paper on ImageNet: 8192, 8192, 3
     parser.add_argument("--lambd", type=common.number(float, 0, example=0.0051), default=0.0051, help="lambda; the official code's 0.0051")
     parser.add_argument("--standardize", choices=("batch", "l2"), default="batch", help="`l2`: rows of length sqrt(d), not channels of variance 1")
     return common.finish_arguments(parser, argv)
@@ -91,7 +91,7 @@ def barlow_twins_loss(z1, z2, lambd=0.0051, standardize="batch"):
 class BarlowTwins(nn.Module):
     """Backbone and projector. `forward(views)`: s views [n, 3, H, W] (n images here, N in all) -> scalar loss."""
 
-    def __init__(self, backbone, feature_dim, proj_hidden=2048, proj_dim=2048, proj_layers=3, lambd=0.0051, standardize="batch"):
+    def __init__(self, backbone, feature_dim, proj_hidden=1024, proj_dim=512, proj_layers=2, lambd=0.0051, standardize="batch"):
         super().__init__()
         self.backbone = backbone
         widths = [feature_dim] + [proj_hidden] * (proj_layers - 1)

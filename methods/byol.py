@@ -26,7 +26,7 @@ Diff it against simsiam.py: the EMA target (and the optimizer). Against moco.py:
 Deviations: heads and tau_base of the paper's ImageNet runs (the W-MSE authors on CIFAR-10: 1024, 64, 0.99); the target starts as a
 copy (official: its own random start); more than two views: the mean over pairs of views. As in the official code, the target's batch
 norms use their own batch statistics.
-The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL, Barlow Twins, VICReg: 1e-3) with weight decay 1e-6
+The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL, Barlow Twins: 1e-3) with weight decay 1e-6
 (SimSiam: SGD at 0.5, 1e-5), a warm-up of 500 steps or a tenth of a shorter run, cosine to 0, the W-MSE augmentation, batch norm view by
 view in the backbone, a ResNet's residual blocks start as the identity.
 

@@ -22,16 +22,17 @@ What prevents collapse: the variance term (one point) and the covariance term (f
 or EMA. Watch --var 0 (one point) and --cov 0 (one dimension).
 Diff it against barlow.py: there one correlation matrix between the branches, here two regularisers in each.
 
-Deviations: heads of 2048 channels (paper: 8192); the cosine ends at 0 (official: 0.001 of the peak); the official code's scaling: half the
-sum of the variance terms, mean square over N and d (the paper's Eq. 5 and 6: the whole sum, squared distance summed over d: --scaling
-paper; the paper's pseudo-code: the whole sum and the mean square: --var 50); more than two views: the mean over pairs of views.
-The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL, Barlow Twins, VICReg: 1e-3) with weight decay 1e-6
+Deviations: heads 1024 and 512, those of barlow.py (paper: 8192, 8192, 8192; solo-learn on CIFAR-10: 2048 three times); the cosine ends at 0
+(official: 0.001 of the peak); the official code's scaling: half the sum of the variance terms, mean square over N and d (the paper's Eq. 5
+and 6: the whole sum, squared distance summed over d: --scaling paper; the paper's pseudo-code: the whole sum and the mean square:
+--var 50); more than two views: the mean over pairs of views.
+The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL, Barlow Twins: 1e-3) with weight decay 1e-6
 (SimSiam: SGD at 0.5, 1e-5), a warm-up of 500 steps or a tenth of a shorter run, cosine to 0, the W-MSE augmentation, batch norm view by
 view in the backbone, a ResNet's residual blocks start as the identity.
 
     python methods/vicreg.py                             # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/vicreg.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
-        --proj-hidden 8192 --proj-dim 8192 --augment byol --optimizer lars --batch-size 2048 --lr 1.6 \
+        --proj-hidden 8192 --proj-dim 8192 --proj-layers 3 --augment byol --optimizer lars --batch-size 2048 --lr 1.6 \
         --weight-decay 1e-6 --warmup 6250 --epochs 1000
 """
 
@@ -52,7 +53,7 @@ import common  # noqa: E402
 
 def parse_args(argv=None):
     parser = common.shared_arguments("vicreg", __doc__)
-    parser.set_defaults(proj_hidden=2048, proj_dim=2048, proj_layers=3, lr=1e-3)  # solo-learn's on CIFAR-10 (LARS); the paper on ImageNet: 8192, 8192, 3
+    parser.set_defaults(proj_hidden=1024, proj_dim=512, proj_layers=2)  # as barlow.py, shuffled_dbn.py and cw_rgp.py; the paper on ImageNet: 8192, 8192, 3
     parser.add_argument("--inv", type=common.number(float, 0, example=25), default=25.0, help="lambda, of the invariance term; the paper's 25")
     parser.add_argument("--var", type=common.number(float, 0, example=25), default=25.0, help="mu, of the variance term; the paper's 25; 0 collapses")
     parser.add_argument("--cov", type=common.number(float, 0, example=1), default=1.0, help="nu, of the covariance term; the paper's 1")
@@ -95,7 +96,7 @@ def vicreg_loss(z1, z2, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, scalin
 class VICReg(nn.Module):
     """Backbone and projector ("expander"). `forward(views)`: s views [n, 3, H, W] (n images here, N in all) -> scalar loss."""
 
-    def __init__(self, backbone, feature_dim, proj_hidden=2048, proj_dim=2048, proj_layers=3, inv=25.0, var=25.0, cov=1.0, scaling="code"):
+    def __init__(self, backbone, feature_dim, proj_hidden=1024, proj_dim=512, proj_layers=2, inv=25.0, var=25.0, cov=1.0, scaling="code"):
         super().__init__()
         self.backbone = backbone
         widths = [feature_dim] + [proj_hidden] * (proj_layers - 1)

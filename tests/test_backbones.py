@@ -29,7 +29,7 @@ def test_the_stem_of_a_resnet_follows_the_image_size(name, size, kernel, stride,
     assert isinstance(network.maxpool, nn.MaxPool2d) == pool and isinstance(network.fc, nn.Identity)
 
 
-@pytest.mark.parametrize("name, size, feature_dim", [("tiny", 32, 192), ("tiny", 64, 192), ("tiny", 8, 192), ("resnet18", 32, 512),
+@pytest.mark.parametrize("name, size, feature_dim", [("tiny", 32, 384), ("tiny", 64, 384), ("tiny", 8, 384), ("resnet18", 32, 512),
                                                      ("resnet18", 64, 512), ("resnet34", 32, 512), ("resnet50", 32, 2048)])
 def test_features_are_rows_of_the_announced_width(name, size, feature_dim):
     network, announced = common.build_backbone(name, size)
@@ -80,9 +80,9 @@ def test_an_unknown_backbone_is_one_line_with_names_that_exist():
 
 def test_tiny_has_the_announced_layers():
     layers = [type(layer).__name__ for layer in common.build_backbone("tiny", 32)[0].layers]
-    assert layers.count("Conv2d") == 7 and layers.count("BatchNorm2d") == layers.count("ReLU") == 7 and layers.count("MaxPool2d") == 2
+    assert layers.count("Conv2d") == layers.count("BatchNorm2d") == layers.count("ReLU") == 5 and layers.count("MaxPool2d") == 1
     widths = [layer.out_channels for layer in common.build_backbone("tiny", 32)[0].layers if isinstance(layer, nn.Conv2d)]
-    assert widths == [48, 48, 48, 96, 96, 192, 192]
+    assert widths == [32, 96, 96, 192, 384]
 
 
 @pytest.mark.parametrize("name", ["tiny", "resnet18"])
