@@ -227,6 +227,7 @@ def test_the_recipes_are_the_papers():
     by = (("crop", 0.08, 1.0, "bicubic"), f, ("jitter", 0.4, 0.4, 0.2, 0.1, 0.8), ("grey", 0.2))
     assert {k: [tuple(v) for v in views] for k, views in A.RECIPES.items()} == {
         "w-mse": [(j, ("grey", 0.1), ("crop", 0.2, 1.0, "bicubic"), f)],
+        "short": [(j, ("grey", 0.1), ("crop", 0.35, 1.0, "bicubic"), f)],
         "moco-v2": [(("crop", 0.2, 1.0, "bilinear"), j, ("grey", 0.2), blur, f)],
         "moco-v1": [(("crop", 0.2, 1.0, "bilinear"), ("grey", 0.2), ("jitter", 0.4, 0.4, 0.4, 0.4, 1.0), f)],
         "moco-cifar": [(("crop", 0.08, 1.0, "bilinear"), f, j, ("grey", 0.2))],
