@@ -8,10 +8,13 @@
 (a) bare: forward and backward of the backbone on the same views, in the same precision and memory layout; for MoCo and BYOL their own
 bare passes, the second encoder's forward included. (b) step: augmentation, forward, loss, backward, optimizer, the watch for
 non-finite numbers. Both are timed in turn, `--repeats` times after a warm-up; the medians and their ratio are printed, and where
-the rest of the step goes. Times are wall-clock milliseconds: run it on a machine that does nothing else.
+the rest of the step goes: `loss` is the step's forward and backward with the outputs of all networks given (whitening, logits, queue),
+`heads` what then remains of forward and backward (MoCo's and BYOL's includes the update of the slow encoder in the forward pass).
+Times are wall-clock milliseconds: run it on a machine that does nothing else.
 """
 
 import argparse
+import copy
 import importlib
 import multiprocessing
 import resource
@@ -31,7 +34,35 @@ import common  # noqa: E402
 METHODS = ("simclr", "moco", "byol", "simsiam", "barlow", "vicreg", "wmse", "shuffled_dbn", "cw_rgp")
 
 
-def measure(name, backbone, flags, repeats):
+class Given(torch.nn.Module):
+    """Stands for a network: gives the outputs that it once had, whatever the input."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.outputs, self.calls = outputs, 0
+
+    def forward(self, _):
+        self.calls += 1
+        return self.outputs[(self.calls - 1) % len(self.outputs)]
+
+
+def only_the_loss(model, views, autocast):
+    """A copy of the model in which every network is a `Given`: its forward and backward are those of the loss alone."""
+    outputs, hooks = {name: [] for name, _ in model.named_children()}, []
+    for name, child in model.named_children():
+        hooks.append(child.register_forward_hook(lambda module, inputs, output, name=name: outputs[name].append(output)))
+    with torch.autocast(**autocast):
+        model(views)
+    for hook in hooks:
+        hook.remove()
+    model = copy.copy(model)
+    model._modules = {name: Given([v.detach().requires_grad_(v.requires_grad) for v in values]) for name, values in outputs.items()}
+    model._buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in model._buffers.items()}
+    model.update_key_encoder = lambda: None  # MoCo
+    return model
+
+
+def measure(name, backbone, flags, repeats, with_loss=True):
     """Median milliseconds of each part of a step, and of the bare passes."""
     module = importlib.import_module(name)
     args = module.parse_args(["--backbone", backbone, *shlex.split(flags)])
@@ -47,7 +78,7 @@ def measure(name, backbone, flags, repeats):
     common.Run._prepare_watch(watch)
     autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
     slow = getattr(model, "target_backbone", getattr(model, "key_backbone", None))
-    parts = {}
+    parts, loss_only = {}, None
 
     def clock(part, start):
         if device.type == "cuda":
@@ -91,6 +122,13 @@ def measure(name, backbone, flags, repeats):
         now = clock("optimizer", now)
         common.Run.watch(watch, step, loss)
         clock("watch", now)
+        if with_loss:
+            loss_only = loss_only or only_the_loss(model, views, autocast)
+            now = time.perf_counter()
+            with torch.autocast(**autocast):
+                loss = loss_only(views)
+            loss.backward()
+            clock("loss", now)
     medians = {part: statistics.median(times[2:]) for part, times in parts.items()}
     medians["step"] = sum(medians[part] for part in ("augment", "forward", "backward", "optimizer", "watch"))
     memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else None
@@ -115,7 +153,7 @@ def step_and_memory(name, backbone, flags, repeats):
     """(milliseconds of a step, MiB at its peak beyond the process's own) - or the words of the refusal. Run in a fresh process."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     try:
-        ms, _, on_gpu = measure(name, backbone, flags, repeats)
+        ms, _, on_gpu = measure(name, backbone, flags, repeats, with_loss=False)
     except common.UserError as refusal:
         return str(refusal)
     return ms["step"], on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
@@ -151,12 +189,12 @@ def main():
     print(f"{common.processor_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, torch {torch.__version__}; milliseconds, medians of {options.repeats}")
     if options.grow:
         return grow(options)
-    print(f"{'method':13}{'backbone':>10}{'bare':>9}{'step':>9}{'step/bare':>10}{'images/s':>10}{'augment':>9}{'heads+loss':>11}{'optimizer':>10}{'watch':>7}  augment %")
+    print(f"{'method':13}{'backbone':>10}{'bare':>9}{'step':>9}{'step/bare':>10}{'images/s':>10}{'augment':>9}{'heads':>8}{'loss':>8}{'optimizer':>10}{'watch':>7}  augment, loss %")
     for name in options.methods:
         ms, args, memory = measure(name, options.backbone, options.flags, options.repeats)
-        heads = ms["forward"] + ms["backward"] - ms["bare"]
+        heads = ms["forward"] + ms["backward"] - ms["bare"] - ms["loss"]
         print(f"{name:13}{options.backbone:>10}{ms['bare']:9.1f}{ms['step']:9.1f}{ms['step'] / ms['bare']:10.2f}{1000 * args.batch_size / ms['step']:10.0f}"
-              f"{ms['augment']:9.1f}{heads:11.1f}{ms['optimizer']:10.1f}{ms['watch']:7.1f}{100 * ms['augment'] / ms['step']:9.1f} %"
+              f"{ms['augment']:9.1f}{heads:8.1f}{ms['loss']:8.1f}{ms['optimizer']:10.1f}{ms['watch']:7.1f}{100 * ms['augment'] / ms['step']:7.1f} %{100 * ms['loss'] / ms['step']:6.1f} %"
               + (f"  {memory:.0f} MiB" if memory else ""), flush=True)
 
 
