@@ -92,17 +92,16 @@ def measure(name, backbone, flags, repeats, with_loss=True):
         views = common.Data.augment(data, images, step)
         now = clock("augment", now)
         with torch.autocast(**autocast):
-            h = [model.backbone(x) for x in views]
+            h = [model.backbone(x) for x in views[: len(views) - (name == "moco" and not args.symmetric)]]  # MoCo's last view only answers
             if slow is not None:
                 with torch.no_grad():
                     [slow(x) for x in (views if name == "byol" or getattr(args, "symmetric", False) else views[1:])]
-            asked = h if name != "moco" or args.symmetric else h[:-1]  # MoCo's last view only answers
-        torch.autograd.backward(asked, [torch.ones_like(v) for v in asked])
+            torch.autograd.backward(h, [torch.ones_like(v) for v in h])
         clock("bare", now)
         optimizer.zero_grad(set_to_none=True)
         for outputs in watch.outputs.values():
             outputs.clear()
-        del h, asked
+        del h
         now = time.perf_counter()
         with torch.autocast(**autocast):
             h = [model.backbone(x) for x in views[: len(views) - (name == "moco" and not args.symmetric)]]
