@@ -9,7 +9,7 @@
 bare passes, the second encoder's forward included. (b) step: augmentation, forward, loss, backward, optimizer, the watch for
 non-finite numbers. Both are timed in turn, `--repeats` times after a warm-up; the medians and their ratio are printed, and where
 the rest of the step goes: `loss` is the step's forward and backward with the outputs of all networks given (whitening, logits, queue),
-`heads` what then remains of forward and backward (MoCo's and BYOL's includes the update of the slow encoder in the forward pass).
+`heads` what then remains of forward and backward (MoCo's includes the update of its key encoder).
 Times are wall-clock milliseconds: run it on a machine that does nothing else.
 """
 
@@ -96,7 +96,7 @@ def measure(name, backbone, flags, repeats, with_loss=True):
             if slow is not None:
                 with torch.no_grad():
                     [slow(x) for x in (views if name == "byol" or getattr(args, "symmetric", False) else views[1:])]
-            torch.autograd.backward(h, [torch.ones_like(v) for v in h])
+        torch.autograd.backward(h, [torch.ones_like(v) for v in h])
         clock("bare", now)
         optimizer.zero_grad(set_to_none=True)
         for outputs in watch.outputs.values():
