@@ -29,7 +29,7 @@ def test_the_stem_of_a_resnet_follows_the_image_size(name, size, kernel, stride,
     assert isinstance(network.maxpool, nn.MaxPool2d) == pool and isinstance(network.fc, nn.Identity)
 
 
-@pytest.mark.parametrize("name, size, feature_dim", [("tiny", 32, 384), ("tiny", 64, 384), ("tiny", 8, 384), ("resnet18", 32, 512),
+@pytest.mark.parametrize("name, size, feature_dim", [("tiny", 32, 1024), ("tiny", 64, 1024), ("tiny", 8, 1024), ("resnet18", 32, 512),
                                                      ("resnet18", 64, 512), ("resnet34", 32, 512), ("resnet50", 32, 2048)])
 def test_features_are_rows_of_the_announced_width(name, size, feature_dim):
     network, announced = common.build_backbone(name, size)
@@ -82,7 +82,18 @@ def test_tiny_has_the_announced_layers():
     layers = [type(layer).__name__ for layer in common.build_backbone("tiny", 32)[0].layers]
     assert layers.count("Conv2d") == layers.count("BatchNorm2d") == layers.count("ReLU") == 5 and layers.count("MaxPool2d") == 1
     widths = [layer.out_channels for layer in common.build_backbone("tiny", 32)[0].layers if isinstance(layer, nn.Conv2d)]
-    assert widths == [32, 96, 96, 192, 384]
+    assert widths == [32, 96, 96, 192, 256]
+
+
+def test_tinys_features_are_the_means_of_the_four_quarters():
+    network, _ = common.build_backbone("tiny", 32)
+    with torch.no_grad():
+        x = images(2, 32)
+        maps, h = network.eval().layers[:-2](x), network(x).view(2, 256, 2, 2)  # maps [2, 256, 4, 4]
+    for i in (0, 1):
+        for j in (0, 1):
+            quarter = maps[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean((2, 3))
+            torch.testing.assert_close(h[:, :, i, j], quarter)
 
 
 @pytest.mark.parametrize("name", ["tiny", "resnet18"])

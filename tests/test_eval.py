@@ -203,7 +203,7 @@ def test_report(trained, small_folder, tmp_path):
     """All five kinds of features, each figure with its protocol; kNN and collapse as computed here from the checkpoint."""
     result, (report,) = evaluate(tmp_path, trained / "last.pt")
     found = report["features"]
-    assert [found[name]["dim"] for name in ("H", "Z", "W", "raw", "untrained")] == [384, 64, 64, 3072, 384]
+    assert [found[name]["dim"] for name in ("H", "Z", "W", "raw", "untrained")] == [1024, 64, 64, 3072, 1024]
     assert report["training_images"] == 64 and report["test_images"] == 24
     for words in ("majority of the 5 nearest", "exp(cos / 0.1)", "lr 1e-2 -> 1e-6", "stable_rank_sq", "network unchanged",
                   "untrained H", "raw pixels"):
