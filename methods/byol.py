@@ -21,18 +21,19 @@ One step:
     target <- tau * target + (1 - tau) * online                          # parameters only, with the new online network
 
 What prevents collapse: predictor and stop-gradient; the EMA target steadies them (simsiam.py does without). No negatives, no whitening.
-Diff it against simsiam.py: the EMA target (and the optimizer). Against moco.py: a predictor in place of the negatives.
+Diff it against simsiam.py: the EMA target. Against moco.py: a predictor in place of the negatives.
 
-Deviations: heads and tau_base of the paper's ImageNet runs (the W-MSE authors on CIFAR-10: 1024, 64, 0.99); the target starts as a
-copy (official: its own random start); more than two views: the mean over pairs of views. As in the official code, the target's batch
-norms use their own batch statistics.
-The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL, Barlow Twins: 1e-3) with weight decay 1e-6
-(SimSiam: SGD at 0.5, 1e-5), a warm-up of 500 steps or a tenth of a shorter run, cosine to 0, the W-MSE augmentation, batch norm view by
-view in the backbone, a ResNet's residual blocks start as the identity.
+Deviations: heads and tau_base of the W-MSE authors on CIFAR-10 (1024, 64, 0.99; the paper on ImageNet: 4096, 256, 0.996); the target
+starts as a copy (official: its own random start); more than two views: the mean over pairs of views. As in the official code, the
+target's batch norms use their own batch statistics.
+The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with
+weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run, cosine to 0, the W-MSE augmentation, batch norm view by view in the
+backbone, a ResNet's residual blocks start as the identity.
 
     python methods/byol.py                               # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/byol.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
-        --augment byol --optimizer lars --batch-size 4096 --lr 3.2 --weight-decay 1.5e-6 --warmup 3120 --epochs 1000
+        --augment byol --optimizer lars --batch-size 4096 --lr 3.2 --weight-decay 1.5e-6 --warmup 3120 --epochs 1000 \
+        --proj-hidden 4096 --proj-dim 256 --momentum 0.996
 """
 
 import copy
@@ -54,8 +55,8 @@ import common  # noqa: E402
 
 def parse_args(argv=None):
     parser = common.shared_arguments("byol", __doc__)
-    parser.set_defaults(proj_hidden=4096, proj_dim=256, proj_layers=2, lr=1e-3)  # the paper's on ImageNet
-    parser.add_argument("--momentum", type=common.number(float, 0, 1, example=0.996), default=0.996, help="tau_base, rising to 1; the paper's 0.996")
+    parser.set_defaults(proj_hidden=1024, proj_dim=64, proj_layers=2, lr=1e-3)  # the W-MSE authors' on CIFAR-10; the paper's on ImageNet: 4096, 256
+    parser.add_argument("--momentum", type=common.number(float, 0, 1, example=0.99), default=0.99, help="tau_base, rising to 1; on ImageNet 0.996")
     parser.add_argument("--predictor", choices=("mlp", "linear", "direct", "none"), default="mlp",
                         help="`direct`: DirectPred, from the embeddings' correlation; `none` with --momentum 0 collapses")
     parser.add_argument("--norm", choices=("bn", "gn"), default="bn", help="norm of the heads: batch norm, or group norm, which sees no batch")
@@ -114,7 +115,7 @@ def head(inputs, hidden, outputs, layers, norm):
 class BYOL(nn.Module):
     """Online network, predictor and target network. `forward(views)`: s views [n, 3, H, W] (n images here, N in all) -> scalar loss."""
 
-    def __init__(self, backbone, feature_dim, proj_hidden=4096, proj_dim=256, proj_layers=2, momentum=0.996, predictor="mlp", norm="bn"):
+    def __init__(self, backbone, feature_dim, proj_hidden=1024, proj_dim=64, proj_layers=2, momentum=0.99, predictor="mlp", norm="bn"):
         super().__init__()
         self.backbone = backbone
         self.projector = head(feature_dim, proj_hidden, proj_dim, proj_layers, norm)

@@ -27,9 +27,9 @@ plain squared distance; heads 1024 and 512 as in its covnorm.yaml for CIFAR-10 (
 and batch norms over the global batch, in the authors' code over each GPU's images (hence --groups 32 below); ZCA has a backward of its
 own, stable for equal eigenvalues; bf16 where the processor has it (official: --precision fp32); more than two views: the mean over pairs.
 With other groups per view the loss has a positive floor, even for equal views: the partition acts as noise.
-The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (BYOL, Barlow Twins: 1e-3) with weight decay 1e-6
-(SimSiam: SGD at 0.5, 1e-5), a warm-up of 500 steps or a tenth of a shorter run, cosine to 0, the W-MSE augmentation, batch norm view by
-view in the backbone, a ResNet's residual blocks start as the identity.
+The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with
+weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run, cosine to 0, the W-MSE augmentation, batch norm view by view in the
+backbone, a ResNet's residual blocks start as the identity.
 
     python methods/shuffled_dbn.py                       # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/shuffled_dbn.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \

@@ -18,14 +18,14 @@ One step:
     loss = D(p1, z2.detach()) / 2 + D(p2, z1.detach()) / 2
 
 What prevents collapse: predictor and stop-gradient. No negatives, EMA or whitening.
-Diff it against byol.py: the EMA target (and the optimizer). Watch --no-stop-gradient and --predictor none collapse: loss to -1.
+Diff it against byol.py: the EMA target. Watch --no-stop-gradient and --predictor none collapse: loss to -1.
 
 Deviations: the CIFAR-10 projector of the paper's appendix D (two layers, 2048 channels) and its ImageNet predictor (512); more than two
-views: the mean over pairs of views. SGD as in the paper, with solo-learn's rate and weight decay for CIFAR-10 (the paper: 0.03 times
-batch / 256, and 5e-4): with the Adam of the other files (--optimizer adam --lr 3e-3 --weight-decay 1e-6) Z fills few of its dimensions.
-The rest is that of the other files, so that a diff shows the idea: a warm-up of 500 steps or a tenth of the run, cosine to 0 (the predictor's
-rate stays, as in the official command), the W-MSE augmentation, batch norm view by view in the backbone, residual blocks that start as
-the identity.
+views: the mean over pairs of views. Adam (the paper: SGD at 0.03 times batch / 256, weight decay 5e-4), at 2e-3: at 3e-3 Z comes to fill
+few of its dimensions. The predictor's rate stays while the others fall, as in the official command.
+The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with
+weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run, cosine to 0, the W-MSE augmentation, batch norm view by view in the
+backbone, a ResNet's residual blocks start as the identity.
 
     python methods/simsiam.py                            # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/simsiam.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
@@ -49,8 +49,7 @@ import common  # noqa: E402
 
 def parse_args(argv=None):
     parser = common.shared_arguments("simsiam", __doc__)
-    parser.set_defaults(proj_hidden=2048, proj_dim=2048, proj_layers=2)  # the paper's on CIFAR-10; on ImageNet 2048, 2048, 3
-    parser.set_defaults(optimizer="sgd", lr=0.5, weight_decay=1e-5)  # solo-learn's on CIFAR-10
+    parser.set_defaults(proj_hidden=2048, proj_dim=2048, proj_layers=2, lr=2e-3)  # the paper's on CIFAR-10; on ImageNet 2048, 2048, 3
     parser.add_argument("--pred-hidden", type=common.number(int, 1), default=512, help="width of the predictor's hidden layer; the paper's 512")
     parser.add_argument("--no-stop-gradient", action="store_true", help="let the gradient through the targets: collapses")
     parser.add_argument("--predictor", choices=("mlp", "none", "fixed"), default="mlp", help="`fixed` is random and does not train; `none` collapses")
