@@ -125,10 +125,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Names each default, but no "(default: None)": those help texts say what happens."""
+    """Names each default, but for those that depend on other flags: their help texts say what happens."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default is None or "(default" in action.help else super()._get_help_string(action)
 
 
 def number(kind, minimum=None, maximum=None, above=None, below=None, example=None):
@@ -169,7 +169,7 @@ def shared_arguments(method, description):
     add("--lr", type=number(float, above=0, example="3e-3"), default=3e-3, help="peak learning rate, not scaled by the batch size")
     add("--lr-bias", type=number(float, above=0, example="3e-3"), help="peak learning rate of biases and norm layers (default: --lr)")
     add("--weight-decay", type=number(float, 0, example="1e-6"), default=1e-6, help="L2 penalty; LARS leaves biases and norm layers out")
-    add("--warmup", type=number(int, 0, example=500), help="steps of linear warm-up (default: 500, or a tenth of a shorter run)")
+    add("--warmup", type=number(int, 0, example=500), help="steps of linear warm-up (default: 500, or a tenth of a shorter run; MoCo: 150)")
     add("--schedule", choices=("cosine", "step", "constant"), default="cosine", help="`step`: x 0.2 when 50 epochs are left, and again when 25 are")
     add("--optimizer", choices=("adam", "sgd", "lars"), default="adam", help="sgd and lars have momentum 0.9")
     add("--augment", choices=sorted(RECIPES), default="w-mse", help="recipe of the random views, see common.RECIPES")

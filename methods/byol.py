@@ -27,8 +27,8 @@ Deviations: heads and tau_base of the W-MSE authors on CIFAR-10 (1024, 64, 0.99;
 starts as a copy (official: its own random start); more than two views: the mean over pairs of views. As in the official code, the
 target's batch norms use their own batch statistics.
 The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with
-weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run, cosine to 0, the W-MSE augmentation, batch norm view by view in the
-backbone, a ResNet's residual blocks start as the identity.
+weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run (MoCo: 150), cosine to 0, the W-MSE augmentation, batch norm view by
+view in the backbone, a ResNet's residual blocks start as the identity.
 
     python methods/byol.py                               # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/byol.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \

@@ -31,8 +31,8 @@ Diff it against simclr.py: where the negatives come from. Against byol.py: a pre
 Deviations: sizes of the authors' CIFAR-10 demo (queue 4096, m 0.99, tau 0.1, one linear layer); more than two views: the mean over pairs,
 view i asking for view j > i.
 The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with
-weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run, cosine to 0, the W-MSE augmentation, batch norm view by view in the
-backbone, a ResNet's residual blocks start as the identity.
+weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run (MoCo: 150), cosine to 0, the W-MSE augmentation, batch norm view by
+view in the backbone, a ResNet's residual blocks start as the identity.
 
     python methods/moco.py                               # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/moco.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
@@ -58,6 +58,7 @@ import common  # noqa: E402
 
 def parse_args(argv=None):
     parser = common.shared_arguments("moco", __doc__)
+    parser.set_defaults(warmup=150)  # at a high rate everything falls together while the queue still holds its random start
     parser.set_defaults(proj_hidden=512, proj_dim=128, proj_layers=1)  # the authors' CIFAR-10 demo and v1: one linear layer; v2: 2048, 128, 2
     parser.add_argument("--queue-size", type=common.number(int, 1, example=4096), default=4096, help="K, keys in the queue; 65536 on ImageNet")
     parser.add_argument("--momentum", type=common.number(float, 0, 1, example=0.99), default=0.99, help="m of the key encoder; 0.999 on ImageNet")
