@@ -408,7 +408,7 @@ def test_another_hyper_parameter_is_refused_by_name(half_done, images, method, f
 
 @pytest.mark.parametrize("more, remedy",
                          [(["--symmetric"], "it without --symmetric"), (["--lr", "0.01"], "--lr 0.003"),
-                          (["--warmup", "1"], "it without --warmup")])
+                          (["--lr-bias", "1"], "it without --lr-bias")])
 def test_the_proposed_remedy_works(half_done, images, tmp_path, more, remedy):
     """These flags were not given at first."""
     out = copied(half_done("moco"), tmp_path / "run")
