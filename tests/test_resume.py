@@ -406,15 +406,15 @@ def test_another_hyper_parameter_is_refused_by_name(half_done, images, method, f
                                                                                            d in before.items() if n.endswith(".pt")}
 
 
-@pytest.mark.parametrize("more, remedy",
-                         [(["--symmetric"], "it without --symmetric"), (["--lr", "0.01"], "--lr 0.003"),
-                          (["--lr-bias", "1"], "it without --lr-bias")])
-def test_the_proposed_remedy_works(half_done, images, tmp_path, more, remedy):
+@pytest.mark.parametrize("method, more, remedy",
+                         [("moco", ["--symmetric"], "it without --symmetric"), ("moco", ["--lr", "0.01"], "--lr 0.003"),
+                          ("simclr", ["--warmup", "1"], "it without --warmup")])
+def test_the_proposed_remedy_works(half_done, images, tmp_path, method, more, remedy):
     """These flags were not given at first."""
-    out = copied(half_done("moco"), tmp_path / "run")
-    assert f"; try {remedy}, or" in run_here("moco", arguments("moco", images, out, "--resume", *more)).err
+    out = copied(half_done(method), tmp_path / "run")
+    assert f"; try {remedy}, or" in run_here(method, arguments(method, images, out, "--resume", *more)).err
     words = remedy.split() if remedy.startswith("--") else []
-    assert run_here("moco", arguments("moco", images, out, "--resume", *words)).status == 0
+    assert run_here(method, arguments(method, images, out, "--resume", *words)).status == 0
 
 
 def test_a_zero_is_a_value_too(images, tmp_path):
