@@ -1066,7 +1066,7 @@ class Tiny(nn.Module):
     """A plain network for CPUs: [N, 3, S, S] -> [N, 32 width], most of its work in few pixels and many channels.
 
     On CIFAR-10 it learned more per minute than a small ResNet, and than networks with more convolutions at higher resolution. The
-    means of the quarters of the picture, not of the whole, cost nothing; a linear layer reads 4 to 5 % more from them."""
+    means of the quarters of the picture, not of the whole, cost the network nothing; there a linear layer read 3 to 4 % more from them."""
 
     def __init__(self, width):
         super().__init__()

@@ -58,7 +58,7 @@ import common  # noqa: E402
 
 def parse_args(argv=None):
     parser = common.shared_arguments("moco", __doc__)
-    parser.set_defaults(warmup=150)  # at a high rate everything falls together while the queue still holds its random start
+    parser.set_defaults(warmup=150)  # ours: at a high rate all embeddings fall together while the queue still holds its random start
     parser.set_defaults(proj_hidden=512, proj_dim=128, proj_layers=1)  # the authors' CIFAR-10 demo and v1: one linear layer; v2: 2048, 128, 2
     parser.add_argument("--queue-size", type=common.number(int, 1, example=4096), default=4096, help="K, keys in the queue; 65536 on ImageNet")
     parser.add_argument("--momentum", type=common.number(float, 0, 1, example=0.99), default=0.99, help="m of the key encoder; 0.999 on ImageNet")

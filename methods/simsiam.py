@@ -18,7 +18,7 @@ One step:
     loss = D(p1, z2.detach()) / 2 + D(p2, z1.detach()) / 2
 
 What prevents collapse: predictor and stop-gradient. No negatives, EMA or whitening.
-Diff it against byol.py: the EMA target. Watch --no-stop-gradient and --predictor none collapse: loss to -1.
+Diff it against byol.py: the EMA target. Watch --no-stop-gradient and --predictor none collapse: loss towards -1.
 
 Deviations: the CIFAR-10 projector of the paper's appendix D (two layers, 2048 channels) and its ImageNet predictor (512); more than two
 views: the mean over pairs of views. Adam (the paper: SGD at 0.03 times batch / 256, weight decay 5e-4), at 2e-3: at 3e-3 Z comes to fill
