@@ -136,15 +136,19 @@ def test_a_compiled_tiny_computes_the_same():
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_compiled_run_ends_like_an_uncompiled_one(method, flags, tmp_path):
-    """With SGD: Adam's first steps have the sign of each gradient alone, which rounding decides where a gradient is next to 0."""
+    """Up to 5 % of what the run changed: rounding turns some ReLUs over. With SGD: Adam's first steps have the sign of each
+    gradient alone, which rounding decides where a gradient is next to 0."""
     models = []
-    for more in ([], ["--compile"]):
-        out = tmp_path / f"run{len(more)}"
-        assert run_here(method, flags(method, "--optimizer", "sgd", "--lr", 0.01, "--epochs", 1, "--out", out, *more)).status == 0
+    for rate, more in ((0.01, []), (0.01, ["--compile"]), (1e-12, [])):  # the last stays where all three start
+        out = tmp_path / f"run{len(models)}"
+        rates = ("--optimizer", "sgd", "--lr", rate, "--lr-bias", rate)
+        assert run_here(method, flags(method, *rates, "--epochs", 1, "--out", out, *more)).status == 0
         models.append(torch.load(out / "last.pt", weights_only=True)["model"])
-    assert list(models[0]) == list(models[1])
-    for name, tensor in models[0].items():
-        assert torch.allclose(tensor.float(), models[1][name].float(), rtol=1e-2, atol=2e-3), name
+    plain, compiled, start = models
+    assert list(plain) == list(compiled)
+    for name, tensor in plain.items():
+        difference, change = (tensor - compiled[name]).double().norm(), (tensor - start[name]).double().norm()
+        assert difference <= 0.05 * change + 1e-4 * tensor.double().norm() + 1e-6, name
 
 
 def test_backbone_pt_of_a_run_loads_strictly_into_torchvision(flags, tmp_path):
