@@ -190,7 +190,11 @@ def main():
         return grow(options)
     print(f"{'method':13}{'backbone':>10}{'bare':>9}{'step':>9}{'step/bare':>10}{'images/s':>10}{'augment':>9}{'heads':>8}{'loss':>8}{'optimizer':>10}{'watch':>7}  augment, loss %")
     for name in options.methods:
-        ms, args, memory = measure(name, options.backbone, options.flags, options.repeats)
+        try:
+            ms, args, memory = measure(name, options.backbone, options.flags, options.repeats)
+        except common.UserError as error:  # sizes that this method does not take; the others go on
+            print(f"{name:13}refused: {error}", flush=True)
+            continue
         heads = ms["forward"] + ms["backward"] - ms["bare"] - ms["loss"]
         print(f"{name:13}{options.backbone:>10}{ms['bare']:9.1f}{ms['step']:9.1f}{ms['step'] / ms['bare']:10.2f}{1000 * args.batch_size / ms['step']:10.0f}"
               f"{ms['augment']:9.1f}{heads:8.1f}{ms['loss']:8.1f}{ms['optimizer']:10.1f}{ms['watch']:7.1f}{100 * ms['augment'] / ms['step']:7.1f} %{100 * ms['loss'] / ms['step']:6.1f} %"
