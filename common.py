@@ -87,9 +87,11 @@ def main(function, parse):
         message = f"error: {error}"
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
+    except SystemExit as leave:  # stopped by a signal, or argparse's own words
+        status = leave.code or 0
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
-            message = "error: out of GPU memory; try a smaller --batch-size or --precision bf16"
+            message = "error: out of GPU memory; try a smaller --batch-size or --precision bf16, and --stream where a folder's images fill it"
         elif isinstance(error, MemoryError) or any(words in str(error) for words in ("can't allocate", "not enough memory")):
             message = "error: out of memory; try a smaller --batch-size, --image-size or --proj-hidden"
         elif world_size() > 1 and any(words in str(error) for words in ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL")):
@@ -187,7 +189,7 @@ def shared_arguments(method, description):
     add("--resume", action="store_true", help="go on from the run folder's last checkpoint")
     add("--eval-every", type=number(int, 0, example=1), default=1, help="epochs between kNN and collapse figures; 0: only at the end")
     add("--save-every", type=number(int, 0, example=100), default=0, help="steps between extra checkpoints inside an epoch; 0: none")
-    add("--log-every", type=number(int, 1, example=10), default=10, help="steps between readings of the loss, the only wait for the device")
+    add("--log-every", type=number(int, 1, example=10), default=10, help="steps between readings of the loss, the loop's only wait for the device")
     return parser
 
 
@@ -238,6 +240,7 @@ def set_up(args):
         check(device.index < gpus, f"torchrun started more processes than there are GPUs; try --nproc_per_node={gpus}")
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # all batches have one size
+        torch.set_float32_matmul_precision("highest")  # whitening in full fp32 whatever the environment says; convolutions may use TF32 (torch's default)
     if args.precision == "auto":
         args.precision = "bf16" if has_fast_bf16(device) else "fp32"
     if world_size() > 1 and not dist.is_initialized():
@@ -392,6 +395,7 @@ class Data:
     test, test_labels             test images, the training images where there are none
     labelled                      True if training and test images have labels, so that kNN means something
     bank, bank_labels, queries, query_labels   at most 5000 training and 1000 test images, evenly spaced, to watch a run by
+    large_bank, large_bank_labels              at most 100,000 training images, for the kNN at its end (more would fill a GPU with features)
     size                          side of a view in pixels
     mean, std                     of the colours, [3, 1, 1] on the device
     steps_per_epoch, fingerprint, class_names"""
@@ -407,6 +411,7 @@ class Data:
         self.labelled = self.train_labels is not None and self.test_labels is not None
         self.bank, self.bank_labels = evenly_spaced(self.labelled_train, self.train_labels, 5000)
         self.queries, self.query_labels = evenly_spaced(self.test, self.test_labels, 1000)
+        self.large_bank, self.large_bank_labels = evenly_spaced(self.labelled_train, self.train_labels, 100_000)
         statistics = COLOUR_STATISTICS.get(args.dataset) or colour_statistics(self.train)
         self.mean, self.std = (torch.tensor(numbers, dtype=torch.float32, device=device).view(3, 1, 1) for numbers in statistics)
         self.steps_per_epoch = len(self.train) // args.batch_size
@@ -449,8 +454,10 @@ def place(images, device):
 
 
 def evenly_spaced(images, labels, count):
-    """At most `count` of the images, evenly spaced, and their labels."""
-    index = torch.linspace(0, len(images) - 1, min(count, len(images))).long()
+    """At most `count` of the images, evenly spaced, and their labels; all of them uncopied where they are no more."""
+    if len(images) <= count:
+        return images, labels
+    index = torch.linspace(0, len(images) - 1, count).long()
     part = Files([images.paths[i] for i in index], images.size, images.side) if isinstance(images, Files) else images[index.to(images.device)]
     return part, None if labels is None else labels[index.to(labels.device)]
 
@@ -572,7 +579,7 @@ def list_images(root):
     return paths, [number_of[parts[0]] for parts in tops], class_names
 
 
-MEMORY_LIMIT = 6 * 2**30  # bytes of images kept in memory by the processes of a machine; beyond, or with --stream, they are read from disk as needed
+MEMORY_LIMIT = 6 * 2**30  # bytes of images kept on a GPU, or by all processes of a machine without; more, or with --stream, are read from disk as needed
 
 
 def data_from_files(args, device, train, labels, test, test_labels, class_names):
@@ -582,7 +589,8 @@ def data_from_files(args, device, train, labels, test, test_labels, class_names)
     shorter = min(shape.shape[1:])
     args.image_size = args.image_size or min(64, shorter)
     side = args.image_size if shorter <= args.image_size else math.ceil(args.image_size * 8 / 7)
-    size = 3 * side**2 * (len(train) + len(test or [])) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    copies = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process keeps all images
+    size = 3 * side**2 * (len(train) + len(test or [])) * copies
     stream = args.stream or size > MEMORY_LIMIT
     fingerprint = f"{len(train)} files, {names_crc(os.path.relpath(path, args.data_dir) for path in train)}"
     if stream:
@@ -1244,10 +1252,12 @@ def collapse_in_words(figures, dim):
 
 
 @torch.no_grad()
-def extract(network, data, images, precision="fp32", batch_size=500):
+def extract(network, data, images, precision="fp32", batch_size=None):
     """network(x) in eval mode for all images (uint8 [N, 3, H, W] or Files) -> float32 [N, d] on the data's device.
 
-    Under torchrun every process takes its share and all get the whole; each image is seen once."""
+    Under torchrun every process takes its share and all get the whole; each image is seen once. Images pass `batch_size` at a time:
+    500 up to 64 pixels, fewer of larger ones (224 pixels: 41), lest measuring need more memory than training."""
+    batch_size = batch_size or max(1, min(500, 2**21 // data.size**2))
     was_training = network.training
     network.eval()
     share = -(-len(images) // world_size())  # rounded up; the last share is filled up with the last image
@@ -1339,6 +1349,11 @@ class Run:
         if checkpoint:
             self._check_same_run(checkpoint)
             self.last_is_good = checkpoint["file"] == "last.pt"
+        steps = checkpoint["step"] if checkpoint else 0
+        if dist.is_initialized() and self.args.resume:
+            largest_smallest = torch.tensor([steps, -steps], device=self.data.device)
+            dist.all_reduce(largest_smallest, dist.ReduceOp.MAX)
+            check(largest_smallest.sum() == 0, f"--out {self.folder} must lie on a disk that all machines share")
         if rank() == 0:  # not before: a resume that is refused leaves the record as it was
             write_file(os.path.join(self.folder, "config.json"), json.dumps(self._config(), indent=1).encode())
         if checkpoint is None:
@@ -1352,11 +1367,7 @@ class Run:
         self.epoch_seconds_before = checkpoint["epoch_seconds"]
         if rank() == 0:
             self._write_metrics()  # rows after the checkpoint, or a line cut short, are gone: they will come again
-        steps, before = checkpoint["step"], checkpoint["args"]["epochs"]
-        if dist.is_initialized():
-            slowest = torch.tensor(steps, device=self.data.device)
-            dist.all_reduce(slowest, dist.ReduceOp.MIN)
-            check(steps == int(slowest), f"--out {self.folder} must lie on a disk that all machines share")
+        before = checkpoint["args"]["epochs"]
         longer = f"; {before} epochs before, {self.args.epochs} now, so the schedule is another" if before != self.args.epochs else ""
         say(f"going on with {self.folder} after step {steps} of {self.total_steps}{longer}")
         return steps
@@ -1415,9 +1426,9 @@ class Run:
         for outputs in self.outputs.values():
             outputs.clear()
 
-    def check_finite(self):
-        """Raise UserError if a watched number was not finite since the start. Waits for the device."""
-        if dist.is_initialized():
+    def check_finite(self, agree=True):
+        """Raise UserError if a watched number was not finite since the start. Waits for the device, and with `agree` for the other processes."""
+        if agree and dist.is_initialized():
             dist.all_reduce(self.first_bad, dist.ReduceOp.MIN)  # all processes say the same
         first_bad = self.first_bad.tolist()
         if min(first_bad) < 2**31 - 1:
@@ -1429,7 +1440,7 @@ class Run:
         try:
             yield
         except torch.linalg.LinAlgError:
-            self.check_finite()  # of an earlier step
+            self.check_finite(agree=False)  # of an earlier step; the other processes may not have failed here
             bad = [name for name, outputs in self.outputs.items() if not all(bool(o.isfinite().all()) for o in outputs)]
             self._stop_non_finite(step, f"the output of the {bad[0]}" if bad else "the whitening")
 
@@ -1449,7 +1460,7 @@ class Run:
         return self.epoch_seconds_before + time.monotonic() - self.epoch_started
 
     def progress(self, step, loss):
-        """Reads the loss (the only wait for the device), stops on a non-finite number, refreshes the status line."""
+        """Reads the loss (the loop's only wait for the device), stops on a non-finite number, refreshes the status line."""
         self.check_finite()
         if rank() == 0 and sys.stdout.isatty():
             say(f"\r{self._where(step)}  loss {loss.item():.4f}  {self._time_left(step)} left\033[K", end="")
@@ -1522,7 +1533,7 @@ class Run:
         if scores:
             first, *others = (f"{name} {100 * score:.2f} %" for name, score in scores.items())
             say(f"{first}  ({', '.join(others)}; k = 20, cosine, T = 0.07, "
-                f"{len(data.test)} test images against {len(data.labelled_train)} training images)")
+                f"{len(data.test)} test images against {len(data.large_bank)} training images)")
         else:
             say("no labelled training and test images, so no kNN; the collapse figures are in metrics.csv")
         say(f"{self.folder}: config.json metrics.csv last.pt backbone.pt  ({format_seconds(self.seconds())})")

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import METHODS, ROOT, SMALL, SMALL_OF
+from conftest import METHODS, ROOT, SMALL, SMALL_OF, run_here
 from torch import nn
 
 import common
@@ -230,6 +230,30 @@ def test_a_process_that_dies_ends_the_others_with_the_cause_first(small_folder, 
     errors = [line for line in done.stderr.splitlines() if "error:" in line or "Traceback" in line or "Signal 9" in line]
     assert cause in errors[0] or "Signal 9" in errors[0], done.stderr[:3000]
     assert (tmp_path / "run" / "last.pt").exists()  # of the first epoch
+
+
+UNSHARED = """
+import sys
+sys.path[:0] = [{root!r}, {methods!r}]
+import common, simclr
+load = common.load_last
+common.load_last = lambda folder: load(folder) if common.rank() == 0 else None
+common.main(simclr.train, lambda: simclr.parse_args(sys.argv[1:]))
+"""
+
+
+def test_a_second_machine_that_does_not_see_the_checkpoint_is_named_not_waited_for(small_folder, tmp_path):
+    """Rank 1 started afresh while rank 0 waited for its word on the step: a hang of three hours."""
+    script = tmp_path / "unshared.py"
+    script.write_text(UNSHARED.format(root=str(ROOT), methods=str(ROOT / "methods")))
+    argv = [*SMALL, *SMALL_OF["simclr"], "--dataset", "folder", "--data-dir", str(small_folder), "--out", str(tmp_path / "run")]
+    assert run_here("simclr", [*argv, "--epochs", "1"]).status == 0
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *argv, "--epochs", "3", "--resume"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0 and "must lie on a disk that all machines share" in done.stderr, done.stderr[:3000]
+    assert "Traceback (most recent call last):\n  File \"" + str(script) not in done.stderr
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
 @pytest.mark.slow  # torchrun itself ends by force after 30 s: on a very busy machine that was once too short
