@@ -80,7 +80,7 @@ def parse_args(argv=None):
     add("--neighbors", metavar="FILE.png", help="images and their nearest neighbours in H (of one run)")
     add("--views", metavar="FILE.png", help="augmented views of the run's recipe (of one run)")
     add("--json", metavar="FILE", help="write all figures to this file as JSON")
-    add("--batch-size", type=common.number(int, 1, example=500), default=500, help="images that pass the backbone at a time (default: 500)")
+    add("--batch-size", type=common.number(int, 1, example=500), help="images that pass the backbone at a time (default: 500, fewer above 64 pixels)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto, the default: a GPU where there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the features (auto: bf16 where the processor has it); kNN, probe: fp32")
     add("--num-workers", type=common.number(int, 0, 256, example=2), default=2, help="loader processes, if images do not fit in memory")

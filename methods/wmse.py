@@ -247,8 +247,8 @@ def train(args):
         pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(32, data.size)), nn.Flatten())  # at most 32 x 32 of them
         networks = {"kNN": model.backbone, "raw pixels": pixels, "untrained backbone": build(args).backbone.to(device)}
         for name, encoder in networks.items():
-            bank, queries = (common.extract(encoder, data, images, args.precision) for images in (data.labelled_train, data.test))
-            scores[name] = common.knn_accuracy(bank, data.train_labels, queries, data.test_labels)
+            bank, queries = (common.extract(encoder, data, images, args.precision) for images in (data.large_bank, data.test))
+            scores[name] = common.knn_accuracy(bank, data.large_bank_labels, queries, data.test_labels)
     run.close(scores)
 
 

@@ -77,6 +77,8 @@ def measure(name, backbone, flags, repeats, with_loss=True):
     watch = SimpleNamespace(model=model, data=data, loss_sum=torch.zeros((), dtype=torch.float64, device=device))
     common.Run._prepare_watch(watch)
     autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     slow = getattr(model, "target_backbone", getattr(model, "key_backbone", None))
     parts, loss_only = {}, None
 
@@ -185,7 +187,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--grow", action="store_true", help="vary batch, embedding size and views instead; every cell in a fresh process")
     options = parser.parse_args()
-    print(f"{common.processor_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, torch {torch.__version__}; milliseconds, medians of {options.repeats}")
+    print(f"{common.processor_name(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}, {torch.get_num_threads()} threads, torch {torch.__version__}; milliseconds, medians of {options.repeats}")
     if options.grow:
         return grow(options)
     print(f"{'method':13}{'backbone':>10}{'bare':>9}{'step':>9}{'step/bare':>10}{'images/s':>10}{'augment':>9}{'heads':>8}{'loss':>8}{'optimizer':>10}{'watch':>7}  augment, loss %")

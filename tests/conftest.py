@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "methods"), str(ROOT / "tests")]
 
 METHODS = ("simclr", "moco", "byol", "simsiam", "barlow", "vicreg", "wmse", "shuffled_dbn", "cw_rgp")
 # The smallest sensible run of each method: batches of 32, two steps an epoch on `small_folder`.
-SMALL = ["--batch-size", "32", "--epochs", "2", "--precision", "fp32", "--log-every", "1"]
+SMALL = ["--device", "cpu", "--batch-size", "32", "--epochs", "2", "--precision", "fp32", "--log-every", "1"]
 SMALL_OF = {
     "moco": ["--queue-size", "64", "--bn-splits", "2"],
     "wmse": ["--proj-dim", "8", "--w-size", "16"],

@@ -9,6 +9,7 @@ import shutil
 import tarfile
 import urllib.error
 import zipfile
+from types import SimpleNamespace
 
 import common
 import cw_rgp
@@ -830,3 +831,22 @@ def test_patterns_is_the_default_and_needs_no_files(tmp_path, monkeypatch, no_ne
     data = load()
     assert data.train.shape == (200, 3, 32, 32) and data.size == 32 and data.class_names == common.PATTERN_CLASSES
     assert not list(tmp_path.iterdir())
+
+
+def test_evenly_spaced_copies_nothing_that_is_already_few_and_spares_no_class_otherwise():
+    """The kNN at the end of a run sees all images up to 100,000: the very tensor, not a second copy of the data set."""
+    images, labels = torch.arange(60).view(60, 1, 1, 1), torch.arange(60) // 6
+    all_images, all_labels = common.evenly_spaced(images, labels, 60)
+    assert all_images is images and all_labels is labels
+    few, few_labels = common.evenly_spaced(images, labels, 20)
+    assert len(few) == 20 and torch.equal(few.flatten() // 6, few_labels) and few_labels.bincount().tolist() == [2] * 10
+
+
+@pytest.mark.parametrize("size, most", [(32, 500), (64, 500), (224, 41), (1024, 2)])
+def test_measuring_takes_fewer_large_images_at_a_time(size, most):
+    """500 images of 224 pixels at once needed more memory than a training step of the recipes for them."""
+    seen = []
+    data = SimpleNamespace(size=size, device=torch.device("cpu"), eval_views=lambda images, index, n: seen.append(n) or [images])
+    assert common.extract(torch.nn.Flatten(), data, torch.zeros(3, 2)).shape == (3, 2) and seen == [most]
+    common.extract(torch.nn.Flatten(), data, torch.zeros(3, 2), batch_size=7)
+    assert seen == [most, 7]

@@ -248,4 +248,4 @@ def test_no_step_waits_on_a_gpu(monkeypatch, images, tmp_path, method):  # noqa:
             torch.cuda.set_sync_debug_mode("default")
 
     with every_step_under(monkeypatch, Alarm()):
-        assert run_here(method, arguments(method, images, tmp_path / "run", "--epochs", "1")).status == 0
+        assert run_here(method, arguments(method, images, tmp_path / "run", "--epochs", "1", "--device", "cuda")).status == 0

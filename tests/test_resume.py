@@ -35,7 +35,7 @@ def images(tmp_path_factory):
 
 
 def arguments(method, images, out, *more):
-    return ["--batch-size", "16", "--epochs", "2", "--precision", "fp32", "--log-every", "1", *SMALL_OF[method], "--proj-hidden", "32",
+    return ["--device", "cpu", "--batch-size", "16", "--epochs", "2", "--precision", "fp32", "--log-every", "1", *SMALL_OF[method], "--proj-hidden", "32",
             "--image-size", "8", "--dataset", "folder", "--data-dir", str(images), "--out", str(out), *map(str, more)]
 
 
@@ -443,7 +443,8 @@ def test_another_method_in_the_same_folder_is_refused(half_done, images):
     assert is_one_line_error(result) and "is a run of moco, not of simclr; try another --out" in result.err
 
 
-@pytest.mark.parametrize("more", [["--save-every", "1"], ["--log-every", "3"], ["--num-workers", "0"], ["--device", "cpu"]], ids=" ".join)
+@pytest.mark.parametrize("more", [["--save-every", "1"], ["--log-every", "3"], ["--num-workers", "0"],
+                                  ["--device", "cpu" if torch.cuda.is_available() else "auto"]], ids=" ".join)
 def test_flags_that_do_not_touch_the_numbers_may_differ(half_done, images, unstopped, tmp_path, more):
     out = copied(half_done("cw_rgp"), tmp_path / "run")
     assert run_here("cw_rgp", arguments("cw_rgp", images, out, "--resume", *more)).status == 0
