@@ -150,13 +150,13 @@ def rows(out):
         return list(csv.DictReader(file))
 
 
-def assert_same_training(folder, tmp_path, method):
+def assert_same_training(folder, tmp_path, method, *more):
     """torchrun with two processes leaves the metrics and the weights of one process, up to rounding; only rank 0 writes and speaks."""
     from conftest import run_script
 
     argv = [*SMALL, *SMALL_OF[method], "--dataset", "folder", "--data-dir", folder, "--out", tmp_path / "one"]
     assert run_script(ROOT / "methods" / f"{method}.py", *argv).status == 0
-    done = torchrun(method, folder, tmp_path / "two", 2)
+    done = torchrun(method, folder, tmp_path / "two", 2, *more)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("epoch 1/2") == 1  # one process speaks
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
@@ -175,11 +175,18 @@ def test_torchrun_equals_one_process_all(small_folder, tmp_path, method):
     assert_same_training(small_folder, tmp_path, method)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["moco", "cw_rgp"])
+def test_compiled_processes_equal_one_that_is_not(small_folder, tmp_path, method):
+    """--compile meets synchronised batch norms, split ones (MoCo) and DistributedDataParallel."""
+    assert_same_training(small_folder, tmp_path, method, "--compile")
+
+
 def extract_worker(rank, world, port, folder):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo")
     images = torch.arange(7 * 3 * 8 * 8).remainder(251).to(torch.uint8).view(7, 3, 8, 8)  # seven images, not a multiple of the ranks
-    data = SimpleNamespace(device=torch.device("cpu"), eval_views=lambda images, index, _size: iter([images[index].float()]))
+    data = SimpleNamespace(size=8, device=torch.device("cpu"), eval_views=lambda images, index, _count: iter([images[index].float()]))
     torch.save(common.extract(nn.Flatten(), data, images), f"{folder}/features{rank}.pt")
     dist.destroy_process_group()
 
