@@ -844,7 +844,7 @@ def test_evenly_spaced_copies_nothing_that_is_already_few_and_spares_no_class_ot
 
 @pytest.mark.parametrize("size, most", [(32, 500), (64, 500), (224, 41), (1024, 2)])
 def test_measuring_takes_fewer_large_images_at_a_time(size, most):
-    """500 images of 224 pixels at once needed more memory than a training step of the recipes for them."""
+    """500 images at once of any size: at 224 pixels that is more than a training step of the recipes for them holds."""
     seen = []
     data = SimpleNamespace(size=size, device=torch.device("cpu"), eval_views=lambda images, index, n: seen.append(n) or [images])
     assert common.extract(torch.nn.Flatten(), data, torch.zeros(3, 2)).shape == (3, 2) and seen == [most]

@@ -250,7 +250,7 @@ common.main(simclr.train, lambda: simclr.parse_args(sys.argv[1:]))
 
 
 def test_a_second_machine_that_does_not_see_the_checkpoint_is_named_not_waited_for(small_folder, tmp_path):
-    """Rank 1 started afresh while rank 0 waited for its word on the step: a hang of three hours."""
+    """Rank 1 began to train while rank 0 waited for its word on the step: lost processes or a hang, and no word of the cause."""
     script = tmp_path / "unshared.py"
     script.write_text(UNSHARED.format(root=str(ROOT), methods=str(ROOT / "methods")))
     argv = [*SMALL, *SMALL_OF["simclr"], "--dataset", "folder", "--data-dir", str(small_folder), "--out", str(tmp_path / "run")]
