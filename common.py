@@ -6,7 +6,7 @@
     4 data                     uint8 images on the device; patterns, cifar10, cifar100, stl10, tinyimagenet, folder
     5 augmentation             batched, every sample with its own draw; the papers' recipes as data
     6 backbones                `tiny` for CPUs, torchvision's ResNets with the papers' stem for small images
-    7 optimisation             learning rate as a function of the step, LARS
+    7 optimisation             learning rate as a function of the step, LARS, Muon
     8 measuring                kNN, collapse metrics
     9 the run folder           config.json, metrics.csv, last.pt, backbone.pt; exact resume
 
@@ -170,10 +170,11 @@ def shared_arguments(method, description):
     add("--batch-size", type=number(int, 2, example=256), default=256, help="images a step, over all processes")
     add("--lr", type=number(float, above=0, example="3e-3"), default=3e-3, help="peak learning rate, not scaled by the batch size")
     add("--lr-bias", type=number(float, above=0, example="3e-3"), help="peak learning rate of biases and norm layers (default: --lr)")
-    add("--weight-decay", type=number(float, 0, example="1e-6"), default=1e-6, help="L2 penalty; LARS leaves biases and norm layers out")
+    add("--lr-filters", type=number(float, above=0, example="0.1"), default=0.1, help="peak learning rate of the convolutions' filters, with --optimizer muon only")
+    add("--weight-decay", type=number(float, 0, example="1e-6"), default=1e-6, help="L2 penalty; LARS leaves biases and norm layers out, Muon the filters")
     add("--warmup", type=number(int, 0, example=500), help="steps of linear warm-up (default: 500, or a tenth of a shorter run; MoCo: 150)")
     add("--schedule", choices=("cosine", "step", "constant"), default="cosine", help="`step`: x 0.2 when 50 epochs are left, and again when 25 are")
-    add("--optimizer", choices=("adam", "sgd", "lars"), default="adam", help="sgd and lars have momentum 0.9")
+    add("--optimizer", choices=("adam", "sgd", "lars", "muon"), default="adam", help="sgd and lars have momentum 0.9; muon: common.Muon for the filters, Adam for the rest")
     add("--augment", choices=sorted(RECIPES), default="w-mse", help="recipe of the random views, see common.RECIPES")
     add("--proj-hidden", type=number(int, 1, example=1024), help="width of the hidden layers of the projector (BYOL: and predictor); --proj-layers 1 has none")
     add("--proj-dim", type=number(int, 2, example=128), help="d, channels of the embedding Z, the projector's output")
@@ -205,6 +206,8 @@ def finish_arguments(parser, argv=None, size_rules=None):
     check(args.batch_size % world_size() == 0,
           f"--batch-size {args.batch_size} is not a multiple of the {world_size()} processes; try "
           f"{max(1, args.batch_size // world_size()) * world_size()}")
+    check(args.optimizer == "muon" or not argument_given("--lr-filters", argv),
+          f"--lr-filters is a rate of --optimizer muon; with {args.optimizer} the filters' is --lr")
     args.lr_bias = args.lr if args.lr_bias is None else args.lr_bias
     if size_rules:
         size_rules(args)
@@ -1118,23 +1121,28 @@ def learning_rate(args, step, total_steps, steps_per_epoch):
 
 
 def build_optimizer(model, args):
-    """Adam, SGD or LARS over the parameters that want a gradient.
+    """Adam, SGD, LARS or Muon over the parameters that want a gradient.
 
     Biases and norm layers form a group of their own: its peak rate is --lr-bias, and LARS neither decays nor adapts it.
+    Under Muon the filters of convolutions form one too: its peak rate is --lr-filters.
     A module that carries `constant_lr = True` keeps its peak rate whatever the schedule says (SimSiam's predictor).
     A group's rate at a step is group["peak_lr"] times the schedule's factor, or times 1 where group["constant"]."""
     constant = {id(p) for module in model.modules() if getattr(module, "constant_lr", False) for p in module.parameters()}
     groups = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            groups.setdefault((id(parameter) in constant, parameter.dim() < 2), []).append(parameter)
-    groups = [{"params": parameters, "peak_lr": args.lr_bias if one_dimensional else args.lr, "constant": fixed, "excluded": one_dimensional}
-              for (fixed, one_dimensional), parameters in sorted(groups.items(), key=lambda item: item[0])]
+            filters = args.optimizer == "muon" and parameter.dim() == 4
+            groups.setdefault((id(parameter) in constant, parameter.dim() < 2, filters), []).append(parameter)
+    groups = [{"params": parameters, "peak_lr": args.lr_filters if filters else args.lr_bias if one_dimensional else args.lr,
+               "constant": fixed, "excluded": one_dimensional, "filters": filters}
+              for (fixed, one_dimensional, filters), parameters in sorted(groups.items(), key=lambda item: item[0])]
     if args.optimizer == "adam":
         return torch.optim.Adam(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
-    return LARS(groups, lr=args.lr, weight_decay=args.weight_decay)
+    if args.optimizer == "lars":
+        return LARS(groups, lr=args.lr, weight_decay=args.weight_decay)
+    return Muon(groups, lr=args.lr, weight_decay=args.weight_decay, dtype=torch.bfloat16 if args.precision == "bf16" else torch.float32)
 
 
 class LARS(torch.optim.Optimizer):
@@ -1165,6 +1173,50 @@ class LARS(torch.optim.Optimizer):
                 velocity = self.state[w]["velocity"]
                 velocity.mul_(group["momentum"]).add_(update)
                 w.add_(velocity * -group["lr"])
+
+
+class Muon(torch.optim.Adam):
+    """Adam; but groups marked "filters" take steps along orthogonal directions, as the fastest trainings on CIFAR-10 do (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon). With one row of w for each filter:
+
+        average = momentum * average + (1 - momentum) * gradient;   U = orthogonalise(momentum * average + (1 - momentum) * gradient)
+        w *= sqrt(filters) / |w|;   w -= lr * U
+
+    A norm layer follows every convolution here and hears only the direction of a filter. Hence their length can be kept, and lr is the
+    part of its length that a filter moves, throughout the training. No weight decay: it would act on the length."""
+
+    def __init__(self, params, lr, weight_decay=0.0, momentum=0.6, dtype=torch.float32):
+        super().__init__(params, lr=lr, weight_decay=weight_decay, fused=True)
+        self.momentum, self.dtype = momentum, dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for w in group["params"] if group["filters"] else ():
+                if w.grad is None:
+                    continue
+                state = self.state[w]
+                if not state:
+                    state["step"] = torch.zeros(())  # which Adam expects to find when a checkpoint is loaded
+                    state["average"] = torch.zeros_like(w)
+                state["average"].lerp_(w.grad, 1 - self.momentum)
+                update = w.grad.lerp(state["average"], self.momentum).flatten(1)  # [filters, channels * height * width]
+                w.mul_(math.sqrt(len(w)) / w.norm().clamp_min(1e-7))
+                w.sub_(group["lr"] * orthogonalise(update.to(self.dtype)).view(w.shape))
+                w.grad = None  # so that Adam passes this one over
+        super().step()
+
+
+def orthogonalise(m, iterations=3):
+    """[r, c] -> [r, c]: roughly U V^T where m = U S V^T, by matrix products only (Newton-Schulz; coefficients of Jordan et al. 2024).
+
+    Three iterations take every singular value above a fiftieth of |m| to between 0.7 and 1.21."""
+    x = m.T if len(m) > m.shape[1] else m
+    x = x / x.norm().clamp_min(1e-7)  # singular values at most 1
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x  # s -> 3.4445 s - 4.7750 s^3 + 2.0315 s^5
+    return x.T if len(m) > m.shape[1] else x
 
 
 # ==============================================================================

@@ -1,5 +1,6 @@
-"""Backbones, the learning rate as a function of the step, LARS and the groups of the optimizer."""
+"""Backbones, the learning rate as a function of the step, LARS, Muon and the groups of the optimizer."""
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -328,7 +329,8 @@ def test_lars_leaves_parameters_without_a_gradient_alone():
         assert torch.equal(p, before[name]) == (not name.startswith("predictor")), name
 
 
-def test_lars_goes_on_exactly_from_its_state():
+@pytest.mark.parametrize("name", ["lars", "muon"])
+def test_lars_and_muon_go_on_exactly_from_their_state(name):
     def steps(model, optimizer, seeds):
         for seed in seeds:
             torch.manual_seed(seed)
@@ -338,17 +340,113 @@ def test_lars_goes_on_exactly_from_its_state():
         return [p.detach().clone() for p in model.parameters()]
 
     torch.manual_seed(0)
-    model, optimizer = optimizer_of("lars", nn.Linear(3, 3))
+    rates = {"lr_filters": 0.1, "precision": "fp32"}
+    model, optimizer = optimizer_of(name, nn.Conv2d(3, 3, 2), **rates)
     first = steps(model, optimizer, [1, 2])
     saved = {"model": {k: v.clone() for k, v in model.state_dict().items()}, "optimizer": optimizer.state_dict()}
     saved["optimizer"] = {"state": {k: {n: t.clone() for n, t in s.items()} for k, s in saved["optimizer"]["state"].items()},
                           "param_groups": saved["optimizer"]["param_groups"]}
     whole = steps(model, optimizer, [3, 4])
-    other, resumed = optimizer_of("lars", nn.Linear(3, 3))
+    other, resumed = optimizer_of(name, nn.Conv2d(3, 3, 2), **rates)
     other.load_state_dict(saved["model"])
     resumed.load_state_dict(saved["optimizer"])
     assert all(torch.equal(a, b) for a, b in zip(steps(other, resumed, [3, 4]), whole))
     assert not any(torch.equal(a, b) for a, b in zip(first, whole))
+
+
+def numpy_orthogonalise(m, iterations=3):
+    """The polynomial of Jordan et al. on the singular values, one by one."""
+    u, s, vt = np.linalg.svd(m.astype(np.float64), full_matrices=False)
+    s = s / np.sqrt((s**2).sum())
+    for _ in range(iterations):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u @ np.diag(s) @ vt
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (12, 5), (8, 8), (1, 9)])
+def test_orthogonalise_changes_the_singular_values_only(shape):
+    m = 7.0 * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    u = common.orthogonalise(m)
+    assert np.allclose(u.numpy(), numpy_orthogonalise(m.numpy()), atol=1e-12)
+    assert torch.allclose(common.orthogonalise(1e3 * m), u) and torch.equal(common.orthogonalise(0 * m), 0 * m)
+    singular, start = torch.linalg.svdvals(u), torch.linalg.svdvals(m)
+    assert singular[start > 0.02 * m.norm()].sub(0.95).abs().max() < 0.27
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason=f"torch {torch.__version__} has no torch.optim.Muon to compare with")
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
+def test_orthogonalise_is_that_of_torchs_own_muon(shape):
+    """Which takes matrices only, computes in bf16 and leaves the length of the weights to their decay."""
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    w = nn.Parameter(torch.zeros(shape))
+    w.grad = gradient.clone()
+    torch.optim.Muon([w], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False, ns_steps=3, adjust_lr_fn="match_rms_adamw").step()
+    assert torch.allclose(-w.detach() / (0.2 * math.sqrt(max(shape))), common.orthogonalise(gradient), atol=0.02)
+
+
+def muon_of(model, **more):
+    return optimizer_of("muon", model, **{"lr_filters": 0.1, "precision": "fp32", "weight_decay": 0.0, **more})
+
+
+def test_muon_takes_the_steps_of_a_numpy_reference_on_filters_and_adams_elsewhere():
+    torch.manual_seed(0)
+    model, optimizer = muon_of(Small(), weight_decay=0.1)
+    twin = copy.deepcopy(model)
+    adam = common.build_optimizer(twin, SimpleNamespace(optimizer="adam", lr=0.4, lr_bias=0.02, weight_decay=0.1))
+    filters = model.backbone[0].weight
+    w, average = filters.detach().double().numpy().reshape(4, 27), np.zeros((4, 27))
+    for step in range(3):
+        for group in optimizer.param_groups + adam.param_groups:
+            group["lr"] = group["peak_lr"] / (1 + step)
+        for a, b in zip(model.parameters(), twin.parameters()):
+            if a.requires_grad:
+                a.grad = torch.randn_like(a)
+                b.grad = a.grad.clone()
+        g = filters.grad.double().numpy().reshape(4, 27)
+        average = 0.6 * average + 0.4 * g
+        w = w * np.sqrt(4) / np.linalg.norm(w) - 0.1 / (1 + step) * numpy_orthogonalise(0.6 * average + 0.4 * g)
+        optimizer.step()
+        adam.step()
+        assert np.allclose(filters.detach().numpy().reshape(4, 27), w, atol=1e-5)
+    for (name, a), b in zip(model.named_parameters(), twin.parameters()):
+        assert torch.equal(a, b) == (name != "backbone.0.weight"), name
+
+
+def test_muon_gives_filters_a_group_and_a_rate_of_their_own():
+    model, optimizer = muon_of(Small())
+    rates = {id(p): group["peak_lr"] for group in optimizer.param_groups for p in group["params"]}
+    expected = {name: 0.1 if p.dim() == 4 else 0.4 if p.dim() == 2 else 0.02 for name, p in model.named_parameters() if p.requires_grad}
+    assert {name: rates.get(id(p)) for name, p in model.named_parameters() if p.requires_grad} == expected and set(expected.values()) == {0.1, 0.4, 0.02}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_does_not_depend_on_the_layout_of_filters_and_survives_zeros(layout):
+    torch.manual_seed(0)
+    start, gradient = torch.randn(6, 4, 3, 3), torch.randn(6, 4, 3, 3)
+    ends = []
+    for w, g in ((start, gradient), (start.to(memory_format=layout), gradient.to(memory_format=layout)), (0 * start, gradient), (start, 0 * gradient)):
+        conv = nn.Conv2d(4, 6, 3, bias=False)
+        conv.weight = nn.Parameter(w.clone())
+        _, optimizer = muon_of(conv)
+        conv.weight.grad = g.clone()
+        optimizer.step()
+        ends.append(conv.weight.detach())
+    assert torch.allclose(ends[0], ends[1], atol=1e-6) and all(bool(end.isfinite().all()) for end in ends)
+    assert torch.allclose(ends[3], start * math.sqrt(6) / start.norm())
+
+
+@pytest.mark.parametrize("backbone", ["tiny", "resnet18", "resnet50"])
+def test_a_norm_layer_follows_every_convolution_as_muon_assumes(backbone):
+    """The length of a filter is without effect then; Muon sets it as it likes."""
+    network = common.build_backbone(backbone, 32)[0].double().train()
+    x = images(4, 32).double()
+    before = network(x)
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                assert module.bias is None
+                module.weight *= 3
+        assert torch.allclose(network(x), before, rtol=1e-3, atol=1e-3)  # BN's epsilon weighs less
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd", "lars"])

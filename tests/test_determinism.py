@@ -183,6 +183,7 @@ def every_step_under(monkeypatch, mode, bad_step=None):
 METHOD_VARIANTS = [(method,) for method in METHODS] + [
     ("moco", "--symmetric", "--views", "3", "--queue-size", "96"), ("wmse", "--whitening", "zca"), ("wmse", "--whitening", "pca"),
     ("wmse", "--optimizer", "lars"),
+    ("cw_rgp", "--optimizer", "muon"),
     ("cw_rgp", "--permutation", "shared", "--eps", "0.1"), ("byol", "--predictor", "direct"),
     ("byol", "--norm", "gn", "--proj-hidden", "64", "--optimizer", "sgd"),
     ("simsiam", "--similarity", "softmax", "--augment", "byol"), ("simclr", "--augment", "simclr"), ("vicreg", "--precision", "bf16")]

@@ -184,7 +184,7 @@ def test_one_kind_of_stop(monkeypatch, images, unstopped, tmp_path, method, stop
     assert first_difference(left_by(tmp_path / "run"), unstopped(method)) == ""
 
 
-VARIANTS = [("wmse", "--optimizer", "lars"), ("simsiam", "--optimizer", "sgd", "--schedule", "step"), ("byol", "--predictor", "direct"),
+VARIANTS = [("wmse", "--optimizer", "lars"), ("simclr", "--optimizer", "muon"), ("simsiam", "--optimizer", "sgd", "--schedule", "step"), ("byol", "--predictor", "direct"),
             ("moco", "--symmetric", "--views", "3", "--queue-size", "96"), ("simclr", "--views", "3", "--augment", "byol", "--warmup", "3")]
 
 
