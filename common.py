@@ -170,11 +170,11 @@ def shared_arguments(method, description):
     add("--batch-size", type=number(int, 2, example=256), default=256, help="images a step, over all processes")
     add("--lr", type=number(float, above=0, example="3e-3"), default=3e-3, help="peak learning rate, not scaled by the batch size")
     add("--lr-bias", type=number(float, above=0, example="3e-3"), help="peak learning rate of biases and norm layers (default: --lr)")
-    add("--lr-filters", type=number(float, above=0, example="0.1"), default=0.1, help="peak learning rate of the convolutions' filters, with --optimizer muon only")
+    add("--lr-filters", type=number(float, above=0, example="0.1"), default=0.1, help="peak learning rate of the convolutions' filters under Muon")
     add("--weight-decay", type=number(float, 0, example="1e-6"), default=1e-6, help="L2 penalty; LARS leaves biases and norm layers out, Muon the filters")
     add("--warmup", type=number(int, 0, example=500), help="steps of linear warm-up (default: 500, or a tenth of a shorter run; MoCo: 150)")
     add("--schedule", choices=("cosine", "step", "constant"), default="cosine", help="`step`: x 0.2 when 50 epochs are left, and again when 25 are")
-    add("--optimizer", choices=("adam", "sgd", "lars", "muon"), default="adam", help="sgd and lars have momentum 0.9; muon: common.Muon for the filters, Adam for the rest")
+    add("--optimizer", choices=("adam", "sgd", "lars", "muon"), default="adam", help="sgd, lars: momentum 0.9; muon: Adam but for the filters")
     add("--augment", choices=sorted(RECIPES), default="w-mse", help="recipe of the random views, see common.RECIPES")
     add("--proj-hidden", type=number(int, 1, example=1024), help="width of the hidden layers of the projector (BYOL: and predictor); --proj-layers 1 has none")
     add("--proj-dim", type=number(int, 2, example=128), help="d, channels of the embedding Z, the projector's output")
@@ -1210,12 +1210,16 @@ class Muon(torch.optim.Adam):
 def orthogonalise(m, iterations=3):
     """[r, c] -> [r, c]: roughly U V^T where m = U S V^T, by matrix products only (Newton-Schulz; coefficients of Jordan et al. 2024).
 
-    Three iterations take every singular value above a fiftieth of |m| to between 0.7 and 1.21."""
+    Three iterations take every singular value above a fiftieth of |m| to between 0.68 and 1.21."""
     x = m.T if len(m) > m.shape[1] else m
     x = x / x.norm().clamp_min(1e-7)  # singular values at most 1
+    gram = x @ x.T
+    product = identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
     for _ in range(iterations):
-        gram = x @ x.T
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x  # s -> 3.4445 s - 4.7750 s^3 + 2.0315 s^5
+        factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
+        gram = factor @ gram @ factor  # that of factor @ x, whose singular values are 3.4445 s - 4.7750 s^3 + 2.0315 s^5
+        product = factor @ product
+    x = product @ x  # once, at the end: the iterations above need the small matrices only
     return x.T if len(m) > m.shape[1] else x
 
 
