@@ -170,7 +170,7 @@ def shared_arguments(method, description):
     add("--batch-size", type=number(int, 2, example=256), default=256, help="images a step, over all processes")
     add("--lr", type=number(float, above=0, example="3e-3"), default=3e-3, help="peak learning rate, not scaled by the batch size")
     add("--lr-bias", type=number(float, above=0, example="3e-3"), help="peak learning rate of biases and norm layers (default: --lr)")
-    add("--lr-filters", type=number(float, above=0, example="0.1"), default=0.1, help="peak learning rate of the convolutions' filters under Muon")
+    add("--lr-filters", type=number(float, above=0, example="0.1"), help="peak learning rate of the convolutions' filters under Muon (default: 0.1)")
     add("--weight-decay", type=number(float, 0, example="1e-6"), default=1e-6, help="L2 penalty; LARS leaves biases and norm layers out, Muon the filters")
     add("--warmup", type=number(int, 0, example=500), help="steps of linear warm-up (default: 500, or a tenth of a shorter run; MoCo: 150)")
     add("--schedule", choices=("cosine", "step", "constant"), default="cosine", help="`step`: x 0.2 when 50 epochs are left, and again when 25 are")
@@ -206,8 +206,8 @@ def finish_arguments(parser, argv=None, size_rules=None):
     check(args.batch_size % world_size() == 0,
           f"--batch-size {args.batch_size} is not a multiple of the {world_size()} processes; try "
           f"{max(1, args.batch_size // world_size()) * world_size()}")
-    check(args.optimizer == "muon" or not argument_given("--lr-filters", argv),
-          f"--lr-filters is a rate of --optimizer muon; with {args.optimizer} the filters' is --lr")
+    check(args.optimizer == "muon" or args.lr_filters is None, f"--lr-filters needs --optimizer muon; with {args.optimizer} the filters' rate is --lr")
+    args.lr_filters = 0.1 if args.optimizer == "muon" and args.lr_filters is None else args.lr_filters
     args.lr_bias = args.lr if args.lr_bias is None else args.lr_bias
     if size_rules:
         size_rules(args)
