@@ -110,7 +110,8 @@ CHANGE_THE_LOSS = [
 CHANGE_THE_STEP = [  # what the first step does, not what it starts from
     "simclr --stop-gradient", "moco --momentum 0", "byol --momentum 0", "simsiam --no-stop-gradient", "simsiam --predictor fixed",
     "wmse --one-way", "cw_rgp --detach-whitening",
-    "simclr --optimizer sgd", "cw_rgp --optimizer muon", "moco --optimizer muon", "barlow --optimizer lars", "vicreg --lr-bias 0.1", "shuffled_dbn --weight-decay 0.1",
+    "simclr --optimizer sgd", "cw_rgp --optimizer muon", "moco --optimizer muon",
+    "barlow --optimizer lars", "vicreg --lr-bias 0.1", "shuffled_dbn --weight-decay 0.1",
 ]
 RUN = ["moco --symmetric --queue-size 128", "moco --views 3 --queue-size 128", "simclr --views 3", "byol --views 3", "vicreg --views 3",
        "wmse --schedule step", "byol --schedule constant", "simclr --backbone resnet18 --image-size 8",
