@@ -226,6 +226,14 @@ def test_report(trained, small_folder, tmp_path):
         assert found[name]["collapse"]["rankme"] == pytest.approx(common.collapse_metrics(queries)["rankme"], rel=1e-3)
 
 
+def test_long_figures_stay_apart(capsys):
+    """The entropy of 1024 channels that hardly vary has nine characters."""
+    figures = common.collapse_metrics(torch.randn(50, 8)) | {"corr": -0.234, "entropy": -123456.789}
+    evaluation.say_collapse({"H": {"dim": 8, "collapse": figures}}, "here")
+    names, cells = (line.split() for line in capsys.readouterr().out.splitlines()[1:3])
+    assert len(cells) == len(names) and cells[-2:] == ["-0.234", "-123456.789"]
+
+
 def test_folder_and_file_name_the_same_run_and_several_runs_follow_each_other(trained, tmp_path):
     _, reports = evaluate(tmp_path, trained, trained / "last.pt", "--features", "H,Z")
     assert len(reports) == 2 and reports[0]["features"] == reports[1]["features"] and list(reports[0]["features"]) == ["H", "Z"]
