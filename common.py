@@ -141,7 +141,7 @@ def number(kind, minimum=None, maximum=None, above=None, below=None, example=Non
     example = minimum if example is None else example
 
     def parse(text):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             value = kind(text)
             if (math.isfinite(value) and (minimum is None or value >= minimum) and (above is None or value > above)
                     and (maximum is None or value <= maximum) and (below is None or value < below)):
@@ -187,7 +187,7 @@ def shared_arguments(method, description):
     add("--num-workers", type=number(int, 0, 256, example=2), default=2, help="loader processes, used only where the images do not fit in memory")
     add("--stream", action="store_true", help="read image files as training goes on even if they would fit in memory")
     add("--out", help="folder of the run (default: runs/<method>-<dataset>-s<seed>, or with -2, -3, ... if that holds a run)")
-    add("--resume", action="store_true", help="go on from the run folder's last checkpoint")
+    add("--resume", action="store_true", help="go on from the run folder's last checkpoint; without one, start afresh")
     add("--eval-every", type=number(int, 0, example=1), default=1, help="epochs between kNN and collapse figures; 0: only at the end")
     add("--save-every", type=number(int, 0, example=100), default=0, help="steps between extra checkpoints inside an epoch; 0: none")
     add("--log-every", type=number(int, 1, example=10), default=10, help="steps between readings of the loss, the loop's only wait for the device")
@@ -587,9 +587,9 @@ MEMORY_LIMIT = 6 * 2**30  # bytes of images kept on a GPU, or by all processes o
 
 def data_from_files(args, device, train, labels, test, test_labels, class_names):
     """Data from lists of files: decoded once into memory where they fit, else read from disk by workers as training goes on."""
-    shape = read_image(next((path for path in train if read_image(path) is not None), train[0]))
-    check(shape is not None, f"--data-dir {args.data_dir}: none of the {len(train)} files can be read as an image; try another --data-dir")
-    shorter = min(shape.shape[1:])
+    first = next((path for path in train if read_image(path) is not None), None)
+    check(first is not None, f"--data-dir {args.data_dir}: none of the {len(train)} files can be read as an image; try another --data-dir")
+    shorter = check_large_enough(first, read_image(first))
     args.image_size = args.image_size or min(64, shorter)
     side = args.image_size if shorter <= args.image_size else math.ceil(args.image_size * 8 / 7)
     copies = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process keeps all images
@@ -626,6 +626,13 @@ def read_image(path):
         return None
 
 
+def check_large_enough(path, image):
+    """The shorter side of an image [3, H, W] in pixels, at least 8. Raises UserError."""
+    shorter = min(image.shape[1:])
+    check(shorter >= 8, f"{path} is {image.shape[2]}x{image.shape[1]} pixels, too small to learn from; remove images below 8x8")
+    return shorter
+
+
 def to_square(image, side):
     """uint8 [3, H, W] -> [3, side, side]: shorter edge resized to `side` with antialiasing, then the centre."""
     if tuple(image.shape[1:]) == (side, side):
@@ -642,7 +649,7 @@ def decode(paths, labels, side):
         if image is None:
             broken.append(path)
             continue
-        check(min(image.shape[1:]) >= 8, f"{path} is {image.shape[2]}x{image.shape[1]} pixels, too small to learn from; remove images below 8x8")
+        check_large_enough(path, image)
         images[len(kept)] = to_square(image, side)
         kept.append(i)
     if broken:
@@ -1192,6 +1199,7 @@ class Muon(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self):
+        gradients = {}
         for group in self.param_groups:
             for w in group["params"] if group["filters"] else ():
                 if w.grad is None:
@@ -1204,8 +1212,10 @@ class Muon(torch.optim.Adam):
                 update = w.grad.lerp(state["average"], self.momentum).flatten(1)  # [filters, channels * height * width]
                 w.mul_(math.sqrt(len(w)) / w.norm().clamp_min(1e-7))
                 w.sub_(group["lr"] * orthogonalise(update.to(self.dtype)).view(w.shape))
-                w.grad = None  # so that Adam passes this one over
+                gradients[w], w.grad = w.grad, None  # so that Adam passes this one over
         super().step()
+        for w, gradient in gradients.items():
+            w.grad = gradient  # which the run's watch has yet to look at
 
 
 def orthogonalise(m, iterations=3):
@@ -1298,7 +1308,7 @@ def collapse_metrics(z, eps=1e-4):
 def collapse_in_words(figures, dim):
     """A sentence if the figures of `collapse_metrics` show a collapse, else an empty string.
 
-    The limits lie between the default runs of the nine on `patterns` (std x sqrt(d) 0.7 or more, stable rank 1.2, rank 10) and
+    The limits lie between the default runs of the nine on `patterns` (std x sqrt(d) 0.67 or more, stable rank 1.3, rank 9) and
     their switched-off versions (std below 0.1, or stable rank 1.03 or less, or rank at most 4)."""
     if figures["std_sqrt_d"] < 0.1:
         return f"COLLAPSE: all embeddings are nearly one point (std x sqrt(d) = {figures['std_sqrt_d']:.3f}, healthy: near 1)"
@@ -1650,7 +1660,7 @@ def load_last(folder):
                 return {**checkpoint, "file": name}
             except UserError as error:
                 faults.append(str(error))
-    check(not faults, (faults or [""])[0] + "; no older checkpoint is readable: start afresh with another --out")
+    check(not faults, (faults or [""])[0] + "; no older checkpoint is readable: train again with another --out")
     return None
 
 

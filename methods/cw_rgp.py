@@ -76,6 +76,8 @@ def size_rules(args):
     width, near = args.proj_dim // args.groups, common.divisor_near
     common.check(args.proj_dim % args.groups == 0, f"--groups {args.groups} does not divide --proj-dim {args.proj_dim}; "
                  f"try --groups {near(args.proj_dim, args.groups)}")
+    common.check(width > 1, f"--groups {args.groups} leaves one channel of --proj-dim {args.proj_dim} to a group, which has no covariance; "
+                 f"try --proj-dim {args.groups * args.w_size}")
     common.check(args.batch_size % args.w_size == 0, f"--w-size {args.w_size} does not divide --batch-size {args.batch_size}; "
                  f"try --w-size {near(args.batch_size, args.w_size)}")
     limit = width - 1 if args.groups == 1 else width  # no more samples can be uncorrelated over so many channels
@@ -113,7 +115,7 @@ def channel_whiten(z, groups, permutation=None, eps=0.0, detach=False):
 
     z: [..., w, d], embeddings of w samples. permutation: [..., d], order of the channels before they are cut into `groups`
     equal groups; None keeps their own. eps: covariance becomes (1 - eps) S + eps I. Returns [..., w, d]; with eps = 0, |row|^2 = d - g
-    and, in every group, orthogonal rows. Needs w <= d/g (w < d where g = 1) or eps > 0, else S is singular: ValueError. Take
+    and, in every group, orthogonal rows. Needs w <= d/g (w < d where g = 1) or eps > 0 (and d/g > 1), else S is singular: ValueError. Take
     w <= d / (2 g): near the limit the smallest eigenvalue nears 0 and the gradient grows without bound."""
     if z.shape[-1] % groups:
         raise ValueError(f"groups = {groups} does not divide the {z.shape[-1]} channels")
@@ -124,7 +126,7 @@ def channel_whiten(z, groups, permutation=None, eps=0.0, detach=False):
         x = x.gather(-1, permutation)
     x = x.unflatten(-1, (groups, -1)).transpose(-2, -3)  # [..., g, w, d/g]
     w, width = x.shape[-2:]
-    if eps == 0 and w > (width - 1 if groups == 1 else width):  # eigenvalues of 0, or of rounding noise
+    if width < 2 or eps == 0 and w > (width - 1 if groups == 1 else width):  # no covariance; eigenvalues of 0, or of rounding noise
         raise ValueError(f"w = {w} samples cannot be uncorrelated over {width} channels")
     covariance = x @ x.mT / (width - 1)  # [..., g, w, w], instance by instance
     covariance = (1 - eps) * covariance + eps * torch.eye(w, dtype=x.dtype, device=x.device)

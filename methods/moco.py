@@ -79,8 +79,9 @@ def size_rules(args):
     keys, splits, processes = args.batch_size * (args.views - 1 + args.symmetric), args.bn_splits, common.world_size()
     common.check(args.queue_size % keys == 0, f"--queue-size {args.queue_size} is not a multiple of the {keys} keys of a step; "
                  f"try --queue-size {max(1, args.queue_size // keys) * keys}")
-    common.check(args.batch_size % splits == 0 and args.batch_size > splits and (splits == 1 or splits % processes == 0),
-                 f"--bn-splits {splits} does not cut --batch-size {args.batch_size} and {processes} processes evenly; try --bn-splits {processes}")
+    fits = [n for n in range(1, args.batch_size) if args.batch_size % n == 0 and (n == 1 or n % processes == 0)]
+    common.check(splits in fits, f"--bn-splits {splits} does not cut --batch-size {args.batch_size} and {processes} processes evenly; "
+                 f"try --bn-splits {min(fits, key=lambda n: abs(n - splits))}")
 
 
 def info_nce_loss(q, k, queue, temperature=0.1):

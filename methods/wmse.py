@@ -75,9 +75,10 @@ KINDS = ("cholesky", "zca", "pca", "bn", "none")
 def size_rules(args):
     """What the loss demands of the sizes. Raises UserError that names a flag and a value that works."""
     common.check(args.batch_size > 2, "--batch-size 2 is too small to whiten; try --batch-size 256")
+    any_dim, near = args.whitening in ("bn", "none") or args.eps > 0, common.divisor_near(args.batch_size, args.w_size, 3)
     common.check(args.batch_size % args.w_size == 0, f"--w-size {args.w_size} does not divide --batch-size {args.batch_size}; "
-                 f"try --w-size {common.divisor_near(args.batch_size, args.w_size, 3)}")
-    common.check(args.whitening in ("bn", "none") or args.w_size > args.proj_dim or args.eps > 0, f"--w-size {args.w_size} is too small for "
+                 f"try --w-size {near}" + ("" if any_dim or near > args.proj_dim else f" --proj-dim {max(2, near // 2)}"))
+    common.check(any_dim or args.w_size > args.proj_dim, f"--w-size {args.w_size} is too small for "
                  f"--proj-dim {args.proj_dim} dimensions; try --proj-dim {max(2, args.w_size // 2)} or --eps 1e-3")
 
 

@@ -51,7 +51,7 @@ OF_METHOD = [
     ("moco", "--views 4 --queue-size 128", "--queue-size 128", "try --queue-size 96"),
     ("moco", "--momentum 1.5", "--momentum", "try 0.99"), ("moco", "--momentum -0.1", "--momentum", "try 0.99"),
     ("moco", "--temperature 0", "--temperature", "try 0.1"), ("moco", "--bn-splits 0", "--bn-splits", "try 8"),
-    ("moco", "--bn-splits 3", "--bn-splits 3", "try --bn-splits 1"), ("moco", "--bn-splits 32", "--bn-splits 32", "try --bn-splits 1"),
+    ("moco", "--bn-splits 3", "--bn-splits 3", "try --bn-splits 2"), ("moco", "--bn-splits 32", "--bn-splits 32", "try --bn-splits 16"),
     ("byol", "--momentum 2", "--momentum", "try 0.99"), ("byol", "--predictor cubic", "--predictor", TRY),
     ("byol", "--norm ln", "--norm", TRY),
     ("byol", "--norm gn --proj-hidden 100", "--proj-hidden 100", "try --proj-hidden "), ("byol", "--queue-size 64", "--queue-size", HELP),

@@ -515,6 +515,9 @@ def test_an_image_below_8_pixels_is_named_with_its_size(tmp_path):
     write_image(tmp_path / "train" / "class0" / "small.png", np.zeros((7, 20, 3), np.uint8))
     message = failure("--dataset", "folder", "--data-dir", tmp_path)
     assert "small.png" in message and "20x7" in message and "8x8" in message
+    write_image(tmp_path / "train" / "class0" / "0.png", np.zeros((20, 7, 3), np.uint8))  # the first of all, from which the size of a view follows
+    message = failure("--dataset", "folder", "--data-dir", tmp_path, "--stream")
+    assert "0.png" in message and "7x20" in message and "8x8" in message
 
 
 @pytest.mark.parametrize("inside", [[], ["train"], ["train/class0", "train/class1", "test"]])

@@ -81,7 +81,7 @@ def test_the_list_of_numeric_flags_is_complete():
 @pytest.mark.parametrize("flag", NUMBERS)
 def test_numbers_that_make_no_sense_are_refused_by_the_name_of_their_flag(flag, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    values = ["-1", "-0.5", "nan", "inf", "-inf", "1e999", "many", "", " ", "1,5", "0x10", "None"]
+    values = ["-1", "-0.5", "1" + 400 * "0", "nan", "inf", "-inf", "1e999", "many", "", " ", "1,5", "0x10", "None"]
     values += ["1.5", "1e3", "2.0"] if is_whole(flag) else []
     values += [] if flag in ZERO_IS_FINE else ["0"]
     refused(run_here("cw_rgp", [f"{flag}={values[0]}"]), f"{flag}: ", values[0], "try ")
@@ -123,8 +123,9 @@ SIZES = [  # flags that break a size rule, and the flag that the message names
     (["--batch-size", 100], "--w-size"), (["--batch-size", 37], "--w-size"), (["--batch-size", 32], "--w-size"),
     (["--groups", 3], "--groups"), (["--groups", 16], "--w-size"), (["--proj-dim", 100], "--w-size"),
     (["--proj-dim", 7, "--groups", 2], "--groups"),
-    (["--proj-dim", 64, "--groups", 1], "--w-size"), (["--proj-dim", 64, "--groups", 64], "--w-size"), (["--groups", 512], "--w-size"),
-    (["--batch-size", 37, "--w-size", 37, "--proj-dim", 64], "--w-size"), (["--batch-size", 2, "--w-size", 2, "--proj-dim", 4], "--w-size"),
+    (["--proj-dim", 64, "--groups", 1], "--w-size"), (["--proj-dim", 64, "--groups", 64], "--groups"), (["--groups", 512], "--groups"),
+    (["--groups", 512, "--eps", "1e-3"], "--groups"),
+    (["--batch-size", 37, "--w-size", 37, "--proj-dim", 64], "--w-size"), (["--batch-size", 2, "--w-size", 2, "--proj-dim", 4], "--groups"),
     (["--batch-size", 256, "--w-size", 256], "--w-size"),
 ]
 

@@ -177,7 +177,7 @@ def test_both_checkpoints_damaged_is_one_line(images, two_checkpoints, tmp_path)
     before = content(out)
     result = run_here("byol", arguments("byol", images, out, "--resume"))
     assert is_one_line_error(result) and "last.pt" in result.err
-    assert "no older checkpoint is readable: start afresh with another --out" in result.err
+    assert "no older checkpoint is readable: train again with another --out" in result.err
     assert content(out) == before
 
 
@@ -371,6 +371,13 @@ def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch, now, images, t
         name = "projector.0.weight"
     spoil_gradient(monkeypatch, now, method, name, value)
     stopped_by(images, method, tmp_path / "run", f"the gradient of {name}")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "muon"])
+def test_no_optimizer_hides_a_gradient_that_is_not_finite(monkeypatch, now, images, tmp_path, optimizer):  # noqa: F811
+    """Muon keeps the filters' gradients from Adam: the watch must see them all the same."""
+    spoil_gradient(monkeypatch, now, "simclr", "backbone.layers.0.weight", float("nan"))
+    stopped_by(images, "simclr", tmp_path / "run", "the gradient of backbone.layers.0.weight", "--optimizer", optimizer)
 
 
 def parsed(method, images):  # noqa: F811

@@ -1398,7 +1398,7 @@ BAD_SIZES = [
     (wmse, "--batch-size 100 --w-size 64"), (wmse, "--batch-size 64 --w-size 64 --proj-dim 64"), (wmse, "--batch-size 33 --w-size 3"),
     (wmse, "--batch-size 64 --w-size 16 --proj-dim 16 --whitening zca"), (cw_rgp, "--groups 3"), (cw_rgp, "--batch-size 100 --w-size 64"),
     (cw_rgp, "--batch-size 256 --w-size 256"), (cw_rgp, "--groups 1 --proj-dim 64 --w-size 64"),
-    (cw_rgp, "--batch-size 25 --w-size 25 --proj-dim 16"),
+    (cw_rgp, "--batch-size 25 --w-size 25 --proj-dim 16"), (cw_rgp, "--proj-dim 2"), (cw_rgp, "--groups 512 --eps 0.001"), (wmse, "--batch-size 64"),
     (shuffled_dbn, "--groups 7"), (shuffled_dbn, "--groups 1"), (shuffled_dbn, "--groups 1 --batch-size 4 --proj-dim 30"),
     (moco, "--queue-size 1000"), (moco, "--batch-size 100 --queue-size 4000"), (moco, "--bn-splits 3"), (moco, "--queue-size 128"),
     (moco, "--symmetric --views 3 --queue-size 4096"), (byol, "--norm gn --proj-hidden 100"), (byol, "--norm gn --proj-hidden 16"),
