@@ -1189,8 +1189,8 @@ class Muon(torch.optim.Adam):
         average = momentum * average + (1 - momentum) * gradient;   U = orthogonalise(momentum * average + (1 - momentum) * gradient)
         w *= sqrt(filters) / |w|;   w -= lr * U
 
-    A norm layer follows every convolution here and hears only the direction of a filter. Hence their length can be kept, and lr is the
-    part of its length that a filter moves, throughout the training. No weight decay: it would act on the length. Momentum, the three
+    A norm layer follows every convolution here and hears only the direction of a filter. Hence their length can be kept, and lr is
+    about the part of its length that a filter moves, throughout the training. No weight decay: it would act on the length. Momentum, the three
     iterations and the kept length are those of the authors' CIFAR-10 code (airbench94_muon); the default lr is ours, for batches of 128."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.6, dtype=torch.float32):
@@ -1314,7 +1314,7 @@ def collapse_in_words(figures, dim):
         return f"COLLAPSE: all embeddings are nearly one point (std x sqrt(d) = {figures['std_sqrt_d']:.3f}, healthy: near 1)"
     if figures["stable_rank_sq"] < 1.1 or figures["rank_1pct"] < min(5, dim / 2):
         return (f"DIMENSIONAL COLLAPSE: the embeddings fill few of their {dim:.0f} dimensions "
-                f"(rank {figures['rank_1pct']:.0f}, stable rank {figures['stable_rank_sq']:.1f})")
+                f"(rank {figures['rank_1pct']:.0f}, stable rank {figures['stable_rank_sq']:.2f})")
     return ""
 
 

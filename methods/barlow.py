@@ -27,8 +27,8 @@ Deviations: heads 1024 and 512, the CW-RGP authors' on CIFAR-10 (paper: 8192, 81
 gradient (the official in-place sum over W processes hides from autograd: its gradient is 1 / W of ours, which LARS hides but in biases
 and norm layers: hence their official rate 0.0384 / 32 below, for the authors' 32 GPUs); more than two views: the mean over pairs.
 The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with
-weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run (MoCo: 150), cosine to 0, the W-MSE augmentation, batch norm view by
-view in the backbone, a ResNet's residual blocks start as the identity.
+weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run (MoCo: 150), cosine step by step to 0, the W-MSE augmentation, batch
+norm view by view in the backbone, a ResNet's residual blocks start as the identity.
 
     python methods/barlow.py                             # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/barlow.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \

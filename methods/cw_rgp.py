@@ -26,10 +26,10 @@ One step:
 What prevents collapse: whitening; equal or low-rank embeddings cannot be whitened. No negatives, predictor, stop-gradient or EMA.
 Diff it against wmse.py: the whitened axis (samples here, channels there) and the random groups.
 
-Deviations: cosine schedule (the paper on CIFAR-10: --schedule step); the whitening has a backward of its own, stable for equal
-eigenvalues; bf16 where the processor has it (official: --precision fp32); no covariance term, which the official ImageNet script offers.
-As in the official code each view alone sets the backbone's batch statistics, and the projector sees all views as one batch. With random
-groups per view the loss has a positive floor, even for equal views: the partition acts as noise.
+Deviations: cosine schedule, step by step (official: by the epoch; the paper on CIFAR-10: --schedule step); the whitening has a backward of
+its own, stable for equal eigenvalues; bf16 where the processor has it (official: --precision fp32); no covariance term, which the
+official ImageNet script offers. As in the official code each view alone sets the backbone's batch statistics, and the projector sees
+all views as one batch. With random groups per view the loss has a positive floor, even for equal views: the partition acts as noise.
 
     python methods/cw_rgp.py                             # some minutes on a laptop, offline
     torchrun --nproc_per_node=4 methods/cw_rgp.py --dataset cifar10 --backbone resnet18 --epochs 1000 --schedule step --warmup 500

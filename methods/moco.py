@@ -29,10 +29,10 @@ What prevents collapse: the negatives in the queue. Stop-gradient and EMA on the
 Diff it against simclr.py: where the negatives come from. Against byol.py: a predictor in place of the negatives.
 
 Deviations: sizes of the authors' CIFAR-10 demo (queue 4096, m 0.99, tau 0.1, one linear layer); more than two views: the mean over pairs,
-view i asking for view j > i.
+view i asking for view j > i; a warm-up of 150 steps even in a shorter run; each view's batch norm in --bn-splits parts.
 The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with
-weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run (MoCo: 150), cosine to 0, the W-MSE augmentation, batch norm view by
-view in the backbone, a ResNet's residual blocks start as the identity.
+weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run (MoCo: 150), cosine step by step to 0, the W-MSE augmentation, batch
+norm view by view in the backbone, a ResNet's residual blocks start as the identity.
 
     python methods/moco.py                               # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/moco.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \

@@ -28,8 +28,8 @@ and batch norms over the global batch, in the authors' code over each GPU's imag
 own, stable for equal eigenvalues; bf16 where the processor has it (official: --precision fp32); more than two views: the mean over pairs.
 With other groups per view the loss has a positive floor, even for equal views: the partition acts as noise.
 The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with
-weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run (MoCo: 150), cosine to 0, the W-MSE augmentation, batch norm view by
-view in the backbone, a ResNet's residual blocks start as the identity.
+weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run (MoCo: 150), cosine step by step to 0, the W-MSE augmentation, batch
+norm view by view in the backbone, a ResNet's residual blocks start as the identity.
 
     python methods/shuffled_dbn.py                       # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/shuffled_dbn.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \

@@ -22,10 +22,11 @@ Diff it against byol.py: the EMA target. Watch --no-stop-gradient and --predicto
 
 Deviations: the CIFAR-10 projector of the paper's appendix D (two layers, 2048 channels) and its ImageNet predictor (512); more than two
 views: the mean over pairs of views. Adam (the paper: SGD at 0.03 times batch / 256, weight decay 5e-4), at 2e-3: at 3e-3 Z comes to fill
-few of its dimensions. The predictor's rate stays while the others fall, as in the official command.
+few of its dimensions, with some seeds at 2e-3 too. The predictor's rate is its peak from the first step to the last: no decay, as in
+the official command (which has no warm-up at all).
 The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with
-weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run (MoCo: 150), cosine to 0, the W-MSE augmentation, batch norm view by
-view in the backbone, a ResNet's residual blocks start as the identity.
+weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run (MoCo: 150), cosine step by step to 0, the W-MSE augmentation, batch
+norm view by view in the backbone, a ResNet's residual blocks start as the identity.
 
     python methods/simsiam.py                            # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/simsiam.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \

@@ -27,8 +27,8 @@ Deviations: heads 1024 and 512, those of barlow.py (paper: 8192, 8192, 8192; sol
 and 6: the whole sum, squared distance summed over d: --scaling paper; the paper's pseudo-code: the whole sum and the mean square:
 --var 50); more than two views: the mean over pairs of views.
 The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with
-weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run (MoCo: 150), cosine to 0, the W-MSE augmentation, batch norm view by
-view in the backbone, a ResNet's residual blocks start as the identity.
+weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run (MoCo: 150), cosine step by step to 0, the W-MSE augmentation, batch
+norm view by view in the backbone, a ResNet's residual blocks start as the identity.
 
     python methods/vicreg.py                             # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/vicreg.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
