@@ -668,7 +668,7 @@ class Files:
 
     def crops(self, batches, args, first_step, device):
         """For each row of `batches` [steps, n] a list of views uint8 [n, 3, size, size], cropped by draws from (seed, step, view, sample)."""
-        tasks = [[(first_step + i, rank() * len(row) + j, k) for j, k in enumerate(row)] for i, row in enumerate(batches.tolist())]
+        tasks = ([(first_step + i, rank() * len(row) + j, k) for j, k in enumerate(row.tolist())] for i, row in enumerate(batches))
         recipe = [RECIPES[args.augment][v % len(RECIPES[args.augment])] for v in range(args.views)]
         dataset = _CropTask(self.paths, self.size, recipe, args.seed)
         loader = torch.utils.data.DataLoader(dataset, batch_sampler=tasks, num_workers=args.num_workers, pin_memory=device.type == "cuda",
@@ -1353,7 +1353,7 @@ def project(projector, h, precision="fp32"):
 # ==============================================================================
 
 CHECKPOINT_FORMAT = "nine-ssl-methods-1"
-# Flags that a resumed run may change: they do not touch the numbers, or (device, compile) no more than their rounding.
+# Flags that a resumed run may change: they do not touch the numbers, but for the rounding (compile) or the permutations that a GPU draws (device).
 FREE_ON_RESUME = {"epochs", "out", "resume", "device", "num_workers", "log_every", "save_every", "compile", "data_dir"}
 
 
@@ -1582,6 +1582,7 @@ class Run:
         collapse = collapse_in_words(row, row["dim"]) if "rank" in row else ""
         if collapse:
             say(collapse)
+        self.epoch_started = time.monotonic()  # the next epoch's images/s are without this one's checkpoint
         if self.should_stop(step * self.args.log_every) and step < self.total_steps:
             self._leave(step)
 

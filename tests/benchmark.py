@@ -66,6 +66,7 @@ def measure(name, backbone, flags, repeats, with_loss=True):
     """Median milliseconds of each part of a step, and of the bare passes."""
     module = importlib.import_module(name)
     args = module.parse_args(["--backbone", backbone, *shlex.split(flags)])
+    common.check(not args.compile, "--flags: --compile is not measured here; remove it")
     device = common.set_up(args)
     args.image_size = args.image_size or 32
     torch.manual_seed(0)
@@ -90,6 +91,7 @@ def measure(name, backbone, flags, repeats, with_loss=True):
         return now
 
     for step in range(repeats + 2):
+        optimizer.zero_grad(set_to_none=True)  # of the step before: the bare pass, like the step, has nothing to add to
         now = time.perf_counter()
         views = common.Data.augment(data, images, step)
         now = clock("augment", now)
@@ -104,13 +106,6 @@ def measure(name, backbone, flags, repeats, with_loss=True):
         for outputs in watch.outputs.values():
             outputs.clear()
         del h
-        now = time.perf_counter()
-        with torch.autocast(**autocast):
-            h = [model.backbone(x) for x in views[: len(views) - (name == "moco" and not args.symmetric)]]
-        clock("backbone forward", now)
-        del h
-        for outputs in watch.outputs.values():
-            outputs.clear()
         now = time.perf_counter()
         with torch.autocast(**autocast):
             loss = model(views)

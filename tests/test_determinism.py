@@ -104,10 +104,10 @@ def test_measuring_less_often_does_not_change_the_training(images, unstopped, tm
 # ---- no wait for the device inside a step --------------------------------------------------------
 
 # What needs a number on the host. `index` by a mask is nonzero inside, whatever name it goes by. The decompositions of
-# torch.linalg look at their own error codes inside one operation (eigh does on CUDA, cholesky_ex does not), which cannot be seen
-# from here; torch.cuda.set_sync_debug_mode in the last test sees it where there is a GPU.
+# torch.linalg look at their own error codes (cholesky_ex does not): eigh within one operation, which cannot be seen from here;
+# torch.cuda.set_sync_debug_mode in the last test sees it where there is a GPU. Nor can copies of Python numbers to a GPU be seen.
 WAITING = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::nonzero_numpy", "aten::is_nonzero", "aten::equal",
-           "aten::argwhere",
+           "aten::argwhere", "aten::_linalg_check_errors",
            "aten::masked_select", "aten::unique_dim", "aten::_unique2", "aten::unique_consecutive", "aten::bincount", "aten::allclose"}
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
 
@@ -160,7 +160,7 @@ class NoWaiting(TorchDispatchMode):
 def every_step_under(monkeypatch, mode, bad_step=None):
     """Every step from its first line, which calls step_seed, to the end of run.watch. Yields the list of the steps seen."""
     seed, watch = common.step_seed, common.Run.watch
-    steps = []
+    steps, ended = [], []
 
     def begin(number, step):
         mode.__enter__()
@@ -173,11 +173,16 @@ def every_step_under(monkeypatch, mode, bad_step=None):
             if bad_step:
                 bad_step(run, step, loss)
         finally:
+            ended.append(step)
             mode.__exit__(None, None, None)
 
     monkeypatch.setattr(common, "step_seed", begin)
     monkeypatch.setattr(common.Run, "watch", end)
-    yield steps
+    try:
+        yield steps
+    finally:
+        if len(ended) < len(steps):  # the last step raised on its way
+            mode.__exit__(None, None, None)
 
 
 METHOD_VARIANTS = [(method,) for method in METHODS] + [
@@ -221,6 +226,7 @@ BAD_STEPS = {
     "masked_select": lambda run, step, loss: run.first_bad.masked_select(run.first_bad > 0),
     "torch.equal": lambda run, step, loss: torch.equal(run.first_bad, run.first_bad.clone()),
     "unique": lambda run, step, loss: run.first_bad.unique(),
+    "cholesky": lambda run, step, loss: torch.linalg.cholesky(torch.eye(2)),
     "check_finite": lambda run, step, loss: run.check_finite(),
 }
 
@@ -243,7 +249,7 @@ def test_no_step_waits_on_a_gpu(monkeypatch, images, tmp_path, method):  # noqa:
 
     class Alarm(contextlib.AbstractContextManager):
         def __enter__(self):
-            torch.cuda.set_sync_debug_mode("error" if method in ("simclr", "moco", "byol", "simsiam", "barlow", "vicreg") else "warn")
+            torch.cuda.set_sync_debug_mode("error" if method in ("simclr", "moco", "byol", "simsiam", "barlow", "vicreg", "wmse") else "warn")
 
         def __exit__(self, *_):
             torch.cuda.set_sync_debug_mode("default")
