@@ -316,7 +316,7 @@ def say_collapse(results, how):
     found = {name: figures["collapse"] for name, figures in results.items() if "collapse" in figures}
     if found:
         columns = list(next(iter(found.values())))
-        layout = "{:14}" + "".join(f" {{:>{max(8, len(column) + 1)}}}" for column in columns)     # never without a blank between
+        layout = "{:14}" + "".join(f" {{:>{max(8, len(column) + 1)}}}" for column in columns)  # never without a blank between
         common.say("\n" + layout.format("collapse", *columns))
         for name, figures in found.items():
             cells = (f"{figures[c]:.0f}" if c in ("dim", "rank", "rank_1pct") else f"{figures[c]:.3f}" for c in columns)
