@@ -90,16 +90,21 @@ def main(function, parse):
     except SystemExit as leave:  # stopped by a signal, or argparse's own words
         status = leave.code or 0
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+        words = " ".join(str(error).split())
+        if isinstance(error, torch.cuda.OutOfMemoryError) or "CUDA error: out of memory" in words:
             message = "error: out of GPU memory; try a smaller --batch-size or --precision bf16, and --stream where a folder's images fill it"
-        elif isinstance(error, MemoryError) or any(words in str(error) for words in ("can't allocate", "not enough memory")):
+        elif isinstance(error, MemoryError) or any(word in words for word in ("can't allocate", "not enough memory")):
             message = "error: out of memory; try a smaller --batch-size, --image-size or --proj-hidden"
-        elif world_size() > 1 and any(words in str(error) for words in ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL")):
+        elif world_size() > 1 and any(word in words for word in ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL")):
             message = f"error: process {rank()} lost another process, whose own words say why; go on with --resume"
+        elif words.startswith("DataLoader worker"):
+            message = "error: a loader process died, perhaps for want of (shared) memory; try a smaller --num-workers or --batch-size, and go on with --resume"
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")) or "torch.compile" in words:
+            message = f"error: --compile does not work here ({words[:120]}); try it without --compile"
         else:
             raise
     if message:
-        if dist.is_initialized() and rank() > 0:
+        if rank() > 0:
             time.sleep(3)  # the same error on rank 0 ends this process before it repeats the line
         with _broken_pipe_tolerated(sys.stderr):
             print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
@@ -162,7 +167,8 @@ def shared_arguments(method, description):
                            formatter_class=HelpWithDefaults)
     parser.set_defaults(method=method)
     add = parser.add_argument
-    add("--dataset", choices=DATASETS, default="patterns", help="`patterns` is drawn on the spot; `folder` is your own images in --data-dir")
+    add("--dataset", choices=DATASETS, default="patterns",
+        help="`patterns` is drawn on the spot, `folder` is your own images in --data-dir, the others are downloaded on first use")
     add("--data-dir", default="data", help="where the data set lies, or is downloaded to")
     add("--image-size", type=number(int, 8, 1024, example=32), help="side of a view in pixels (default: 32; stl10 and tinyimagenet 64, folder at most 64)")
     add("--backbone", default="tiny", help="`tiny`, or a torchvision ResNet by name (resnet18, resnet50, ...)")
@@ -172,9 +178,11 @@ def shared_arguments(method, description):
     add("--lr-bias", type=number(float, above=0, example="3e-3"), help="peak learning rate of biases and norm layers (default: --lr)")
     add("--lr-filters", type=number(float, above=0, example="0.1"), help="peak learning rate of the convolutions' filters under Muon (default: 0.1)")
     add("--weight-decay", type=number(float, 0, example="1e-6"), default=1e-6, help="L2 penalty; LARS leaves biases and norm layers out, Muon the filters")
-    add("--warmup", type=number(int, 0, example=500), help="steps of linear warm-up (default: 500, or a tenth of a shorter run; MoCo: 150)")
-    add("--schedule", choices=("cosine", "step", "constant"), default="cosine", help="`step`: x 0.2 when 50 epochs are left, and again when 25 are")
-    add("--optimizer", choices=("adam", "sgd", "lars", "muon"), default="adam", help="sgd, lars: momentum 0.9; muon: Adam but for the filters")
+    add("--warmup", type=number(int, 0, example=500), help="steps of linear warm-up (default: a tenth of the run, at most 500; MoCo: 150)")
+    add("--schedule", choices=("cosine", "step", "constant"), default="cosine",
+        help="`step`: x 0.2 when 50 epochs are left, and again when 25 are (in shorter runs never)")
+    add("--optimizer", choices=("adam", "sgd", "lars", "muon"), default="adam",
+        help="sgd, lars: momentum 0.9; muon: Muon for the filters of convolutions, Adam for the rest")
     add("--augment", choices=sorted(RECIPES), default="w-mse", help="recipe of the random views, see common.RECIPES")
     add("--proj-hidden", type=number(int, 1, example=1024), help="width of the hidden layers of the projector (BYOL: and predictor); --proj-layers 1 has none")
     add("--proj-dim", type=number(int, 2, example=128), help="d, channels of the embedding Z, the projector's output")
@@ -188,9 +196,9 @@ def shared_arguments(method, description):
     add("--stream", action="store_true", help="read image files as training goes on even if they would fit in memory")
     add("--out", help="folder of the run (default: runs/<method>-<dataset>-s<seed>, or with -2, -3, ... if that holds a run)")
     add("--resume", action="store_true", help="go on from the run folder's last checkpoint; without one, start afresh")
-    add("--eval-every", type=number(int, 0, example=1), default=1, help="epochs between kNN and collapse figures; 0: only at the end")
-    add("--save-every", type=number(int, 0, example=100), default=0, help="steps between extra checkpoints inside an epoch; 0: none")
-    add("--log-every", type=number(int, 1, example=10), default=10, help="steps between readings of the loss, the loop's only wait for the device")
+    add("--eval-every", type=number(int, 0, example=1), default=1, help="measure kNN and collapse figures every so many epochs; 0: only at the end")
+    add("--save-every", type=number(int, 0, example=100), default=0, help="write an extra checkpoint every so many steps of an epoch; 0: none")
+    add("--log-every", type=number(int, 1, example=10), default=10, help="read the loss every so many steps: inside an epoch the only wait for the device")
     return parser
 
 
@@ -399,7 +407,7 @@ class Data:
     labelled                      True if training and test images have labels, so that kNN means something
     bank, bank_labels, queries, query_labels   at most 5000 training and 1000 test images, evenly spaced, to watch a run by
     large_bank, large_bank_labels              at most 100,000 training images, for the kNN at its end (more would fill a GPU with features)
-    size                          side of a view in pixels
+    size, must_be_cropped         side of a view in pixels; whether images in memory are larger
     mean, std                     of the colours, [3, 1, 1] on the device
     steps_per_epoch, fingerprint, class_names"""
 
@@ -415,12 +423,10 @@ class Data:
         self.bank, self.bank_labels = evenly_spaced(self.labelled_train, self.train_labels, 5000)
         self.queries, self.query_labels = evenly_spaced(self.test, self.test_labels, 1000)
         self.large_bank, self.large_bank_labels = evenly_spaced(self.labelled_train, self.train_labels, 100_000)
-        statistics = COLOUR_STATISTICS.get(args.dataset) or colour_statistics(self.train)
+        statistics = COLOUR_STATISTICS.get(args.dataset) or colour_statistics(self.train, args.num_workers)
         self.mean, self.std = (torch.tensor(numbers, dtype=torch.float32, device=device).view(3, 1, 1) for numbers in statistics)
         self.steps_per_epoch = len(self.train) // args.batch_size
-        uncropped = not isinstance(self.train, Files) and self.train.shape[2:] != (self.size, self.size)
-        check(not uncropped or all(any(op[0] == "crop" for op in view) for view in RECIPES[args.augment]),
-              f"--augment {args.augment} does not crop, and the images are larger than --image-size {self.size}; try --augment crop-flip")
+        self.must_be_cropped = not isinstance(self.train, Files) and self.train.shape[2:] != (self.size, self.size)
         check(self.steps_per_epoch > 0, f"--batch-size {args.batch_size} is larger than the data set of {len(self.train)} images; try "
               f"--batch-size {2 ** int(math.log2(max(2, len(self.train))))}")
 
@@ -475,10 +481,10 @@ def centre_view(x, size):
     return x
 
 
-def colour_statistics(images):
+def colour_statistics(images, num_workers=0):
     """Mean and standard deviation per channel, in 0 ... 1, of at most 5000 evenly spaced images."""
     index = torch.arange(0, len(images), -(-len(images) // 5000))
-    parts = images.centres(index, 100, 0) if isinstance(images, Files) else (images[i.to(images.device)] for i in index.split(100))
+    parts = images.centres(index, 100, num_workers) if isinstance(images, Files) else (images[i.to(images.device)] for i in index.split(100))
     sums = [(x.mean((0, 2, 3)) * len(x), x.square().mean((0, 2, 3)) * len(x)) for x in (part.double() / 255 for part in parts)]
     mean, square = (sum(column) / len(index) for column in zip(*sums))
     return mean.tolist(), (square - mean.square()).clamp_min(1e-6).sqrt().tolist()
@@ -1005,7 +1011,10 @@ def shift_hue(x, turn):
 
 
 def blur(x, sigma):
-    """Gaussian blur of x [n, 3, S, S] with sigma [n] in pixels: reflected borders, odd kernel of 10 % of the side (SimCLR)."""
+    """Gaussian blur of x [n, 3, S, S] with sigma [n] in pixels: reflected borders, odd kernel of 10 % of the side (SimCLR).
+
+    MoCo's and Barlow Twins' code blurs with Pillow, which does not cut the kernel: the same at 224 pixels; at 32 pixels a sigma of
+    2 acts like 0.8 here."""
     side = x.shape[-1]
     radius = (side // 10) // 2
     t = torch.arange(radius + 2, device=x.device)
@@ -1249,10 +1258,11 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=20, temperature=0.0
     bank, queries = bank.float(), queries.float()
     if temperature is not None:
         bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    squares = bank.square().sum(1) if temperature is None else None
     correct = 0
     for rows, labels in zip(queries.split(1000), query_labels.split(1000)):
         if temperature is None:
-            similarity = 2 * rows @ bank.T - bank.square().sum(1)  # minus the squared distance, up to |row|^2
+            similarity = 2 * rows @ bank.T - squares  # minus the squared distance, up to |row|^2
         else:
             similarity = rows @ bank.T  # [m, N]
         nearest, index = similarity.topk(k, dim=1)
@@ -1275,6 +1285,7 @@ def collapse_metrics(z, eps=1e-4):
     corr             mean absolute correlation of two different channels; constant channels count as fully correlated
     entropy          1/2 log det(2 pi e (covariance + eps I)), the entropy of a Gaussian, in nats"""
     z = z.detach().double().cpu()
+    check(z.isfinite().all(), "the network's output in eval mode is not finite: the weights diverged; try a smaller --lr or a longer --warmup")
     n, d = z.shape
     unit = F.normalize(z, dim=1)
     centred = z - z.mean(0)
@@ -1362,6 +1373,8 @@ class Run:
 
     def __init__(self, args, model, optimizer, data):
         self.args, self.model, self.optimizer, self.data = args, model, optimizer, data
+        check(not data.must_be_cropped or all(any(op[0] == "crop" for op in view) for view in RECIPES[args.augment]),
+              f"--augment {args.augment} does not crop, and the images are larger than --image-size {data.size}; try --augment crop-flip")
         self.total_steps = args.epochs * data.steps_per_epoch
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=data.device)  # of the epoch so far, on the device
         self.rows, self.seconds_before, self.started = [], 0.0, time.monotonic()

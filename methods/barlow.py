@@ -24,16 +24,17 @@ Diff it against vicreg.py: here one correlation matrix between the branches, the
 
 Deviations: heads 1024 and 512, the CW-RGP authors' on CIFAR-10 (paper: 8192, 8192, 8192; solo-learn: 2048 three times); the cosine ends at
 0 (official: 0.001 of the peak); biased variance with 1e-5 inside the root, as the official code's batch norm; C over all processes with
-gradient (the official in-place sum over W processes hides from autograd: its gradient is 1 / W of ours, which LARS hides but in biases
-and norm layers: hence their official rate 0.0384 / 32 below, for the authors' 32 GPUs); more than two views: the mean over pairs.
-The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with
-weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run (MoCo: 150), cosine step by step to 0, the W-MSE augmentation, batch
-norm view by view in the backbone, a ResNet's residual blocks start as the identity.
+gradient (the official in-place sum over W processes hides from autograd: its gradient is 1 / W of ours, which LARS hides but in biases,
+norm layers and the decay's share: hence their official rate 0.0384 / 32 and the decay 32 * 1e-6 below, for the authors' 32 GPUs); more
+than two views: the mean over pairs.
+The recipe is that of the other files, so that a diff shows the idea: batches of 256, bf16 where the processor has it, Adam at 3e-3
+(SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with weight decay 1e-6, a warm-up of a tenth of the run, at most 500 steps (MoCo: 150), cosine
+step by step to 0, the W-MSE augmentation, batch norm view by view in the backbone, a ResNet's residual blocks start as the identity.
 
     python methods/barlow.py                             # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/barlow.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
         --proj-hidden 8192 --proj-dim 8192 --proj-layers 3 --augment byol --optimizer lars --batch-size 2048 --lr 1.6 \
-        --lr-bias 0.0012 --weight-decay 1e-6 --warmup 6250 --epochs 1000
+        --lr-bias 0.0012 --weight-decay 3.2e-5 --warmup 6250 --epochs 1000
 """
 
 import os
@@ -54,7 +55,7 @@ import common  # noqa: E402
 def parse_args(argv=None):
     parser = common.shared_arguments("barlow", __doc__)
     parser.set_defaults(proj_hidden=1024, proj_dim=512, proj_layers=2, lr=1e-3)  # the CW-RGP authors' on CIFAR-10; the paper on ImageNet: 8192, 8192, 3
-    parser.add_argument("--lambd", type=common.number(float, 0, example=0.0051), default=0.0051, help="lambda; the official code's 0.0051")
+    parser.add_argument("--lambd", type=common.number(float, 0, example=0.0051), default=0.0051, help="lambda, of the off-diagonal terms; official 0.0051")
     parser.add_argument("--standardize", choices=("batch", "l2"), default="batch", help="`l2`: rows of length sqrt(d), not channels of variance 1")
     return common.finish_arguments(parser, argv)
 

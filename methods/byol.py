@@ -23,12 +23,13 @@ One step:
 What prevents collapse: predictor and stop-gradient; the EMA target steadies them (simsiam.py does without). No negatives, no whitening.
 Diff it against simsiam.py: the EMA target. Against moco.py: a predictor in place of the negatives.
 
-Deviations: heads and tau_base of the W-MSE authors on CIFAR-10 (1024, 64, 0.99; the paper on ImageNet: 4096, 256, 0.996); the target
-starts as a copy (official: its own random start); more than two views: the mean over pairs of views. As in the official code, the
-target's batch norms use their own batch statistics. Jitter and blur are torchvision's (official: brightness added, zeros around the blur).
-The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with
-weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run (MoCo: 150), cosine step by step to 0, the W-MSE augmentation, batch
-norm view by view in the backbone, a ResNet's residual blocks start as the identity.
+Deviations: widths of the heads and tau_base of the W-MSE authors on CIFAR-10 (1024, 64, 0.99; the paper on ImageNet: 4096, 256, 0.996;
+their last layers have a bias, the official code's and ours none); the target starts as a copy (official: its own random start); more
+than two views: the mean over pairs of views. As in the official code, the target's batch norms use their own batch statistics. Jitter
+and blur are torchvision's (official: brightness added, zeros around the blur).
+The recipe is that of the other files, so that a diff shows the idea: batches of 256, bf16 where the processor has it, Adam at 3e-3
+(SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with weight decay 1e-6, a warm-up of a tenth of the run, at most 500 steps (MoCo: 150), cosine
+step by step to 0, the W-MSE augmentation, batch norm view by view in the backbone, a ResNet's residual blocks start as the identity.
 
     python methods/byol.py                               # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/byol.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \

@@ -57,7 +57,8 @@ def parse_args(argv=None):
     parser = common.shared_arguments("cw_rgp", __doc__)
     parser.set_defaults(proj_hidden=1024, proj_dim=512, proj_layers=2)  # the paper's; on ImageNet 2048, 1024, 3
     parser.add_argument("--groups", type=common.number(int, 1), default=4, help="g, random groups of channels; the paper's 4 (Tiny-ImageNet 2)")
-    parser.add_argument("--w-size", type=common.number(int, 2), default=64, help="w, images whitened together, divides --batch-size; the paper's 64")
+    parser.add_argument("--w-size", type=common.number(int, 2, example=64), default=64,
+                        help="w, images whitened together: divides --batch-size, at most d / g; the paper's 64")
     parser.add_argument("--w-iter", type=common.number(int, 1), default=4, help="random partitions per step; official on CIFAR-10: 4 (four views: 1)")
     parser.add_argument("--eps", type=common.number(float, 0, below=1), default=0.0, help="S becomes (1 - eps) S + eps I; the official code's 0")
     parser.add_argument("--permutation", choices=("per-view", "shared", "fixed"), default="per-view",
@@ -75,7 +76,7 @@ def size_rules(args):
     """What the loss demands of the sizes. Raises UserError that names a flag and a value that works."""
     width, near = args.proj_dim // args.groups, common.divisor_near
     common.check(args.proj_dim % args.groups == 0, f"--groups {args.groups} does not divide --proj-dim {args.proj_dim}; "
-                 f"try --groups {near(args.proj_dim, args.groups)}")
+                 f"try --groups {near(args.proj_dim, min(args.groups, max(2, args.proj_dim // args.w_size)))}")
     common.check(width > 1, f"--groups {args.groups} leaves one channel of --proj-dim {args.proj_dim} to a group, which has no covariance; "
                  f"try --proj-dim {args.groups * args.w_size}")
     common.check(args.batch_size % args.w_size == 0, f"--w-size {args.w_size} does not divide --batch-size {args.batch_size}; "

@@ -30,9 +30,9 @@ Diff it against simclr.py: where the negatives come from. Against byol.py: a pre
 
 Deviations: sizes of the authors' CIFAR-10 demo (queue 4096, m 0.99, tau 0.1, one linear layer); more than two views: the mean over pairs,
 view i asking for view j > i; a warm-up of 150 steps even in a shorter run; each view's batch norm in --bn-splits parts.
-The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with
-weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run (MoCo: 150), cosine step by step to 0, the W-MSE augmentation, batch
-norm view by view in the backbone, a ResNet's residual blocks start as the identity.
+The recipe is that of the other files, so that a diff shows the idea: batches of 256, bf16 where the processor has it, Adam at 3e-3
+(SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with weight decay 1e-6, a warm-up of a tenth of the run, at most 500 steps (MoCo: 150), cosine
+step by step to 0, the W-MSE augmentation, batch norm view by view in the backbone, a ResNet's residual blocks start as the identity.
 
     python methods/moco.py                               # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/moco.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
@@ -64,7 +64,7 @@ def parse_args(argv=None):
     parser.add_argument("--momentum", type=common.number(float, 0, 1, example=0.99), default=0.99, help="m of the key encoder; 0.999 on ImageNet")
     parser.add_argument("--temperature", type=common.number(float, above=0, example=0.1), default=0.1, help="tau; v1 0.07, v2 0.2")
     parser.add_argument("--symmetric", action="store_true", help="sum of both directions, all keys into the queue")
-    parser.add_argument("--bn-splits", type=common.number(int, 1, example=8), default=8, help="parts of the batch with their own batch norm")
+    parser.add_argument("--bn-splits", type=common.number(int, 1, example=8), default=8, help="parts of the batch with their own batch norm; 1: ordinary")
     parser.add_argument("--no-shuffle", action="store_true", help="leave the keys in the queries' order: batch norm then leaks")
     return common.finish_arguments(parser, argv, size_rules)
 

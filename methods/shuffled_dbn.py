@@ -25,11 +25,11 @@ Diff it against wmse.py: groups of shuffled channels, the whole batch, ZCA, plai
 Deviations: the code is the authority where the paper is silent: biased covariance without eps, other permutations for the two views,
 plain squared distance; heads 1024 and 512 as in its covnorm.yaml for CIFAR-10 (there 16 groups at batch 64; here automatic); whitening
 and batch norms over the global batch, in the authors' code over each GPU's images (hence --groups 32 below); ZCA has a backward of its
-own, stable for equal eigenvalues; bf16 where the processor has it (official: --precision fp32); more than two views: the mean over pairs.
+own, stable for equal eigenvalues; more than two views: the mean over pairs.
 With other groups per view the loss has a positive floor, even for equal views: the partition acts as noise.
-The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with
-weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run (MoCo: 150), cosine step by step to 0, the W-MSE augmentation, batch
-norm view by view in the backbone, a ResNet's residual blocks start as the identity.
+The recipe is that of the other files, so that a diff shows the idea: batches of 256, bf16 where the processor has it, Adam at 3e-3
+(SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with weight decay 1e-6, a warm-up of a tenth of the run, at most 500 steps (MoCo: 150), cosine
+step by step to 0, the W-MSE augmentation, batch norm view by view in the backbone, a ResNet's residual blocks start as the identity.
 
     python methods/shuffled_dbn.py                       # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/shuffled_dbn.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
@@ -55,7 +55,8 @@ import common  # noqa: E402
 def parse_args(argv=None):
     parser = common.shared_arguments("shuffled_dbn", __doc__)
     parser.set_defaults(proj_hidden=1024, proj_dim=512, proj_layers=2)  # the authors' CIFAR-10 configuration; on ImageNet 2048, 512, 3
-    parser.add_argument("--groups", type=common.number(int, 0), default=0, help="g, random groups of channels; 0: 2 d / batch size, up to a divisor of d")
+    parser.add_argument("--groups", type=common.number(int, 0), default=0,
+                        help="g, random groups of channels; 0: the least divisor of d that is at least 2 d / batch size")
     parser.add_argument("--no-shuffle", action="store_true", help="groups of neighbouring channels, always the same: plain DBN")
     return common.finish_arguments(parser, argv, size_rules)
 
@@ -69,7 +70,7 @@ def size_rules(args):
     """What the loss demands of the sizes. Raises UserError that names a flag and a value that works."""
     args.groups = args.groups or automatic_groups(args.proj_dim, args.batch_size)  # 0: automatic
     common.check(args.proj_dim % args.groups == 0, f"--groups {args.groups} does not divide --proj-dim {args.proj_dim}; "
-                 f"try --groups {common.divisor_near(args.proj_dim, args.groups)}")
+                 f"try --groups {common.divisor_near(args.proj_dim, args.groups, automatic_groups(args.proj_dim, args.batch_size))}")
     common.check(args.batch_size > args.proj_dim // args.groups, f"--batch-size {args.batch_size} is too small for the "
                  f"{args.proj_dim // args.groups} channels of a group; try --groups {automatic_groups(args.proj_dim, args.batch_size)}")
 

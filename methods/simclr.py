@@ -24,18 +24,19 @@ One step:
 What prevents collapse: the negatives. No predictor, stop-gradient, EMA or whitening.
 Diff it against moco.py: where the negatives come from (this batch, or a queue filled by a slowly moving encoder).
 
-Deviations: the paper's value, the mean over 2N anchors (the official code returns twice that); each view alone sets the backbone's batch
-statistics (the official code sends both views through as one batch); the projector's batch norms are the official code's, its initial
-weights torch's own; LARS as in BYOL's code (the rate applied after the momentum); jitter and blur as torchvision's (official: TensorFlow's,
-zeros around the blur); more than two views: the mean over pairs.
-The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with
-weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run (MoCo: 150), cosine step by step to 0, the W-MSE augmentation, batch
-norm view by view in the backbone, a ResNet's residual blocks start as the identity.
+Deviations: the paper's value, the mean over 2N anchors (the official code returns twice that, which LARS hides but in biases, norm layers
+and the decay's share: hence twice the rate 4.8 and half the decay 1e-6 below); each view alone sets the backbone's batch statistics (the
+official code sends both views through as one batch); the projector's batch norms are the official code's, its initial weights torch's
+own; LARS as in BYOL's code (the rate applied after the momentum); jitter and blur as torchvision's (official: TensorFlow's, zeros around
+the blur, one sigma for all images of a device); more than two views: the mean over pairs.
+The recipe is that of the other files, so that a diff shows the idea: batches of 256, bf16 where the processor has it, Adam at 3e-3
+(SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with weight decay 1e-6, a warm-up of a tenth of the run, at most 500 steps (MoCo: 150), cosine
+step by step to 0, the W-MSE augmentation, batch norm view by view in the backbone, a ResNet's residual blocks start as the identity.
 
     python methods/simclr.py                             # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/simclr.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
         --proj-hidden 2048 --temperature 0.1 --augment simclr --optimizer lars --batch-size 4096 --lr 4.8 \
-        --weight-decay 1e-6 --warmup 3120 --epochs 100
+        --lr-bias 9.6 --weight-decay 5e-7 --warmup 3120 --epochs 100
 """
 
 import os

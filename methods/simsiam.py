@@ -24,9 +24,9 @@ Deviations: the CIFAR-10 projector of the paper's appendix D (two layers, 2048 c
 views: the mean over pairs of views. Adam (the paper: SGD at 0.03 times batch / 256, weight decay 5e-4), at 2e-3: at 3e-3 Z comes to fill
 few of its dimensions, with some seeds at 2e-3 too. The predictor's rate is its peak from the first step to the last: no decay, as in
 the official command (which has no warm-up at all).
-The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with
-weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run (MoCo: 150), cosine step by step to 0, the W-MSE augmentation, batch
-norm view by view in the backbone, a ResNet's residual blocks start as the identity.
+The recipe is that of the other files, so that a diff shows the idea: batches of 256, bf16 where the processor has it, Adam at 3e-3
+(SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with weight decay 1e-6, a warm-up of a tenth of the run, at most 500 steps (MoCo: 150), cosine
+step by step to 0, the W-MSE augmentation, batch norm view by view in the backbone, a ResNet's residual blocks start as the identity.
 
     python methods/simsiam.py                            # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/simsiam.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
@@ -51,10 +51,10 @@ import common  # noqa: E402
 def parse_args(argv=None):
     parser = common.shared_arguments("simsiam", __doc__)
     parser.set_defaults(proj_hidden=2048, proj_dim=2048, proj_layers=2, lr=2e-3)  # the paper's on CIFAR-10; on ImageNet 2048, 2048, 3
-    parser.add_argument("--pred-hidden", type=common.number(int, 1), default=512, help="width of the predictor's hidden layer; the paper's 512")
+    parser.add_argument("--pred-hidden", type=common.number(int, 1, example=512), default=512, help="width of the predictor's hidden layer; the paper's 512")
     parser.add_argument("--no-stop-gradient", action="store_true", help="let the gradient through the targets: collapses")
     parser.add_argument("--predictor", choices=("mlp", "none", "fixed"), default="mlp", help="`fixed` is random and does not train; `none` collapses")
-    parser.add_argument("--predictor-lr", choices=("constant", "decay"), default="constant", help="of the predictor; the paper's constant")
+    parser.add_argument("--predictor-lr", choices=("constant", "decay"), default="constant", help="`constant`, the official: no warm-up, no decay")
     parser.add_argument("--similarity", choices=("cosine", "softmax"), default="cosine", help="`softmax`: a cross-entropy")
     parser.add_argument("--asymmetric", action="store_true", help="one direction only: the first view of a pair predicts the second")
     parser.add_argument("--head-bn", choices=("none", "hidden", "output", "all"), default="output",

@@ -26,9 +26,9 @@ Deviations: heads 1024 and 512, those of barlow.py (paper: 8192, 8192, 8192; sol
 (official: 0.001 of the peak); the official code's scaling: half the sum of the variance terms, mean square over N and d (the paper's Eq. 5
 and 6: the whole sum, squared distance summed over d: --scaling paper; the paper's pseudo-code: the whole sum and the mean square:
 --var 50); more than two views: the mean over pairs of views.
-The recipe is that of the other files, so that a diff shows the idea: Adam at 3e-3 (SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with
-weight decay 1e-6, a warm-up of 500 steps or a tenth of a shorter run (MoCo: 150), cosine step by step to 0, the W-MSE augmentation, batch
-norm view by view in the backbone, a ResNet's residual blocks start as the identity.
+The recipe is that of the other files, so that a diff shows the idea: batches of 256, bf16 where the processor has it, Adam at 3e-3
+(SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with weight decay 1e-6, a warm-up of a tenth of the run, at most 500 steps (MoCo: 150), cosine
+step by step to 0, the W-MSE augmentation, batch norm view by view in the backbone, a ResNet's residual blocks start as the identity.
 
     python methods/vicreg.py                             # some minutes on a laptop, offline
     torchrun --nproc_per_node=8 methods/vicreg.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
@@ -56,7 +56,7 @@ def parse_args(argv=None):
     parser.set_defaults(proj_hidden=1024, proj_dim=512, proj_layers=2)  # as barlow.py, shuffled_dbn.py and cw_rgp.py; the paper on ImageNet: 8192, 8192, 3
     parser.add_argument("--inv", type=common.number(float, 0, example=25), default=25.0, help="lambda, of the invariance term; the paper's 25")
     parser.add_argument("--var", type=common.number(float, 0, example=25), default=25.0, help="mu, of the variance term; the paper's 25; 0 collapses")
-    parser.add_argument("--cov", type=common.number(float, 0, example=1), default=1.0, help="nu, of the covariance term; the paper's 1")
+    parser.add_argument("--cov", type=common.number(float, 0, example=1), default=1.0, help="nu, of the covariance term; the paper's 1; 0: few dimensions")
     parser.add_argument("--scaling", choices=("code", "paper"), default="code", help="the official code's, or the paper's Eq. 5 and 6")
     return common.finish_arguments(parser, argv)
 

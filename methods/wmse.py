@@ -56,9 +56,10 @@ import common  # noqa: E402
 def parse_args(argv=None):
     parser = common.shared_arguments("wmse", __doc__)
     parser.set_defaults(proj_hidden=1024, proj_dim=64, proj_layers=2)  # the paper's; for larger images 1024, 128, 2
-    parser.add_argument("--whitening", choices=KINDS, default="cholesky", help="`bn` only standardises, `none` does nothing")
-    parser.add_argument("--w-size", type=common.number(int, 3), default=128, help="w, images whitened together, divides --batch-size; the paper's 2 d")
-    parser.add_argument("--w-iter", type=common.number(int, 1), default=1, help="random partitions per step; the official 1 (STL-10, two views: 4)")
+    parser.add_argument("--whitening", choices=KINDS, default="cholesky", help="`bn` only standardises, `none` does nothing: both collapse")
+    parser.add_argument("--w-size", type=common.number(int, 3, example=128), default=128,
+                        help="w, images whitened together: divides --batch-size, above --proj-dim; the paper's 2 d")
+    parser.add_argument("--w-iter", type=common.number(int, 1), default=1, help="random partitions per step; official 1 (STL-10, Tiny-ImageNet, two views: 4)")
     parser.add_argument("--eps", type=common.number(float, 0, below=1), default=0.0, help="S becomes (1 - eps) S + eps I; the official code's 0")
     parser.add_argument("--one-way", action="store_true", help="the second view of a pair is a fixed target: L1' of Eq. 6 in arXiv 2210.03586")
     return common.finish_arguments(parser, argv, size_rules)

@@ -14,10 +14,10 @@ Times are wall-clock milliseconds: run it on a machine that does nothing else.
 """
 
 import argparse
+import concurrent.futures
 import copy
 import importlib
 import multiprocessing
-import resource
 import shlex
 import statistics
 import sys
@@ -147,12 +147,17 @@ WHY = {
 
 def step_and_memory(name, backbone, flags, repeats):
     """(milliseconds of a step, MiB at its peak beyond the process's own) - or the words of the refusal. Run in a fresh process."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    import resource  # not on Windows
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)  # MiB
+
+    before = peak()
     try:
         ms, _, on_gpu = measure(name, backbone, flags, repeats, with_loss=False)
     except common.UserError as refusal:
         return str(refusal)
-    return ms["step"], on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    return ms["step"], on_gpu or peak() - before
 
 
 def grow(options):
@@ -165,8 +170,8 @@ def grow(options):
     for name in options.methods:
         cells = []
         for column, flags in columns.items():
-            with multiprocessing.get_context("spawn").Pool(1) as process:
-                found = process.apply(step_and_memory, (name, options.backbone, f"{options.flags} {flags}", options.repeats))
+            with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                found = process.submit(step_and_memory, name, options.backbone, f"{options.flags} {flags}", options.repeats).result()
             if isinstance(found, str):
                 refusals.append(f"{name}, {column}: {found}")
             cells.append("refused" if isinstance(found, str) else f"{found[0]:.0f} / {found[1]:.0f}")

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torchvision
-from conftest import METHODS, run_here
+from conftest import METHODS, ROOT, is_one_line_error, run_here, run_script
 
 # ---- backbones -----------------------------------------------------------------------------------
 
@@ -150,6 +150,13 @@ def test_a_compiled_run_ends_like_an_uncompiled_one(method, flags, tmp_path):
     for name, tensor in plain.items():
         difference, change = (tensor - compiled[name]).double().norm(), (tensor - start[name]).double().norm()
         assert difference <= 0.05 * change + 1e-4 * tensor.double().norm() + 1e-6, name
+
+
+@pytest.mark.slow
+def test_compile_without_a_compiler_is_one_line(flags, tmp_path):
+    result = run_script(ROOT / "methods" / "vicreg.py", *flags("vicreg", "--compile"), CXX=str(tmp_path / "no-compiler"),
+                        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert is_one_line_error(result) and "--compile does not work here" in result.err and "try it without --compile" in result.err, result.err
 
 
 def test_backbone_pt_of_a_run_loads_strictly_into_torchvision(flags, tmp_path):

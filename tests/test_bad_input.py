@@ -63,7 +63,7 @@ OF_METHOD = [
     ("barlow", "--lambda 0.1", "--lambda", HELP),
     ("vicreg", "--inv -1", "--inv", "try 25"), ("vicreg", "--var much", "--var", "try 25"), ("vicreg", "--cov nan", "--cov", "try 1"),
     ("vicreg", "--scaling official", "--scaling", TRY),
-    ("wmse", "--whitening eigen", "--whitening", TRY), ("wmse", "--w-size 2", "--w-size", "try 3"),
+    ("wmse", "--whitening eigen", "--whitening", TRY), ("wmse", "--w-size 2", "--w-size", "try 128"),
     ("wmse", "--w-size 24", "--w-size 24", "try --w-size"),
     ("wmse", "--w-size 3", "--w-size 3", "try --w-size"), ("wmse", "--proj-dim 16", "--w-size 16", "try --proj-dim 8 or --eps 1e-3"),
     ("wmse", "--proj-dim 64 --w-size 32", "--proj-dim 64", "try --proj-dim 16 or --eps 1e-3"), ("wmse", "--w-iter 0", "--w-iter", "try 1"),
@@ -182,6 +182,12 @@ def test_what_only_the_images_can_tell(script, text, named, proposed, small_fold
     assert is_one_line_error(result) and named in result.err and proposals(result.err) == [proposed], result.err
     assert everything_below(tmp_path) == []
     assert run_here(script, [*argv, *proposed, "--proj-hidden", "32"]).status == 0
+
+
+@pytest.mark.parametrize("method, flag, value", [("shuffled_dbn", "--groups", "3"), ("cw_rgp", "--groups", "13"), ("cw_rgp", "--groups", "600"),
+                                                 ("simsiam", "--pred-hidden", "0"), ("cw_rgp", "--w-size", "1"), ("wmse", "--w-size", "2")])
+def test_at_the_defaults_the_first_proposal_is_accepted(method, flag, value):
+    assert refusals(method, [flag, value], most=2) == 1
 
 
 def test_processes_that_do_not_divide_the_batch(small_folder, monkeypatch):

@@ -3,9 +3,11 @@
 import hashlib
 import http.client
 import io
+import os
 import pickle
 import random
 import shutil
+import signal
 import tarfile
 import urllib.error
 import zipfile
@@ -678,6 +680,18 @@ def test_a_file_that_vanishes_during_a_streamed_run_is_one_line_that_names_it(sm
                          "--num-workers", workers, "--epochs", 2, "--eval-every", 0)
     result = run_here("cw_rgp", flags)
     assert is_one_line_error(result) and str(gone) in result.err, result.err
+
+
+def test_a_loader_process_that_dies_is_one_line(large_folder, tmp_path, monkeypatch):
+    """As the system ends one that finds no memory, or no shared memory (a container often has 64 MB of it)."""
+
+    def die(*_):
+        assert torch.utils.data.get_worker_info() is not None  # not the process of this test
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(common, "crop_one", die)
+    result = run_here("cw_rgp", stream_flags(large_folder, tmp_path / "run", "--image-size", "16", "--stream", "--num-workers", "1"))
+    assert is_one_line_error(result) and "a loader process died" in result.err and "try a smaller --num-workers" in result.err
 
 
 def test_the_way_out_for_a_vanished_file_works(small_folder, tmp_path, monkeypatch):

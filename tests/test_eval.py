@@ -259,6 +259,16 @@ def test_another_data_set(trained, tmp_path, monkeypatch):
     assert report["dataset"] == "patterns" and report["trained_on"] == "folder" and report["test_images"] == 20
 
 
+def test_a_run_without_crops_is_measured_on_larger_images_too(small_folder, tmp_path):
+    """Training on them would need crops; the figures do not. Only --views does, and says so."""
+    argv = [*SMALL, *SMALL_OF["vicreg"], "--epochs", "1", "--augment", "none", "--dataset", "folder", "--data-dir", small_folder, "--out", tmp_path / "run"]
+    assert run_here("vicreg", argv).status == 0
+    larger = make_folder(tmp_path / "larger", side=48)
+    assert evaluate(tmp_path, tmp_path / "run", "--dataset", "folder", "--data-dir", larger)[1]
+    result = run_here("eval", [*QUICK, tmp_path / "run", "--dataset", "folder", "--data-dir", larger, "--views", tmp_path / "views.png"])
+    assert is_one_line_error(result) and "--views: " in result.err and "no crop" in result.err
+
+
 def test_without_labels_the_accuracies_are_left_out(trained, small_folder, tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()

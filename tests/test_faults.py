@@ -401,6 +401,18 @@ def test_in_the_first_epoch_there_is_no_checkpoint_yet_and_none_comes(monkeypatc
     assert not list((tmp_path / "run").glob("*.pt"))
 
 
+def test_a_network_that_is_not_finite_in_eval_mode_only_stops_the_run(monkeypatch, images, tmp_path):  # noqa: F811
+    """As after an epoch's last step, which the loss of that step has not seen: no row, no checkpoint of these weights."""
+
+    def spoil(module, _inputs, output):
+        return output if module.training else output * float("nan")
+
+    change_built_model(monkeypatch, "simclr", lambda model: model.projector.register_forward_hook(spoil))
+    result = run_here("simclr", arguments("simclr", images, tmp_path / "run"))
+    assert is_one_line_error(result) and "in eval mode is not finite" in result.err and "try a smaller --lr" in result.err
+    assert not list((tmp_path / "run").glob("*.pt")) and not (tmp_path / "run" / "metrics.csv").exists()
+
+
 # ---- the images ----------------------------------------------------------------------------------
 
 

@@ -145,6 +145,14 @@ def test_figures_are_finite_for_every_shape(shape, fill):
     assert figures["rank"] <= min(shape[0] - 1, shape[1])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_embeddings_that_are_not_finite_are_refused_in_words(value):
+    z = torch.randn(20, 4)
+    z[7, 2] = value
+    with pytest.raises(common.UserError, match="not finite.*try a smaller --lr"):
+        common.collapse_metrics(z)
+
+
 def test_half_precision_and_gradients_do_no_harm():
     z = torch.randn(200, 8, generator=seeded(6)).bfloat16().requires_grad_()
     figures = common.collapse_metrics(z)
