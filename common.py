@@ -945,7 +945,7 @@ def crop_and_resize(x, vertical, horizontal, size, interpolation):
     wx = resize_matrix(horizontal, width, size, interpolation)  # [n, size, W]
     wy = resize_matrix(vertical, height, size, interpolation)  # [n, size, H]
     x = torch.bmm(wx, x.reshape(n, c * height, width).mT)  # [n, size, 3 H]: no copy
-    x = torch.bmm(x.view(n, size * c, height), wy.mT).view(n, size, c, size).permute(0, 2, 3, 1) # [n, 3, size, size]
+    x = torch.bmm(wy, x.view(n, size * c, height).mT).view(n, size, size, c).permute(0, 3, 1, 2)  # [n, 3, size, size], channels_last
     return x.clamp_(0, 1) if interpolation == "bicubic" else x  # bicubic overshoots
 
 
@@ -1044,6 +1044,9 @@ def augment(images, recipe, views, size, mean, std, seed, step, rank=0, world_si
     which this rank holds rows rank * n onwards: N ranks see what one process would, and (seed, step) alone decides, so that a
     resumed run goes on exactly, on any device."""
     cropped, out = isinstance(images, (list, tuple)), []
+    # Three numbers at a time are slow to subtract: a whole picture of each, [1, 3, size, size], in the order of the views' memory.
+    mean, std = (torch.as_tensor(v, dtype=torch.float32, device=images[0].device).view(1, 3, 1, 1).expand(1, 3, size, size)
+                 .contiguous(memory_format=torch.channels_last) for v in (mean, std))
     for number_of_view in range(views):
         batch = images[number_of_view] if cropped else images
         n, _, height, width = batch.shape
@@ -1052,8 +1055,7 @@ def augment(images, recipe, views, size, mean, std, seed, step, rank=0, world_si
         params = [{key: array[rank * n : (rank + 1) * n] for key, array in p.items()} for p in params]
         with torch.autocast(batch.device.type, enabled=False):  # resampling needs float32
             x = apply(view, batch, params, size, cropped)
-        m, s = (torch.as_tensor(v, dtype=torch.float32, device=x.device).view(3, 1, 1) for v in (mean, std))
-        out.append(torch.sub(x, m, out=torch.empty_like(x, memory_format=torch.channels_last)).div_(s))
+        out.append(x.contiguous(memory_format=torch.channels_last).sub_(mean).div_(std))  # right after a crop: no copy
     return out
 
 
