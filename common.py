@@ -15,20 +15,25 @@ To borrow a method, copy its file and this one into a folder of your own.
 
 import argparse
 import contextlib
+import copy
 import csv
+import dataclasses
 import datetime
 import http.client
 import inspect
 import io
+import itertools
 import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import typing
 import zipfile
 import zlib
 
@@ -82,7 +87,8 @@ def main(function, parse):
     """Call function(parse()) and turn every foreseeable fault into one line on stderr and exit status 2."""
     status, message = 2, ""
     try:
-        status = function(parse()) or 0
+        function(parse())
+        status = 0
     except UserError as error:
         message = f"error: {error}"
     except KeyboardInterrupt:
@@ -118,112 +124,296 @@ def main(function, parse):
 
 
 # ==============================================================================
-# 2. Command line
+# The flags that all nine methods share
 # ==============================================================================
 
 DATASETS = ("patterns", "cifar10", "cifar100", "stl10", "tinyimagenet", "folder")
 
 
+def flag(default, help, least=None, most=None, above=None, below=None, choices=None, example=None):
+    """A field of Args with a help text and bounds; `above` and `below` are exclusive.
+
+    choices: the allowed words, in one string. example: a value for messages that say what to try."""
+    metadata = {"help": help, "least": least, "most": most, "above": above, "below": below}
+    metadata.update(choices=choices and choices.split(), example=example)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Args:
+    """All hyper-parameters of a run: each field is a flag, `proj_dim` is --proj-dim.
+
+    A method's Args adds its own fields and other defaults; help and bounds are inherited. The
+    values are checked when an Args is made, by the command line or by a program:
+    `train(Args(dataset="cifar10", epochs=5))`. Raises UserError for a value that does not fit."""
+
+    method: str = ""  # the method's name; no flag
+    experiment: str = ""  # its name, if tests/experiments.py made the model; no flag
+
+    dataset: str = flag("patterns", "`patterns` is drawn on the spot, `folder` is your own images, "
+                        "the others are downloaded when first used", choices=" ".join(DATASETS))
+    data_dir: str = flag("data", "folder of the data set, or where to download it to")
+    image_size: int | None = flag(None, "side of a view in pixels (default: that of the images, "
+                                  "at most 64)", least=8, most=1024, example=32)
+    augment: str = flag("w-mse", "recipe of the random views; common.RECIPES explains them")
+    views: int = flag(2, "views of each image", least=2, most=16)
+
+    backbone: str = flag("tiny", "`tiny`, or a torchvision ResNet by name, such as resnet18")
+    proj_hidden: int = flag(1024, "width of the hidden layers of the projector", least=1)
+    proj_dim: int = flag(128, "d, channels of the embedding Z, the projector's output", least=2)
+    proj_layers: int = flag(2, "linear layers of the projector", least=1, most=8)
+
+    epochs: int = flag(10, "passes over the training images", least=1)
+    batch_size: int = flag(256, "images in a step, in all processes together", least=2)
+    optimizer: str = flag("adam", "sgd and lars have momentum 0.9; muon is Muon for the filters of "
+                          "convolutions and Adam for the rest", choices="adam sgd lars muon")
+    lr: float = flag(3e-3, "peak learning rate, not scaled by the batch size", above=0, example=3e-3)
+    lr_bias: float | None = flag(None, "peak learning rate of biases and norm layers "
+                                 "(default: --lr)", above=0, example=3e-3)
+    lr_filters: float | None = flag(None, "peak learning rate of the filters of convolutions with "
+                                    "--optimizer muon (default: 0.1)", above=0, example=0.1)
+    weight_decay: float = flag(1e-6, "weight of the L2 penalty; lars leaves out biases and norm "
+                               "layers, muon the filters", least=0)
+    warmup: int | None = flag(None, "steps in which the learning rate rises (default: a tenth of "
+                              "the run, at most 500)", least=0, example=500)
+    schedule: str = flag("cosine", "how the rate falls; `step`: to a fifth when 50 epochs are "
+                         "left, and again when 25 are", choices="cosine step constant")
+    seed: int = flag(0, "of weights, order, views and every other random draw", least=0,
+                     most=2**31 - 1)
+
+    out: str | None = flag(None, "folder of the run (default: runs/METHOD-DATASET-sSEED, with -2, "
+                           "-3, ... if it is taken)")
+    resume: bool = flag(False, "go on from the last checkpoint in the run folder, if there is one")
+    eval_every: int = flag(1, "epochs between two measurements of kNN and collapse; 0: at the end",
+                           least=0)
+    save_every: int = flag(0, "steps between two extra checkpoints inside an epoch; 0: none", least=0)
+    log_every: int = flag(10, "steps between two looks at the loss, which wait for the device",
+                          least=1)
+
+    device: str = flag("auto", "`auto` takes a GPU if there is one", choices="auto cpu cuda")
+    precision: str = flag("auto", "of the networks; `auto` takes bf16 if the processor has it. The "
+                          "loss is always computed in fp32", choices="auto fp32 bf16")
+    compile: bool = flag(False, "compile the backbones with torch.compile")
+    stream: bool = flag(False, "read images from disk in each epoch, even if they fit in memory")
+    num_workers: int = flag(2, "processes that read images from disk", least=0, most=256)
+
+    def rules(self):
+        """What a method demands of the sizes: pairs of a condition and what to say if it fails."""
+        return ()
+
+    def __post_init__(self):
+        check_args(self)
+
+
+# ==============================================================================
+# Command line: flags from Args, checks, and values to propose
+# ==============================================================================
+
+# The first flag of each group of --help. The method's own flags come before them all.
+GROUPS = {"dataset": "images and views", "backbone": "network", "epochs": "training",
+          "out": "run folder", "device": "machine"}
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, but a bad flag is one line on stderr (argparse would print the whole usage first)."""
+    """argparse, but a bad flag is one line on stderr (argparse would print the usage first)."""
 
     def error(self, message):
-        raise UserError(message.removeprefix("argument ") + ("" if "try" in message else f"; see {self.prog} --help"))
+        remedy = "" if "try" in message else f"; see {self.prog} --help"
+        raise UserError(message.removeprefix("argument ") + remedy)
 
 
-class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Names each default, but for those that depend on other flags: their help texts say what happens."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None or "(default" in action.help else super()._get_help_string(action)
-
-
-def number(kind, minimum=None, maximum=None, above=None, below=None, example=None):
-    """A type for argparse: an int or float within bounds (`above` and `below` are strict), or a message that says so."""
-    bounds = [f"at least {minimum}" * (minimum is not None), f"above {above}" * (above is not None),
-              f"at most {maximum}" * (maximum is not None), f"below {below}" * (below is not None)]
-    wanted = ("a whole number " if kind is int else "a number ") + " and ".join(bound for bound in bounds if bound)
-    example = minimum if example is None else example
+def number(kind, least=None, most=None, above=None, below=None, example=None):
+    """A `type` for argparse: int or float within bounds. A value outside gets a message."""
+    bounds = {"at least": least, "above": above, "at most": most, "below": below}
+    bounds = " and ".join(f"{words} {x}" for words, x in bounds.items() if x is not None)
+    wanted = "a whole number" if kind is int else "a number"
+    wanted = f"{wanted} {bounds}".strip()
 
     def parse(text):
-        with contextlib.suppress(ValueError, OverflowError):
+        with contextlib.suppress(ValueError, OverflowError, TypeError):
             value = kind(text)
-            if (math.isfinite(value) and (minimum is None or value >= minimum) and (above is None or value > above)
-                    and (maximum is None or value <= maximum) and (below is None or value < below)):
+            exact = isinstance(text, str) or (value == text and not isinstance(text, bool))
+            high = (most is None or value <= most) and (below is None or value < below)
+            low = (least is None or value >= least) and (above is None or value > above)
+            if exact and math.isfinite(value) and high and low:
                 return value
-        raise argparse.ArgumentTypeError(f"'{text}' is not {wanted.strip()}; try {example}")
+        raise argparse.ArgumentTypeError(f"'{text}' is not {wanted}; try {example}")
 
     return parse
 
 
-def divisor_near(number_, wish, least=2):
-    """The divisor of number_, at least `least`, that is nearest to a wish: a value to propose in a message."""
-    return min((d for d in range(least, number_ + 1) if number_ % d == 0), key=lambda d: abs(d - wish), default=least)
+def flags_of(kind):
+    """The fields of an Args class as [(name, type, default, metadata)], without those of no flag.
+
+    A field that only changes a default has the metadata of the class above it. Raises TypeError
+    for a class that Python would misread in silence: without @dataclass, or a name without type."""
+    if "__dataclass_fields__" not in vars(kind):
+        raise TypeError(f"{kind.__name__} needs @dataclass(kw_only=True) above it")
+    for name, value in vars(kind).items():
+        if not name.startswith("_") and not callable(value) and name not in kind.__annotations__:
+            raise TypeError(f"{kind.__name__}.{name} needs a type, as in `{name}: int = ...`")
+    flags = []
+    for field in dataclasses.fields(kind):
+        above = [vars(base).get("__dataclass_fields__", {}).get(field.name) for base in kind.__mro__]
+        metadata = next((f.metadata for f in above if f is not None and f.metadata), None)
+        if metadata is not None:
+            types = typing.get_args(field.type) or (field.type,)  # int | None -> (int, NoneType)
+            flags.append((field.name, types[0], field.default, metadata))
+    return flags
 
 
-def shared_arguments(method, description):
-    """The parser with the flags of all nine methods; a method adds its own and calls `finish_arguments`."""
-    parser = OneLineParser(prog=f"{method}.py", description=description.strip().splitlines()[0], allow_abbrev=False,
-                           formatter_class=HelpWithDefaults)
-    parser.set_defaults(method=method)
-    add = parser.add_argument
-    add("--dataset", choices=DATASETS, default="patterns",
-        help="`patterns` is drawn on the spot, `folder` is your own images in --data-dir, the others are downloaded on first use")
-    add("--data-dir", default="data", help="where the data set lies, or is downloaded to")
-    add("--image-size", type=number(int, 8, 1024, example=32), help="side of a view in pixels (default: 32; stl10 and tinyimagenet 64, folder at most 64)")
-    add("--backbone", default="tiny", help="`tiny`, or a torchvision ResNet by name (resnet18, resnet50, ...)")
-    add("--epochs", type=number(int, 1, example=10), default=10, help="passes over the images; the W-MSE and CW-RGP authors' CIFAR-10 runs take 1000")
-    add("--batch-size", type=number(int, 2, example=256), default=256, help="images a step, over all processes")
-    add("--lr", type=number(float, above=0, example="3e-3"), default=3e-3, help="peak learning rate, not scaled by the batch size")
-    add("--lr-bias", type=number(float, above=0, example="3e-3"), help="peak learning rate of biases and norm layers (default: --lr)")
-    add("--lr-filters", type=number(float, above=0, example="0.1"), help="peak learning rate of the convolutions' filters under Muon (default: 0.1)")
-    add("--weight-decay", type=number(float, 0, example="1e-6"), default=1e-6, help="L2 penalty; LARS leaves biases and norm layers out, Muon the filters")
-    add("--warmup", type=number(int, 0, example=500), help="steps of linear warm-up (default: a tenth of the run, at most 500; MoCo: 150)")
-    add("--schedule", choices=("cosine", "step", "constant"), default="cosine",
-        help="`step`: x 0.2 when 50 epochs are left, and again when 25 are (in shorter runs never)")
-    add("--optimizer", choices=("adam", "sgd", "lars", "muon"), default="adam",
-        help="sgd, lars: momentum 0.9; muon: Muon for the filters of convolutions, Adam for the rest")
-    add("--augment", choices=sorted(RECIPES), default="w-mse", help="recipe of the random views, see common.RECIPES")
-    add("--proj-hidden", type=number(int, 1, example=1024), help="width of the hidden layers of the projector (BYOL: and predictor); --proj-layers 1 has none")
-    add("--proj-dim", type=number(int, 2, example=128), help="d, channels of the embedding Z, the projector's output")
-    add("--proj-layers", type=number(int, 1, 8, example=2), help="linear layers of the projector")
-    add("--views", type=number(int, 2, 16, example=2), default=2, help="views of each image")
-    add("--seed", type=number(int, 0, 2**31 - 1, example=0), default=0, help="of weights, order, views and every other draw")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the processor has it; the loss is computed in fp32")
-    add("--compile", action="store_true", help="torch.compile the backbones")
-    add("--num-workers", type=number(int, 0, 256, example=2), default=2, help="loader processes, used only where the images do not fit in memory")
-    add("--stream", action="store_true", help="read image files as training goes on even if they would fit in memory")
-    add("--out", help="folder of the run (default: runs/<method>-<dataset>-s<seed>, or with -2, -3, ... if that holds a run)")
-    add("--resume", action="store_true", help="go on from the run folder's last checkpoint; without one, start afresh")
-    add("--eval-every", type=number(int, 0, example=1), default=1, help="measure kNN and collapse figures every so many epochs; 0: only at the end")
-    add("--save-every", type=number(int, 0, example=100), default=0, help="write an extra checkpoint every so many steps of an epoch; 0: none")
-    add("--log-every", type=number(int, 1, example=10), default=10, help="read the loss every so many steps: inside an epoch the only wait for the device")
-    return parser
+def words_of(name, metadata):
+    """The words that a flag may be, or None if it may be any."""
+    if name == "augment":
+        return sorted(RECIPES)
+    return metadata["choices"]
 
 
-def finish_arguments(parser, argv=None, size_rules=None):
-    """Parse, fill in the defaults that depend on other flags, check what can be checked before any data is read.
+def parser_of(name, type_, default, metadata):
+    """The function that turns a flag's text or value into its type, or raises ArgumentTypeError."""
+    bounds = {key: metadata[key] for key in ("least", "most", "above", "below")}
+    example = metadata["example"] if metadata["example"] is not None else default
+    return number(type_, **bounds, example=example)
 
-    size_rules: a method's own checks of args. Returns argparse.Namespace. Raises UserError."""
-    args = parser.parse_args(argv)
-    check(args.backbone == "tiny" or args.backbone in resnet_names(),
-          f"--backbone {args.backbone} is unknown; try tiny, {', '.join(resnet_names()[:5])}")
-    check(args.dataset != "folder" or argument_given("--data-dir", argv) or os.path.isdir(args.data_dir),
+
+def parse_args(kind, argv=None, description=None):
+    """An Args of class `kind` from the command line (argv: a list of words). Raises UserError.
+
+    description: the method's docstring, whose first line heads --help."""
+    flags = flags_of(kind)
+    method = kind.method
+    first_line = (description or f"{method}.").strip().splitlines()[0]  # python -OO has no docstrings
+    parser = OneLineParser(prog=f"{method}.py", description=first_line, allow_abbrev=False)
+    shared = {name for name, *_ in flags_of(Args)}
+    groups = {"": parser.add_argument_group(f"{method}'s own")}
+    current = None
+    for name, type_, default, metadata in sorted(flags, key=lambda flag: flag[0] in shared):
+        if name in shared and name in GROUPS:
+            current = parser.add_argument_group(GROUPS[name])
+        group = current if name in shared else groups[""]
+        help = metadata["help"].replace("%", "%%")
+        if type_ is bool:
+            group.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=help)
+            continue
+        if default is not None:
+            help += f" (default: {default})"
+        words = words_of(name, metadata)
+        parse = parser_of(name, type_, default, metadata) if type_ in (int, float) else str
+        metavar = None if words else {int: "N", float: "X", str: "NAME"}[type_]
+        group.add_argument(f"--{name.replace('_', '-')}", type=parse, choices=words,
+                           default=default, metavar=metavar, help=help)
+    return kind(**vars(parser.parse_args(argv)))
+
+
+def check_args(args):
+    """Bring the values of an Args to their types, and check all that needs no data. UserError."""
+    for name, type_, default, metadata in flags_of(type(args)):
+        value, option = getattr(args, name), "--" + name.replace("_", "-")
+        if value is None and default is None:
+            continue
+        words = words_of(name, metadata)
+        if type_ in (int, float):
+            try:
+                setattr(args, name, parser_of(name, type_, default, metadata)(value))
+            except argparse.ArgumentTypeError as error:
+                raise UserError(f"{option}: {error}") from None
+        elif type_ is bool:
+            check(isinstance(value, bool), f"{option}: {value!r} is not True or False; try True")
+        else:
+            setattr(args, name, os.fspath(value))
+            check(words is None or value in words, f"{option}: {value!r} is not known; try {default}")
+    names = resnet_names()
+    check(args.backbone == "tiny" or args.backbone in names,
+          f"--backbone {args.backbone} is unknown; try tiny, {', '.join(names[:5])}")
+    check(args.dataset != "folder" or args.data_dir != "data" or os.path.isdir("data"),
           "--dataset folder needs --data-dir DIR, the folder of your images")
-    check(args.batch_size % world_size() == 0,
-          f"--batch-size {args.batch_size} is not a multiple of the {world_size()} processes; try "
-          f"{max(1, args.batch_size // world_size()) * world_size()}")
-    check(args.optimizer == "muon" or args.lr_filters is None, f"--lr-filters needs --optimizer muon; with {args.optimizer} the filters' rate is --lr")
-    args.lr_filters = 0.1 if args.optimizer == "muon" and args.lr_filters is None else args.lr_filters
-    args.lr_bias = args.lr if args.lr_bias is None else args.lr_bias
-    if size_rules:
-        size_rules(args)
+    check(args.optimizer == "muon" or args.lr_filters is None, "--lr-filters needs --optimizer "
+          f"muon; with --optimizer {args.optimizer} the filters' rate is --lr")
+    check_rules(args)
+
+
+def completed(args, device):
+    """A copy of args in which flags that were left open have their values, and `given` the rest."""
+    args, given = copy.copy(args), dataclasses.asdict(args)
+    args.given = given
+    if args.precision == "auto":
+        args.precision = "bf16" if has_fast_bf16(device) else "fp32"
+    if args.lr_bias is None:
+        args.lr_bias = args.lr
+    if args.optimizer == "muon" and args.lr_filters is None:
+        args.lr_filters = 0.1
     return args
 
 
-def argument_given(flag, argv=None):
-    return any(word == flag or word.startswith(flag + "=") for word in (sys.argv[1:] if argv is None else argv))
+def rules_of(args):
+    """The rules of sizes that hold for every method, then the method's own."""
+    multiple = args.batch_size % world_size() == 0
+    return [(multiple, f"--batch-size must be a multiple of the {world_size()} processes"),
+            *args.rules()]
+
+
+def check_rules(args):
+    """Raise UserError for the first rule that fails, with the nearest sizes that obey them all."""
+    broken = [text for holds, text in rules_of(args) if not holds]
+    if broken:
+        sizes = [name for name, type_, *_ in flags_of(type(args)) if type_ is int]
+        named = [name for name in re.findall(r"--([a-z-]+)", " ".join(broken))]
+        named = list(dict.fromkeys(name.replace("-", "_") for name in named))
+        named = [name for name in named if name in sizes]
+        now = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in named)
+        raise UserError(f"{now}: {broken[0]}; try {proposal(args, sizes, named)}")
+
+
+def proposal(args, sizes, named):
+    """The fewest and nearest changes of sizes with which every rule holds, as flags.
+
+    Flags with their default value are changed before others: the user asked for the others."""
+    texts = " ".join(text for _, text in rules_of(args))
+    names = named + [n for n in sizes if n not in named and f"--{n.replace('_', '-')} " in f"{texts} "]
+    mine = {name: default for name, _, default, _ in flags_of(type(args))}
+    names.sort(key=lambda name: getattr(args, name) != mine[name])
+    free = sum(getattr(args, name) == mine[name] for name in names)
+    for pool in (names[:free], names):
+        for count in (1, 2):
+            for chosen in itertools.combinations(pool, count):
+                found = nearest_that_fits(args, chosen, sizes)
+                if found:
+                    return " ".join(f"--{n.replace('_', '-')} {v}" for n, v in zip(chosen, found))
+    return "the sizes of a run without flags"
+
+
+def nearest_that_fits(args, chosen, sizes):
+    """Values for the flags `chosen`, near the present ones, with which every rule holds, or None."""
+    flags = {name: (type_, default, metadata) for name, type_, default, metadata in flags_of(type(args))}
+    columns = []
+    for name in chosen:
+        parse, values = parser_of(name, *flags[name]), []
+        for value in candidates(args, name, sizes):
+            with contextlib.suppress(argparse.ArgumentTypeError):
+                values.append(parse(value))
+        columns.append(values[:400 if len(chosen) == 1 else 60])
+    trial, best = copy.copy(args), None
+    for values in itertools.product(*columns):
+        distance = sum(abs(math.log(v / max(1, getattr(args, n)))) for n, v in zip(chosen, values))
+        if best is None or distance < best[0]:
+            for name, value in zip(chosen, values):
+                setattr(trial, name, value)
+            if all(holds for holds, _ in rules_of(trial)):
+                best = distance, values
+    return best and best[1]
+
+
+def candidates(args, name, sizes):
+    """Whole numbers that may suit flag `name`, the nearest first: powers of two, and divisors and
+    multiples of the other sizes and of the number of processes."""
+    now = max(1, getattr(args, name))
+    found = {2**k for k in range(21)}
+    for n in {world_size(), *(getattr(args, other) or 0 for other in sizes if other != name)} - {0}:
+        small = [d for d in range(1, min(math.isqrt(n), 10_000) + 1) if n % d == 0]
+        found.update(small, (n // d for d in small))
+        quotient = now // n
+        found.update(n * q for q in range(max(1, quotient - 16), quotient + 17))
+    return sorted(found - {now}, key=lambda v: abs(math.log(v / now)))
 
 
 # ==============================================================================
@@ -242,7 +432,7 @@ def rank():
 
 
 def set_up(args):
-    """Choose the device, resolve --precision auto, join the other processes. Returns torch.device. Raises UserError."""
+    """Choose the device and join the other processes. Returns a completed copy of args and the torch.device. Raises UserError."""
     check(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU that this torch can use; try --device cpu")
     cuda = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -252,12 +442,10 @@ def set_up(args):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # all batches have one size
         torch.set_float32_matmul_precision("highest")  # whitening in full fp32 whatever the environment says; convolutions may use TF32 (torch's default)
-    if args.precision == "auto":
-        args.precision = "bf16" if has_fast_bf16(device) else "fp32"
     if world_size() > 1 and not dist.is_initialized():
         patience = datetime.timedelta(hours=3)  # while rank 0 downloads; torchrun ends all when one ends
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=patience)
-    return device
+    return completed(args, device), device
 
 
 def has_fast_bf16(device):
@@ -1365,9 +1553,9 @@ def project(projector, h, precision="fp32"):
 # 9. The run folder
 # ==============================================================================
 
-CHECKPOINT_FORMAT = "nine-ssl-methods-1"
+CHECKPOINT_FORMAT = "nine-ssl-methods-2"
 # Flags that a resumed run may change: they do not touch the numbers, but for the rounding (compile) or the permutations that a GPU draws (device).
-FREE_ON_RESUME = {"epochs", "out", "resume", "device", "num_workers", "log_every", "save_every", "compile", "data_dir"}
+FREE_ON_RESUME = {"epochs", "out", "resume", "device", "num_workers", "log_every", "save_every", "compile", "data_dir", "given"}
 
 
 class Run:
@@ -1392,7 +1580,8 @@ class Run:
 
     def _open_folder(self):
         args = self.args
-        base = args.out or os.path.join("runs", f"{args.method}-{args.dataset}-s{args.seed}")
+        method = "-".join(filter(None, (args.method, args.experiment)))
+        base = args.out or os.path.join("runs", f"{method}-{args.dataset}-s{args.seed}")
         candidates = [base] if args.out else [base] + [f"{base}-{i}" for i in range(2, 1000)]
         taken = [path for path in candidates if os.path.isfile(os.path.join(path, "last.pt")) or os.path.isfile(os.path.join(path, "previous.pt"))]
         if args.resume:
@@ -1456,7 +1645,9 @@ class Run:
 
     def _check_same_run(self, checkpoint):
         before, now = checkpoint["args"], vars(self.args)
-        check(before["method"] == now["method"], f"--resume: {self.folder} is a run of {before['method']}, not of {now['method']}; try another --out")
+        names = ["/".join(filter(None, (a["method"], a["experiment"]))) for a in (before, now)]
+        check(names[0] == names[1],
+              f"--resume: {self.folder} is a run of {names[0]}, not of {names[1]}; try another --out")
         for name in sorted(set(now) - FREE_ON_RESUME):
             flag = "--" + name.replace("_", "-")
             given = before.get(name) is not None and before[name] is not False

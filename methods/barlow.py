@@ -1,63 +1,70 @@
-"""Barlow Twins: make the cross-correlation of two views the identity.
+"""Barlow Twins: make the cross-correlation matrix of two views the identity.
 
-Jure Zbontar, Li Jing, Ishan Misra, Yann LeCun, Stephane Deny: "Barlow Twins: Self-Supervised Learning via Redundancy Reduction",
-ICML 2021, arXiv 2103.03230. Official code: facebookresearch/barlowtwins.
+Paper: Zbontar et al., "Barlow Twins", ICML 2021, arXiv 2103.03230
+Code: facebookresearch/barlowtwins (official)
 
-The idea. Correlate every channel of one view with every channel of the other, over the batch. A channel shall correlate fully with
-itself, which makes it invariant to the augmentation, and not at all with the others, which makes the channels say different things.
-A constant channel correlates with nothing, and equal channels correlate with each other: the loss forbids both kinds of collapse.
+Idea: Correlate every channel of one view with every channel of the other, over the batch.
+    Each channel should correlate perfectly with its counterpart, and not with the others.
+    A constant channel correlates with nothing, and equal channels with each other.
 
-The loss (Eq. 1 and 2) for embeddings standardised over the batch, channel by channel:
+Loss: for embeddings Z1, Z2 [N, d] of two views
+    C = Z1^T Z2 / N, every channel standardised over the batch before            [d, d] (Eq. 2)
+    L = sum_i (1 - C_ii)^2 + lambda sum_{i != j} C_ij^2                                 (Eq. 1)
+    A large loss is normal: random embeddings give about d + lambda d (d - 1) / N.
 
-    C = Z1^T Z2 / N                                      [d, d], Z1, Z2 [N, d] with mean 0 and variance 1 per channel
-    L = sum_i (1 - C_ii)^2 + lambda sum_i sum_{j != i} C_ij^2
+What prevents collapse:
+    negatives       no
+    predictor       no
+    stop-gradient   no
+    moving average  no
+    decorrelation   yes, of channels, softly
+Diff it with: vicreg.py (within each view), simclr.py (samples), wmse.py (exactly)
 
-One step:
-    z1, z2 = projector(backbone(x1)), projector(backbone(x2))
-    c = standardise(z1).T @ standardise(z2) / N
-    loss = sum((1 - diagonal(c))^2) + lambda * sum(off_diagonal(c)^2)
+Deviations:
+    With more than two views, the loss is the mean over all pairs of views.
+    The head is the CW-RGP authors' on CIFAR-10; the paper's has three layers of 8192.
+    The rate falls to 0; the official one falls to 0.001 of its peak.
+    With W processes, the official gradient is 1 / W of ours.
 
-Its value is large and should be: independent random embeddings give about d + lambda d (d - 1) / N.
+Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
+    Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.
+    Adam with weight decay 1e-6 at a rate of 3e-3 (SimSiam 2e-3, BYOL and Barlow Twins 1e-3).
+    The rate rises for a tenth of the run, at most 500 steps (MoCo 150), then falls as a cosine.
+    Each view has its own batch statistics. A ResNet's residual blocks start as the identity.
 
-What prevents collapse: decorrelation (soft whitening of the channels). No negatives, predictor, stop-gradient or EMA.
-Diff it against vicreg.py: here one correlation matrix between the branches, there two regularisers in each.
-
-Deviations: heads 1024 and 512, the CW-RGP authors' on CIFAR-10 (paper: 8192, 8192, 8192; solo-learn: 2048 three times); the cosine ends at
-0 (official: 0.001 of the peak); biased variance with 1e-5 inside the root, as the official code's batch norm; C over all processes with
-gradient (the official in-place sum over W processes hides from autograd: its gradient is 1 / W of ours, which LARS hides but in biases,
-norm layers and the decay's share: hence their official rate 0.0384 / 32 and the decay 32 * 1e-6 below, for the authors' 32 GPUs); more
-than two views: the mean over pairs.
-The recipe is that of the other files, so that a diff shows the idea: batches of 256, bf16 where the processor has it, Adam at 3e-3
-(SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with weight decay 1e-6, a warm-up of a tenth of the run, at most 500 steps (MoCo: 150), cosine
-step by step to 0, the W-MSE augmentation, batch norm view by view in the backbone, a ResNet's residual blocks start as the identity.
-
-    python methods/barlow.py                             # some minutes on a laptop, offline
-    torchrun --nproc_per_node=8 methods/barlow.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
-        --proj-hidden 8192 --proj-dim 8192 --proj-layers 3 --augment byol --optimizer lars --batch-size 2048 --lr 1.6 \
-        --lr-bias 0.0012 --weight-decay 3.2e-5 --warmup 6250 --epochs 1000
+Run: python methods/barlow.py    (about two minutes on two CPU cores, offline)
 """
 
+import itertools
 import os
 import sys
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # common.py: beside this file, or one folder up
+# common.py lies one folder up, or beside a copy of this file.
+sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common  # noqa: E402
 
 # ==============================================================================
-# 2. Hyper-parameters
+# 2. Hyper-parameters: one line each; common.Args has those that all nine share
 # ==============================================================================
 
 
+@dataclass(kw_only=True)
+class Args(common.Args):
+    method: str = "barlow"
+    lr: float = 1e-3
+    proj_hidden: int = 1024
+    proj_dim: int = 512
+    proj_layers: int = 2
+    lambd: float = common.flag(0.0051, "lambda, weight of the off-diagonal terms", least=0)
+
+
 def parse_args(argv=None):
-    parser = common.shared_arguments("barlow", __doc__)
-    parser.set_defaults(proj_hidden=1024, proj_dim=512, proj_layers=2, lr=1e-3)  # the CW-RGP authors' on CIFAR-10; the paper on ImageNet: 8192, 8192, 3
-    parser.add_argument("--lambd", type=common.number(float, 0, example=0.0051), default=0.0051, help="lambda, of the off-diagonal terms; official 0.0051")
-    parser.add_argument("--standardize", choices=("batch", "l2"), default="batch", help="`l2`: rows of length sqrt(d), not channels of variance 1")
-    return common.finish_arguments(parser, argv)
+    return common.parse_args(Args, argv, __doc__)
 
 
 # ==============================================================================
@@ -65,20 +72,15 @@ def parse_args(argv=None):
 # ==============================================================================
 
 
-def barlow_twins_loss(z1, z2, lambd=0.0051, standardize="batch"):
-    """Barlow Twins (Eq. 1 and 2), a scalar: the sum over all d^2 entries of the cross-correlation, not divided by d.
+def barlow_twins_loss(z1, z2, lambd=0.0051):
+    """Barlow Twins (Eq. 1 and 2), a scalar: the sum over all d^2 entries of C.
 
-    z1, z2: [N, d]. standardize: `batch`, every channel to mean 0 and variance 1 over the batch (biased, 1e-5 added to the variance); or
-    `l2`, every row to length sqrt(d) (after UniGrad, arXiv 2112.05141, which has length 1 and lambd 50)."""
-
-    def normalised(z):
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        if standardize == "l2":
-            return F.normalize(z, dim=1) * z.shape[1] ** 0.5
-        return (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt()
-
+    z1, z2: embeddings [N, d] of two views, standardised here as a batch norm does."""
     n, d = z1.shape
-    c = normalised(z1).T @ normalised(z2) / n  # [d, d], Eq. 2
+    z1, z2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z1, z2))
+    z1 = (z1 - z1.mean(0)) / (z1.var(0, unbiased=False) + 1e-5).sqrt()
+    z2 = (z2 - z2.mean(0)) / (z2.var(0, unbiased=False) + 1e-5).sqrt()
+    c = z1.T @ z2 / n  # [d, d], Eq. 2
     on_diagonal = (1 - c.diagonal()).square().sum()  # invariance
     off_diagonal = c.square().sum() - c.diagonal().square().sum()  # redundancy reduction
     return on_diagonal + lambd * off_diagonal  # Eq. 1
@@ -89,96 +91,115 @@ def barlow_twins_loss(z1, z2, lambd=0.0051, standardize="batch"):
 # ==============================================================================
 
 
-class BarlowTwins(nn.Module):
-    """Backbone and projector. `forward(views)`: s views [n, 3, H, W] (n images here, N in all) -> scalar loss."""
+def mlp(inputs, hidden, outputs, layers, norm=nn.BatchNorm1d, bias=False):
+    """`layers` linear layers, with norm and ReLU between them: [n, inputs] -> [n, outputs]."""
+    modules = []
+    for _ in range(layers - 1):
+        modules += [nn.Linear(inputs, hidden, bias=norm is nn.Identity)]  # a norm has its own bias
+        modules += [norm(hidden), nn.ReLU(inplace=True)]
+        inputs = hidden
+    return nn.Sequential(*modules, nn.Linear(inputs, outputs, bias=bias))
 
-    def __init__(self, backbone, feature_dim, proj_hidden=1024, proj_dim=512, proj_layers=2, lambd=0.0051, standardize="batch"):
+
+class BarlowTwins(nn.Module):
+    """H = backbone(x) [n, feature_dim], Z = projector(H) [n, d]; forward gives the loss."""
+
+    def __init__(self, backbone, feature_dim, args):
         super().__init__()
+        self.args = args
         self.backbone = backbone
-        widths = [feature_dim] + [proj_hidden] * (proj_layers - 1)
-        hidden = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(inplace=True))]
-        self.projector = nn.Sequential(*hidden, nn.Linear(widths[-1], proj_dim, bias=False))
-        self.lambd, self.standardize = lambd, standardize
+        sizes = feature_dim, args.proj_hidden, args.proj_dim, args.proj_layers
+        self.projector = mlp(*sizes)
 
     def forward(self, views):
+        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = [self.projector(v) for v in h]  # s x [n, d]
-        with torch.autocast(h[0].device.type, enabled=False):  # the loss: float32 or better, over the global batch
+        with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
             z = [common.gather(v) for v in z]  # s x [N, d]
-            pairs = [(i, j) for j in range(len(views)) for i in range(j)]
-            return sum(barlow_twins_loss(z[i], z[j], self.lambd, self.standardize) for i, j in pairs) / len(pairs)
+            pairs = itertools.combinations(z, 2)
+            losses = [barlow_twins_loss(z1, z2, self.args.lambd) for z1, z2 in pairs]
+            return sum(losses) / len(losses)
 
 
 def build(args):
+    """The model on a new backbone."""
     backbone, feature_dim = common.build_backbone(args.backbone, args.image_size)
-    return BarlowTwins(backbone, feature_dim, args.proj_hidden, args.proj_dim, args.proj_layers, args.lambd, args.standardize)
+    return BarlowTwins(backbone, feature_dim, args)
 
 
 # ==============================================================================
-# 5. Training
+# 5. Training: the same text in all nine files, but for lines marked "# <-"
 # ==============================================================================
 
 
-def train(args):
+def train(args, build=build):
+    """Train a model as `args` say. Returns the finished run. Raises common.UserError."""
     # ---- Set up --------------------------------------------------------------
-    device = common.set_up(args)  # GPU or CPU, precision, torchrun
+    args, device = common.set_up(args)  # GPU or CPU, precision, torchrun
     data = common.load_data(args, device)  # uint8 images, on the device where they fit
     torch.manual_seed(args.seed)  # the same initial weights in every process
     model = build(args).to(device, memory_format=torch.channels_last)
     optimizer = common.build_optimizer(model, args)
-    run = common.Run(args, model, optimizer, data)  # its folder: config.json, metrics.csv, checkpoints
-    network = common.distribute(model, args)  # torchrun: global batch statistics, averaged gradients; --compile
-    autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
-    step = run.resume()  # 0, or with --resume where the last checkpoint was
+    run = common.Run(args, model, optimizer, data)  # folder, checkpoints, metrics.csv
+    network = common.distribute(model, args)  # the model, ready for torchrun and --compile
+    bf16 = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
+    step = run.resume()  # 0, or with --resume the step of the last checkpoint
 
     while step < run.total_steps:
         # ---- One epoch -------------------------------------------------------
         model.train()
         epoch, first_batch = divmod(step, data.steps_per_epoch)
-        for batch in data.batches(epoch, first_batch):  # uint8 [n, 3, H, W], this process's part of the global batch
-            # Every random draw is a function of (seed, step), the learning rate of the step: a resumed run is the same run.
+        for batch in data.batches(epoch, first_batch):  # uint8 [n, 3, H, W], this process's share
+            # Learning rate and random draws depend on (seed, step) only, so resuming is exact.
             torch.manual_seed(common.step_seed(args.seed, step))
             views = data.augment(batch, step)  # s x [n, 3, size, size]
             factor = common.learning_rate(args, step, run.total_steps, data.steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * (1.0 if group["constant"] else factor)
 
-            with run.guard(step), torch.autocast(**autocast):
+            with run.guard(step), torch.autocast(**bf16):
                 loss = network(views)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            run.watch(step, loss)  # notes on the device whether loss and gradients are finite, without waiting for it
+            run.watch(step, loss)  # is every gradient finite? Noted on the device, without waiting
             step += 1
 
             if step % args.log_every == 0:
-                run.progress(step, loss)  # the only wait for the device: status line, stop on a non-finite number
+                run.progress(step, loss)  # waits for the device; stops if a number was not finite
             if step % data.steps_per_epoch:
-                run.save_if_due(step)  # --save-every; after Ctrl-C or SIGTERM it saves and leaves
+                run.save_if_due(step)  # --save-every; after Ctrl-C it saves and leaves
 
         # ---- Measure: fixed images, no augmentation, eval mode ---------------
         epoch += 1
-        row = {"epoch": epoch, "step": step, "loss": run.mean_loss(), "lr": factor * args.lr, "knn": ""}
+        row = {"epoch": epoch, "step": step, "loss": run.mean_loss(), "lr": factor * args.lr}
+        row["knn"] = ""
         if epoch == args.epochs or (args.eval_every and epoch % args.eval_every == 0):
-            h = common.extract(model.backbone, data, data.queries, args.precision)  # [M, feature_dim], at most 1000 test images
+            h = common.extract(model.backbone, data, data.queries, args.precision)  # [M, dim of H]
             z = common.project(model.projector, h, args.precision)  # [M, d]
-            row.update(common.collapse_metrics(z), rank_h=common.collapse_metrics(h)["rank_1pct"])
+            row.update(common.collapse_metrics(z))
+            row["rank_h"] = common.collapse_metrics(h)["rank_1pct"]
             if data.labelled:
-                bank = common.extract(model.backbone, data, data.bank, args.precision)  # at most 5000 training images
+                bank = common.extract(model.backbone, data, data.bank, args.precision)
                 row["knn"] = common.knn_accuracy(bank, data.bank_labels, h, data.query_labels)
-        run.end_epoch(step, row)  # metrics.csv, last.pt, a line on the screen, and a word if the figures show a collapse
+        run.end_epoch(step, row)  # metrics.csv, last.pt, a line on the screen
 
-    # ---- Close: kNN of all test images, beside two baselines -----------------
+    # ---- Close: kNN on all test images, beside two baselines -----------------
     run.save_backbone()
     scores = {}
     if data.labelled:
         torch.manual_seed(args.seed)
-        pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(32, data.size)), nn.Flatten())  # at most 32 x 32 of them
-        networks = {"kNN": model.backbone, "raw pixels": pixels, "untrained backbone": build(args).backbone.to(device)}
+        untrained = build(args).backbone.to(device)
+        pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(32, data.size)), nn.Flatten())
+        networks = {"kNN": model.backbone, "raw pixels": pixels, "untrained backbone": untrained}
+        labels = data.large_bank_labels, data.test_labels
         for name, encoder in networks.items():
-            bank, queries = (common.extract(encoder, data, images, args.precision) for images in (data.large_bank, data.test))
-            scores[name] = common.knn_accuracy(bank, data.large_bank_labels, queries, data.test_labels)
+            bank = common.extract(encoder, data, data.large_bank, args.precision)  # [N, dim of H]
+            queries = common.extract(encoder, data, data.test, args.precision)  # [M, dim of H]
+            scores[name] = common.knn_accuracy(bank, labels[0], queries, labels[1])
     run.close(scores)
+    return run
 
 
 # ==============================================================================

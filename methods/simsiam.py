@@ -1,65 +1,70 @@
 """SimSiam: two views, one network, a predictor and a stop-gradient.
 
-Xinlei Chen, Kaiming He: "Exploring Simple Siamese Representation Learning", CVPR 2021, arXiv 2011.10566.
-Official code: facebookresearch/simsiam.
+Paper: Chen and He, "Exploring Simple Siamese Representation Learning", CVPR 2021, arXiv 2011.10566
+Code: facebookresearch/simsiam (official)
 
-The idea. A predictor on one view learns to predict the embedding of the other view by the same network, and the gradient flows
-through the predicting side alone. Take the stop-gradient away and everything collapses at once. The authors' hypothesis: with
-it, the training alternates as EM does; the targets are held fixed while the network moves towards them.
+Idea: A network with a predictor learns to predict its own embedding of another view.
+    The gradient flows through the prediction only; without this stop-gradient all collapses.
+    The authors' hypothesis: training alternates, as EM does, between targets and weights.
 
-The loss (Eq. 1 and 4) for predictions p and embeddings z of two views:
+Loss: for predictions p [N, d] of one view and targets z [N, d] of the other
+    D(p, z) = mean over N of -(p / |p|) . (z / |z|)                                     (Eq. 1)
+    L = D(p1, stopgrad(z2)) / 2 + D(p2, stopgrad(z1)) / 2, at least -1                  (Eq. 4)
 
-    D(p, z) = -(p / |p|) . (z / |z|)                                                     p, z [N, d]
-    L = D(p1, stopgrad(z2)) / 2 + D(p2, stopgrad(z1)) / 2                                mean over the batch, at least -1
+What prevents collapse:
+    negatives       no
+    predictor       yes
+    stop-gradient   yes, on the target
+    moving average  no
+    decorrelation   no
+Diff it with: byol.py (a moving average as the target)
 
-One step:
-    z1, z2 = projector(backbone(x1)), projector(backbone(x2))
-    p1, p2 = predictor(z1), predictor(z2)
-    loss = D(p1, z2.detach()) / 2 + D(p2, z1.detach()) / 2
+Deviations:
+    With more than two views, the loss is the mean over all pairs of views.
+    The projector is that of the paper's CIFAR-10 runs; the predictor is the ImageNet one.
+    The optimizer is Adam; the paper takes SGD at 0.03 times batch / 256, weight decay 5e-4.
 
-What prevents collapse: predictor and stop-gradient. No negatives, EMA or whitening.
-Diff it against byol.py: the EMA target. Watch --no-stop-gradient and --predictor none collapse: loss towards -1.
+Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
+    Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.
+    Adam with weight decay 1e-6 at a rate of 3e-3 (SimSiam 2e-3, BYOL and Barlow Twins 1e-3).
+    The rate rises for a tenth of the run, at most 500 steps (MoCo 150), then falls as a cosine.
+    Each view has its own batch statistics. A ResNet's residual blocks start as the identity.
 
-Deviations: the CIFAR-10 projector of the paper's appendix D (two layers, 2048 channels) and its ImageNet predictor (512); more than two
-views: the mean over pairs of views. Adam (the paper: SGD at 0.03 times batch / 256, weight decay 5e-4), at 2e-3: at 3e-3 Z comes to fill
-few of its dimensions, with some seeds at 2e-3 too. The predictor's rate is its peak from the first step to the last: no decay, as in
-the official command (which has no warm-up at all).
-The recipe is that of the other files, so that a diff shows the idea: batches of 256, bf16 where the processor has it, Adam at 3e-3
-(SimSiam: 2e-3; BYOL, Barlow Twins: 1e-3) with weight decay 1e-6, a warm-up of a tenth of the run, at most 500 steps (MoCo: 150), cosine
-step by step to 0, the W-MSE augmentation, batch norm view by view in the backbone, a ResNet's residual blocks start as the identity.
-
-    python methods/simsiam.py                            # some minutes on a laptop, offline
-    torchrun --nproc_per_node=8 methods/simsiam.py --dataset folder --data-dir imagenet --image-size 224 --backbone resnet50 \
-        --proj-layers 3 --augment moco-v2 --optimizer sgd --batch-size 512 --lr 0.1 --weight-decay 1e-4 --warmup 0 --epochs 100
+Run: python methods/simsiam.py    (about two minutes on two CPU cores, offline)
 """
 
+import itertools
 import os
 import sys
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # common.py: beside this file, or one folder up
+# common.py lies one folder up, or beside a copy of this file.
+sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common  # noqa: E402
 
 # ==============================================================================
-# 2. Hyper-parameters
+# 2. Hyper-parameters: one line each; common.Args has those that all nine share
 # ==============================================================================
 
 
+@dataclass(kw_only=True)
+class Args(common.Args):
+    method: str = "simsiam"
+    lr: float = 2e-3
+    proj_hidden: int = 2048
+    proj_dim: int = 2048
+    proj_layers: int = 2
+    pred_hidden: int = common.flag(512, "width of the predictor's hidden layer", least=1)
+    predictor: str = common.flag("mlp", "`none` removes it: collapses", choices="mlp none")
+    no_stop_gradient: bool = common.flag(False, "let the gradient into the targets: collapses")
+
+
 def parse_args(argv=None):
-    parser = common.shared_arguments("simsiam", __doc__)
-    parser.set_defaults(proj_hidden=2048, proj_dim=2048, proj_layers=2, lr=2e-3)  # the paper's on CIFAR-10; on ImageNet 2048, 2048, 3
-    parser.add_argument("--pred-hidden", type=common.number(int, 1, example=512), default=512, help="width of the predictor's hidden layer; the paper's 512")
-    parser.add_argument("--no-stop-gradient", action="store_true", help="let the gradient through the targets: collapses")
-    parser.add_argument("--predictor", choices=("mlp", "none", "fixed"), default="mlp", help="`fixed` is random and does not train; `none` collapses")
-    parser.add_argument("--predictor-lr", choices=("constant", "decay"), default="constant", help="`constant`, the official: no warm-up, no decay")
-    parser.add_argument("--similarity", choices=("cosine", "softmax"), default="cosine", help="`softmax`: a cross-entropy")
-    parser.add_argument("--asymmetric", action="store_true", help="one direction only: the first view of a pair predicts the second")
-    parser.add_argument("--head-bn", choices=("none", "hidden", "output", "all"), default="output",
-                        help="batch norm on hidden layers; `output` (the paper's): also on the projector's output; `all`: also the predictor's")
-    return common.finish_arguments(parser, argv)
+    return common.parse_args(Args, argv, __doc__)
 
 
 # ==============================================================================
@@ -68,16 +73,12 @@ def parse_args(argv=None):
 
 
 def negative_cosine(p, z):
-    """D(p, z) of SimSiam Eq. 1, the mean over the batch, in [-1, 1]. p, z: [N, d]. Both get a gradient: the caller detaches z."""
+    """SimSiam's D(p, z) (Eq. 1), a scalar in [-1, 1]. Detach z yourself.
+
+    p: predictions [N, d] of one view. z: targets [N, d], embeddings of the other view."""
     p = F.normalize(p.to(torch.promote_types(p.dtype, torch.float32)), dim=1)
     z = F.normalize(z.to(p.dtype), dim=1)
     return -(p * z).sum(1).mean()
-
-
-def softmax_similarity(p, z):
-    """The paper's section 4.5 in place of the cosine: D(p, z) = -softmax(z) . log softmax(p), mean over the batch. p, z: [N, d]."""
-    p, z = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (p, z))
-    return -(z.softmax(1) * p.log_softmax(1)).sum(1).mean()
 
 
 # ==============================================================================
@@ -85,114 +86,124 @@ def softmax_similarity(p, z):
 # ==============================================================================
 
 
+def mlp(inputs, hidden, outputs, layers, norm=nn.BatchNorm1d, bias=False):
+    """`layers` linear layers, with norm and ReLU between them: [n, inputs] -> [n, outputs]."""
+    modules = []
+    for _ in range(layers - 1):
+        modules += [nn.Linear(inputs, hidden, bias=norm is nn.Identity)]  # a norm has its own bias
+        modules += [norm(hidden), nn.ReLU(inplace=True)]
+        inputs = hidden
+    return nn.Sequential(*modules, nn.Linear(inputs, outputs, bias=bias))
+
+
 class SimSiam(nn.Module):
-    """Backbone, projector and predictor. `forward(views)`: s views [n, 3, H, W] (n images here, N in all) -> scalar loss."""
+    """H = backbone(x) [n, feature_dim], Z = projector(H) [n, d]; forward gives the loss."""
 
-    def __init__(self, backbone, feature_dim, proj_hidden=2048, proj_dim=2048, proj_layers=2, pred_hidden=512, stop_gradient=True,
-                 predictor="mlp", predictor_lr="constant", similarity="cosine", symmetric=True, head_bn="output"):
+    def __init__(self, backbone, feature_dim, args):
         super().__init__()
-
-        def linear(inputs, outputs, norm, affine=True, relu=True):  # a linear layer needs no bias where batch norm follows
-            layers = [nn.Linear(inputs, outputs, bias=not norm)] + [nn.BatchNorm1d(outputs, affine=affine)] * norm
-            return layers + [nn.ReLU(inplace=True)] * relu
-
-        hidden, output, everywhere = head_bn != "none", head_bn in ("output", "all"), head_bn == "all"
+        self.args = args
         self.backbone = backbone
-        widths = [feature_dim] + [proj_hidden] * (proj_layers - 1)
-        layers = [layer for a, b in zip(widths, widths[1:]) for layer in linear(a, b, hidden)]
-        self.projector = nn.Sequential(*layers, *linear(widths[-1], proj_dim, output, affine=False, relu=False))
-        self.predictor = nn.Sequential(*linear(proj_dim, pred_hidden, hidden), *linear(pred_hidden, proj_dim, everywhere, relu=False))
-        self.predictor.constant_lr = predictor_lr == "constant"  # read by common.build_optimizer
-        if predictor == "none":
+        sizes = feature_dim, args.proj_hidden, args.proj_dim, args.proj_layers
+        self.projector = mlp(*sizes)
+        self.projector.append(nn.BatchNorm1d(args.proj_dim, affine=False))
+        self.predictor = mlp(args.proj_dim, args.pred_hidden, args.proj_dim, layers=2, bias=True)
+        if args.predictor == "none":
             self.predictor = nn.Identity()
-        self.predictor.requires_grad_(predictor != "fixed")
-        self.stop_gradient, self.symmetric = stop_gradient, symmetric
-        self.similarity = negative_cosine if similarity == "cosine" else softmax_similarity
+        self.predictor.constant_lr = True  # common.build_optimizer: no warm-up and no decay
 
     def forward(self, views):
+        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = [self.projector(v) for v in h]  # s x [n, d]
         p = [self.predictor(v) for v in z]  # s x [n, d]
-        with torch.autocast(h[0].device.type, enabled=False):  # the loss: float32 or better, over the global batch
+        if not self.args.no_stop_gradient:
+            z = [v.detach() for v in z]
+        with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
             p, z = [common.gather(v) for v in p], [common.gather(v) for v in z]  # s x [N, d]
-            z = [v.detach() for v in z] if self.stop_gradient else z
-            pairs = [(i, j) for j in range(len(views)) for i in range(j)]
-            if not self.symmetric:
-                return sum(self.similarity(p[i], z[j]) for i, j in pairs) / len(pairs)
-            return sum(self.similarity(p[i], z[j]) / 2 + self.similarity(p[j], z[i]) / 2 for i, j in pairs) / len(pairs)  # Eq. 4
+            pairs = itertools.combinations(zip(p, z), 2)
+            D = negative_cosine
+            losses = [D(p1, z2) / 2 + D(p2, z1) / 2 for (p1, z1), (p2, z2) in pairs]  # Eq. 4
+            return sum(losses) / len(losses)
 
 
 def build(args):
+    """The model on a new backbone."""
     backbone, feature_dim = common.build_backbone(args.backbone, args.image_size)
-    return SimSiam(backbone, feature_dim, args.proj_hidden, args.proj_dim, args.proj_layers, args.pred_hidden,
-                   not args.no_stop_gradient, args.predictor, args.predictor_lr, args.similarity, not args.asymmetric, args.head_bn)
+    return SimSiam(backbone, feature_dim, args)
 
 
 # ==============================================================================
-# 5. Training
+# 5. Training: the same text in all nine files, but for lines marked "# <-"
 # ==============================================================================
 
 
-def train(args):
+def train(args, build=build):
+    """Train a model as `args` say. Returns the finished run. Raises common.UserError."""
     # ---- Set up --------------------------------------------------------------
-    device = common.set_up(args)  # GPU or CPU, precision, torchrun
+    args, device = common.set_up(args)  # GPU or CPU, precision, torchrun
     data = common.load_data(args, device)  # uint8 images, on the device where they fit
     torch.manual_seed(args.seed)  # the same initial weights in every process
     model = build(args).to(device, memory_format=torch.channels_last)
     optimizer = common.build_optimizer(model, args)
-    run = common.Run(args, model, optimizer, data)  # its folder: config.json, metrics.csv, checkpoints
-    network = common.distribute(model, args)  # torchrun: global batch statistics, averaged gradients; --compile
-    autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
-    step = run.resume()  # 0, or with --resume where the last checkpoint was
+    run = common.Run(args, model, optimizer, data)  # folder, checkpoints, metrics.csv
+    network = common.distribute(model, args)  # the model, ready for torchrun and --compile
+    bf16 = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
+    step = run.resume()  # 0, or with --resume the step of the last checkpoint
 
     while step < run.total_steps:
         # ---- One epoch -------------------------------------------------------
         model.train()
         epoch, first_batch = divmod(step, data.steps_per_epoch)
-        for batch in data.batches(epoch, first_batch):  # uint8 [n, 3, H, W], this process's part of the global batch
-            # Every random draw is a function of (seed, step), the learning rate of the step: a resumed run is the same run.
+        for batch in data.batches(epoch, first_batch):  # uint8 [n, 3, H, W], this process's share
+            # Learning rate and random draws depend on (seed, step) only, so resuming is exact.
             torch.manual_seed(common.step_seed(args.seed, step))
             views = data.augment(batch, step)  # s x [n, 3, size, size]
             factor = common.learning_rate(args, step, run.total_steps, data.steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * (1.0 if group["constant"] else factor)
 
-            with run.guard(step), torch.autocast(**autocast):
+            with run.guard(step), torch.autocast(**bf16):
                 loss = network(views)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            run.watch(step, loss)  # notes on the device whether loss and gradients are finite, without waiting for it
+            run.watch(step, loss)  # is every gradient finite? Noted on the device, without waiting
             step += 1
 
             if step % args.log_every == 0:
-                run.progress(step, loss)  # the only wait for the device: status line, stop on a non-finite number
+                run.progress(step, loss)  # waits for the device; stops if a number was not finite
             if step % data.steps_per_epoch:
-                run.save_if_due(step)  # --save-every; after Ctrl-C or SIGTERM it saves and leaves
+                run.save_if_due(step)  # --save-every; after Ctrl-C it saves and leaves
 
         # ---- Measure: fixed images, no augmentation, eval mode ---------------
         epoch += 1
-        row = {"epoch": epoch, "step": step, "loss": run.mean_loss(), "lr": factor * args.lr, "knn": ""}
+        row = {"epoch": epoch, "step": step, "loss": run.mean_loss(), "lr": factor * args.lr}
+        row["knn"] = ""
         if epoch == args.epochs or (args.eval_every and epoch % args.eval_every == 0):
-            h = common.extract(model.backbone, data, data.queries, args.precision)  # [M, feature_dim], at most 1000 test images
+            h = common.extract(model.backbone, data, data.queries, args.precision)  # [M, dim of H]
             z = common.project(model.projector, h, args.precision)  # [M, d]
-            row.update(common.collapse_metrics(z), rank_h=common.collapse_metrics(h)["rank_1pct"])
+            row.update(common.collapse_metrics(z))
+            row["rank_h"] = common.collapse_metrics(h)["rank_1pct"]
             if data.labelled:
-                bank = common.extract(model.backbone, data, data.bank, args.precision)  # at most 5000 training images
+                bank = common.extract(model.backbone, data, data.bank, args.precision)
                 row["knn"] = common.knn_accuracy(bank, data.bank_labels, h, data.query_labels)
-        run.end_epoch(step, row)  # metrics.csv, last.pt, a line on the screen, and a word if the figures show a collapse
+        run.end_epoch(step, row)  # metrics.csv, last.pt, a line on the screen
 
-    # ---- Close: kNN of all test images, beside two baselines -----------------
+    # ---- Close: kNN on all test images, beside two baselines -----------------
     run.save_backbone()
     scores = {}
     if data.labelled:
         torch.manual_seed(args.seed)
-        pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(32, data.size)), nn.Flatten())  # at most 32 x 32 of them
-        networks = {"kNN": model.backbone, "raw pixels": pixels, "untrained backbone": build(args).backbone.to(device)}
+        untrained = build(args).backbone.to(device)
+        pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(32, data.size)), nn.Flatten())
+        networks = {"kNN": model.backbone, "raw pixels": pixels, "untrained backbone": untrained}
+        labels = data.large_bank_labels, data.test_labels
         for name, encoder in networks.items():
-            bank, queries = (common.extract(encoder, data, images, args.precision) for images in (data.large_bank, data.test))
-            scores[name] = common.knn_accuracy(bank, data.large_bank_labels, queries, data.test_labels)
+            bank = common.extract(encoder, data, data.large_bank, args.precision)  # [N, dim of H]
+            queries = common.extract(encoder, data, data.test, args.precision)  # [M, dim of H]
+            scores[name] = common.knn_accuracy(bank, labels[0], queries, labels[1])
     run.close(scores)
+    return run
 
 
 # ==============================================================================

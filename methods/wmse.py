@@ -1,68 +1,78 @@
 """W-MSE: whiten the embeddings over the batch, then make the views equal.
 
-Aleksandr Ermolov, Aliaksandr Siarohin, Enver Sangineto, Nicu Sebe: "Whitening for Self-Supervised Representation Learning",
-ICML 2021, arXiv 2007.06346. Official code: htdt/self-supervised.
+Paper: Ermolov et al., "Whitening for Self-Supervised Representation Learning", arXiv 2007.06346
+Code: htdt/self-supervised (official)
 
-The idea. Two views of an image shall have the same embedding, once the embeddings are whitened: mean 0 and covariance I over the
-batch scatter them in a ball, so they cannot all be equal. Whitening is a linear map computed from the batch itself, and the
-gradient flows through it. The matrix of one slice is noisy; averaging the loss over the random slices of the batch (and over
-several partitions of it, --w-iter) evens that out.
+Idea: Two views of an image should have the same embedding once the embeddings are whitened.
+    Whitened channels have variance 1 and are uncorrelated, so embeddings cannot all be equal.
+    The whitening matrix comes from a random slice of the batch, and gradient flows through it.
 
-The loss for views Z1, Z2 of a slice of w images, Z [w, d]:
+Loss: for views of a slice of w images, Z [w, d]
+    X = Z - mean over the samples
+    S = X^T X / (w - 1)                                                                  [d, d]
+    Y = X L^(-T) with L L^T = S, the Cholesky factor                                     [w, d]
+    L = mean over the images of |y1 / |y1| - y2 / |y2||^2 = 2 - 2 cos(y1, y2)
 
-    S = (Z - mean)^T (Z - mean) / (w - 1)                [d, d] covariance of the channels over the samples
-    Y = (Z - mean) L^(-T),  L L^T = S                    Cholesky whitening: Y^T Y / (w - 1) = I
-    L = mean over the images of |y1/|y1| - y2/|y2||^2    = 2 - 2 cos(y1, y2), over all pairs of views
+What prevents collapse:
+    negatives       no
+    predictor       no
+    stop-gradient   no
+    moving average  no
+    decorrelation   yes, whitening of channels over samples
+Diff it with: cw_rgp.py (samples over channels), shuffled_dbn.py (groups of channels)
 
-One step:
-    x1, x2 = augment(x), augment(x)                      # N images
-    z1, z2 = projector(backbone(x1)), projector(backbone(x2))
-    for rows in random_partition(N, w):                  # the same images in both views
-        y1, y2 = whiten(z1[rows]), whiten(z2[rows])      # each view by itself
-    loss = mean(2 - 2 cos(y1, y2))
+Deviations:
+    ZCA's gradient is written out, since autograd's is NaN for equal eigenvalues.
+    Here a ResNet's residual blocks start as the identity; in the official code they do not.
+    The paper's rate falls in two steps at the end, and its CIFAR-10 batches are of 512.
+    `pca`: non-finite gradients become 0. In our runs its loss did not fall (rank stayed full).
 
-What prevents collapse: whitening; fewer than d dimensions cannot be whitened. No negatives, predictor, stop-gradient or EMA.
-Diff it against cw_rgp.py: the whitened axis (channels here, samples there). Watch --whitening bn (what it makes is no point but has few
-dimensions; Z before it, which the figures show, is nearly a point), none (all collapses) and pca (its axes jump from batch to batch:
-the loss cannot fall, few dimensions are left): sections 3.2 and 3.3 of arXiv 2210.03586.
+Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
+    Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.
+    Adam with weight decay 1e-6 at a rate of 3e-3 (SimSiam 2e-3, BYOL and Barlow Twins 1e-3).
+    The rate rises for a tenth of the run, at most 500 steps (MoCo 150), then falls as a cosine.
+    Each view has its own batch statistics. A ResNet's residual blocks start as the identity.
 
-Deviations: cosine schedule (the paper: --schedule step); batch 256 (the paper's two-view runs on CIFAR-10: 512); residual blocks start as
-the identity, as in all nine files (official: not); ZCA has a backward of its own, stable for equal eigenvalues; non-finite gradients of
-PCA are set to 0; bf16 where the processor has it (official: --precision fp32), and its rounding can fill a missing dimension; the command
-for ImageNet-100 crops before it changes colours (official: after). As in the official code each view alone sets the backbone's batch
-statistics, and the projector sees all views as one batch.
-
-    python methods/wmse.py                               # some minutes on a laptop, offline
-    torchrun --nproc_per_node=4 methods/wmse.py --dataset cifar10 --backbone resnet18 --batch-size 512 --epochs 1000 --schedule step --warmup 500
-    torchrun --nproc_per_node=4 methods/wmse.py --dataset folder --data-dir imagenet100 --image-size 224 --backbone resnet18 --proj-dim 128 \
-        --w-size 256 --views 4 --augment simclr --lr 2e-3 --epochs 240 --schedule step --warmup 500
+Run: python methods/wmse.py    (about two minutes on two CPU cores, offline)
 """
 
+import itertools
 import os
 import sys
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # common.py: beside this file, or one folder up
+# common.py lies one folder up, or beside a copy of this file.
+sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common  # noqa: E402
 
 # ==============================================================================
-# 2. Hyper-parameters
+# 2. Hyper-parameters: one line each; common.Args has those that all nine share
 # ==============================================================================
 
 
+@dataclass(kw_only=True)
+class Args(common.Args):
+    method: str = "wmse"
+    proj_hidden: int = 1024
+    proj_dim: int = 64
+    proj_layers: int = 2
+    whitening: str = common.flag("cholesky", "how to whiten", choices="cholesky zca pca bn none")
+    w_size: int = common.flag(128, "w, images whitened together; the paper: 2 d", least=3)
+    w_iter: int = common.flag(1, "random partitions of the batch in a step", least=1)
+    eps: float = common.flag(0.0, "whiten (1 - eps) S + eps I", least=0, below=1)
+
+    def rules(self):
+        yield self.batch_size % self.w_size == 0, "--w-size must divide --batch-size"
+        full = self.whitening in ("bn", "none") or self.eps > 0 or self.w_size > self.proj_dim
+        yield full, "--w-size must be above --proj-dim, or --eps above 0"
+
+
 def parse_args(argv=None):
-    parser = common.shared_arguments("wmse", __doc__)
-    parser.set_defaults(proj_hidden=1024, proj_dim=64, proj_layers=2)  # the paper's; for larger images 1024, 128, 2
-    parser.add_argument("--whitening", choices=KINDS, default="cholesky", help="`bn` only standardises, `none` does nothing: both collapse")
-    parser.add_argument("--w-size", type=common.number(int, 3, example=128), default=128,
-                        help="w, images whitened together: divides --batch-size, above --proj-dim; the paper's 2 d")
-    parser.add_argument("--w-iter", type=common.number(int, 1), default=1, help="random partitions per step; official 1 (STL-10, Tiny-ImageNet, two views: 4)")
-    parser.add_argument("--eps", type=common.number(float, 0, below=1), default=0.0, help="S becomes (1 - eps) S + eps I; the official code's 0")
-    parser.add_argument("--one-way", action="store_true", help="the second view of a pair is a fixed target: L1' of Eq. 6 in arXiv 2210.03586")
-    return common.finish_arguments(parser, argv, size_rules)
+    return common.parse_args(Args, argv, __doc__)
 
 
 # ==============================================================================
@@ -70,30 +80,18 @@ def parse_args(argv=None):
 # ==============================================================================
 
 
-KINDS = ("cholesky", "zca", "pca", "bn", "none")
-
-
-def size_rules(args):
-    """What the loss demands of the sizes. Raises UserError that names a flag and a value that works."""
-    common.check(args.batch_size > 2, "--batch-size 2 is too small to whiten; try --batch-size 256")
-    any_dim, near = args.whitening in ("bn", "none") or args.eps > 0, common.divisor_near(args.batch_size, args.w_size, 3)
-    common.check(args.batch_size % args.w_size == 0, f"--w-size {args.w_size} does not divide --batch-size {args.batch_size}; "
-                 f"try --w-size {near}" + ("" if any_dim or near > args.proj_dim else f" --proj-dim {max(2, near // 2)}"))
-    common.check(any_dim or args.w_size > args.proj_dim, f"--w-size {args.w_size} is too small for "
-                 f"--proj-dim {args.proj_dim} dimensions; try --proj-dim {max(2, args.w_size // 2)} or --eps 1e-3")
-
-
 class InverseSquareRoot(torch.autograd.Function):
-    """S^(-1/2) = U diag(lambda^(-1/2)) U^T of symmetric positive-definite matrices S [..., n, n] (ZCA).
+    """S^(-1/2) = U diag(lambda^(-1/2)) U^T of symmetric positive-definite S [..., n, n].
 
-    Autograd through eigh has 1 / (lambda_i - lambda_j): NaN for equal eigenvalues, that is for nearly white data, where training
-    leads. In the derivative of S^(-1/2) itself these cancel: with G = dL/dS^(-1/2), symmetric,
-    dL/dS = U [K * (U^T G U)] U^T,  K_ij = -1 / (sqrt(lambda_i) sqrt(lambda_j) (sqrt(lambda_i) + sqrt(lambda_j)))."""
+    Autograd through eigh divides by lambda_i - lambda_j, which gives NaN where two eigenvalues
+    are equal, and training makes them equal. In the gradient of S^(-1/2) these terms cancel.
+    For G = dL/dS^(-1/2), made symmetric, and r_i = sqrt(lambda_i):
+        dL/dS = U (K * (U^T G U)) U^T,    K_ij = -1 / (r_i r_j (r_i + r_j))"""
 
     @staticmethod
     def forward(ctx, s):
         eigenvalues, u = torch.linalg.eigh(s)  # [..., n], [..., n, n]
-        root = eigenvalues.sqrt()  # NaN if S is not positive-definite: the run stops and says so
+        root = eigenvalues.sqrt()  # NaN if S is not positive-definite; the run then stops
         ctx.save_for_backward(root, u)
         return (u / root.unsqueeze(-2)) @ u.mT
 
@@ -107,54 +105,51 @@ class InverseSquareRoot(torch.autograd.Function):
 
 
 def whiten(z, kind="cholesky", eps=0.0):
-    """Whiten the channels over the samples: z [..., w, d] -> [..., w, d] with mean 0 and covariance I (divisor w - 1).
+    """Whiten channels over samples: z [..., w, d] -> [..., w, d], mean 0 and covariance I.
 
-    kind: `cholesky` L^(-1) (W-MSE), `zca` U Lambda^(-1/2) U^T, `pca` Lambda^(-1/2) U^T, `bn` each channel's variance to 1 without
-    decorrelation, `none`: z as it is. eps: covariance becomes (1 - eps) S + eps I. Needs w > d or eps > 0, else S is singular: ValueError."""
-    if kind not in KINDS:
-        raise ValueError(f"kind = {kind!r} is none of {', '.join(KINDS)}")
+    kind: `cholesky` (the paper), `zca`, `pca`; `bn` divides each channel by its own deviation.
+    eps: S becomes (1 - eps) S + eps I. With eps = 0, w must be above d, else S is singular:
+    ValueError."""
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     if kind == "none":
         return z
     w, d = z.shape[-2:]
     x = z - z.mean(-2, keepdim=True)  # centred over the samples
     if kind == "bn":
-        return x / ((1 - eps) * x.square().sum(-2, keepdim=True) / (w - 1) + eps).sqrt()
-    if eps == 0 and w <= d:  # eigenvalues of 0, or of rounding noise
-        raise ValueError(f"w = {w} samples cannot fill {d} dimensions")
-    covariance = x.mT @ x / (w - 1)  # [..., d, d]
-    covariance = (1 - eps) * covariance + eps * torch.eye(d, dtype=x.dtype, device=x.device)
+        return x / ((1 - eps) * x.var(-2, keepdim=True) + eps).sqrt()
+    if eps == 0 and w <= d:
+        raise ValueError(f"w = {w} samples are too few to whiten {d} channels")
+    s = x.mT @ x / (w - 1)  # [..., d, d]
+    s = (1 - eps) * s + eps * torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
     if kind == "cholesky":
-        factor, info = torch.linalg.cholesky_ex(covariance)  # L; unlike cholesky it does not wait for the device to look for errors
-        factor = torch.where((info == 0)[..., None, None], factor, float("nan"))  # not positive-definite: the run stops and says so
+        factor, info = torch.linalg.cholesky_ex(s)  # cholesky itself would wait for the device
+        factor = torch.where((info == 0)[..., None, None], factor, float("nan"))
         return torch.linalg.solve_triangular(factor, x.mT, upper=False).mT  # rows L^(-1) x
     if kind == "zca":
-        return x @ InverseSquareRoot.apply(covariance)  # symmetric: rows U Lambda^(-1/2) U^T x
-    if covariance.requires_grad:  # PCA: its gradient has 1 / (lambda_i - lambda_j), infinite for equal eigenvalues
-        covariance.register_hook(lambda gradient: torch.nan_to_num(gradient, 0.0, 0.0, 0.0))
-    eigenvalues, u = torch.linalg.eigh(covariance)
+        return x @ InverseSquareRoot.apply(s)  # rows U Lambda^(-1/2) U^T x
+    if kind != "pca":
+        raise ValueError(f"kind = {kind!r}; try cholesky, zca, pca, bn or none")
+    if s.requires_grad:  # the gradient has 1 / (lambda_i - lambda_j): infinite if they are equal
+        s.register_hook(lambda gradient: torch.nan_to_num(gradient, 0.0, 0.0, 0.0))
+    eigenvalues, u = torch.linalg.eigh(s)
     return x @ u / eigenvalues.sqrt().unsqueeze(-2)  # rows Lambda^(-1/2) U^T x
 
 
-def wmse_loss(views, w_size=128, w_iter=1, kind="cholesky", eps=0.0, generator=None, one_way=False):
-    """Mean squared distance of the normalised, whitened views (W-MSE), a scalar in [0, 4].
+def wmse_loss(views, w_size=128, w_iter=1, kind="cholesky", eps=0.0, generator=None):
+    """Mean squared distance of the whitened, normalised views, a scalar in [0, 4].
 
-    views: list of s >= 2 embeddings [N, d] of the same N images. The batch is cut at random into N / w_size slices, alike for all
-    views, `w_iter` times; all s (s - 1) / 2 pairs of views count alike. Raises ValueError if w_size does not divide N."""
+    views: s >= 2 embeddings [N, d] of the same images. The batch is cut at random into slices of
+    w_size, the same for all views, w_iter times. If w_size does not divide N: ValueError."""
     z = torch.stack(list(views))  # [s, N, d]
     s, n, d = z.shape
     if n % w_size:
         raise ValueError(f"w_size = {w_size} does not divide the batch of {n}")
-
-    def random_order(*shape):  # independent random permutations along the last axis
-        return torch.rand(shape, device=z.device, generator=generator).argsort(-1)
-
-    partitions = random_order(w_iter, n).flatten()  # [w_iter N]
-    slices = z[:, partitions].unflatten(1, (-1, w_size))  # [s, w_iter N/w, w, d], the same images in all views
+    order = torch.rand(w_iter, n, device=z.device, generator=generator).argsort(-1)
+    slices = z[:, order.flatten()].unflatten(1, (-1, w_size))  # [s, w_iter N / w, w, d]
     y = F.normalize(whiten(slices, kind, eps), dim=-1)
-    target = y.detach() if one_way else y
-    distances = [(2 - 2 * (y[i] * target[j]).sum(-1)).mean() for j in range(s) for i in range(j)]  # a scalar for each pair of views
-    return sum(distances) / len(distances)
+    pairs = itertools.combinations(y, 2)
+    losses = [(2 - 2 * (y1 * y2).sum(-1)).mean() for y1, y2 in pairs]
+    return sum(losses) / len(losses)
 
 
 # ==============================================================================
@@ -162,96 +157,114 @@ def wmse_loss(views, w_size=128, w_iter=1, kind="cholesky", eps=0.0, generator=N
 # ==============================================================================
 
 
-class WMSE(nn.Module):
-    """Backbone and projector. `forward(views)`: s views [n, 3, H, W] (n images here, N in all) -> scalar loss."""
+def mlp(inputs, hidden, outputs, layers, norm=nn.BatchNorm1d, bias=False):
+    """`layers` linear layers, with norm and ReLU between them: [n, inputs] -> [n, outputs]."""
+    modules = []
+    for _ in range(layers - 1):
+        modules += [nn.Linear(inputs, hidden, bias=norm is nn.Identity)]  # a norm has its own bias
+        modules += [norm(hidden), nn.ReLU(inplace=True)]
+        inputs = hidden
+    return nn.Sequential(*modules, nn.Linear(inputs, outputs, bias=bias))
 
-    def __init__(self, backbone, feature_dim, proj_hidden=1024, proj_dim=64, proj_layers=2, whitening="cholesky", w_size=128, w_iter=1,
-                 eps=0.0, one_way=False):
+
+class WMSE(nn.Module):
+    """H = backbone(x) [n, feature_dim], Z = projector(H) [n, d]; forward gives the loss."""
+
+    def __init__(self, backbone, feature_dim, args):
         super().__init__()
+        self.args = args
         self.backbone = backbone
-        widths = [feature_dim] + [proj_hidden] * (proj_layers - 1)
-        hidden = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU(inplace=True))]
-        self.projector = nn.Sequential(*hidden, nn.Linear(widths[-1], proj_dim))
-        self.whitening = dict(w_size=w_size, w_iter=w_iter, kind=whitening, eps=eps, one_way=one_way)
+        sizes = feature_dim, args.proj_hidden, args.proj_dim, args.proj_layers
+        self.projector = mlp(*sizes, bias=True)
 
     def forward(self, views):
+        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        args = self.args
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
-        z = self.projector(torch.cat(h)).chunk(len(views))  # s x [n, d]
-        with torch.autocast(h[0].device.type, enabled=False):  # the loss: float32 or better, over the global batch
-            return wmse_loss([common.gather(v) for v in z], **self.whitening)
+        z = self.projector(torch.cat(h)).chunk(len(h))  # s x [n, d], all views as one batch
+        with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
+            z = [common.gather(v) for v in z]  # s x [N, d]
+            return wmse_loss(z, args.w_size, args.w_iter, args.whitening, args.eps)
 
 
 def build(args):
+    """The model on a new backbone."""
     backbone, feature_dim = common.build_backbone(args.backbone, args.image_size)
-    return WMSE(backbone, feature_dim, args.proj_hidden, args.proj_dim, args.proj_layers, args.whitening, args.w_size, args.w_iter, args.eps,
-                args.one_way)
+    return WMSE(backbone, feature_dim, args)
 
 
 # ==============================================================================
-# 5. Training
+# 5. Training: the same text in all nine files, but for lines marked "# <-"
 # ==============================================================================
 
 
-def train(args):
+def train(args, build=build):
+    """Train a model as `args` say. Returns the finished run. Raises common.UserError."""
     # ---- Set up --------------------------------------------------------------
-    device = common.set_up(args)  # GPU or CPU, precision, torchrun
+    args, device = common.set_up(args)  # GPU or CPU, precision, torchrun
     data = common.load_data(args, device)  # uint8 images, on the device where they fit
     torch.manual_seed(args.seed)  # the same initial weights in every process
     model = build(args).to(device, memory_format=torch.channels_last)
     optimizer = common.build_optimizer(model, args)
-    run = common.Run(args, model, optimizer, data)  # its folder: config.json, metrics.csv, checkpoints
-    network = common.distribute(model, args)  # torchrun: global batch statistics, averaged gradients; --compile
-    autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
-    step = run.resume()  # 0, or with --resume where the last checkpoint was
+    run = common.Run(args, model, optimizer, data)  # folder, checkpoints, metrics.csv
+    network = common.distribute(model, args)  # the model, ready for torchrun and --compile
+    bf16 = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
+    step = run.resume()  # 0, or with --resume the step of the last checkpoint
 
     while step < run.total_steps:
         # ---- One epoch -------------------------------------------------------
         model.train()
         epoch, first_batch = divmod(step, data.steps_per_epoch)
-        for batch in data.batches(epoch, first_batch):  # uint8 [n, 3, H, W], this process's part of the global batch
-            # Every random draw is a function of (seed, step), the learning rate of the step: a resumed run is the same run.
+        for batch in data.batches(epoch, first_batch):  # uint8 [n, 3, H, W], this process's share
+            # Learning rate and random draws depend on (seed, step) only, so resuming is exact.
             torch.manual_seed(common.step_seed(args.seed, step))
             views = data.augment(batch, step)  # s x [n, 3, size, size]
             factor = common.learning_rate(args, step, run.total_steps, data.steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * (1.0 if group["constant"] else factor)
 
-            with run.guard(step), torch.autocast(**autocast):
+            with run.guard(step), torch.autocast(**bf16):
                 loss = network(views)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            run.watch(step, loss)  # notes on the device whether loss and gradients are finite, without waiting for it
+            run.watch(step, loss)  # is every gradient finite? Noted on the device, without waiting
             step += 1
 
             if step % args.log_every == 0:
-                run.progress(step, loss)  # the only wait for the device: status line, stop on a non-finite number
+                run.progress(step, loss)  # waits for the device; stops if a number was not finite
             if step % data.steps_per_epoch:
-                run.save_if_due(step)  # --save-every; after Ctrl-C or SIGTERM it saves and leaves
+                run.save_if_due(step)  # --save-every; after Ctrl-C it saves and leaves
 
         # ---- Measure: fixed images, no augmentation, eval mode ---------------
         epoch += 1
-        row = {"epoch": epoch, "step": step, "loss": run.mean_loss(), "lr": factor * args.lr, "knn": ""}
+        row = {"epoch": epoch, "step": step, "loss": run.mean_loss(), "lr": factor * args.lr}
+        row["knn"] = ""
         if epoch == args.epochs or (args.eval_every and epoch % args.eval_every == 0):
-            h = common.extract(model.backbone, data, data.queries, args.precision)  # [M, feature_dim], at most 1000 test images
+            h = common.extract(model.backbone, data, data.queries, args.precision)  # [M, dim of H]
             z = common.project(model.projector, h, args.precision)  # [M, d]
-            row.update(common.collapse_metrics(z), rank_h=common.collapse_metrics(h)["rank_1pct"])
+            row.update(common.collapse_metrics(z))
+            row["rank_h"] = common.collapse_metrics(h)["rank_1pct"]
             if data.labelled:
-                bank = common.extract(model.backbone, data, data.bank, args.precision)  # at most 5000 training images
+                bank = common.extract(model.backbone, data, data.bank, args.precision)
                 row["knn"] = common.knn_accuracy(bank, data.bank_labels, h, data.query_labels)
-        run.end_epoch(step, row)  # metrics.csv, last.pt, a line on the screen, and a word if the figures show a collapse
+        run.end_epoch(step, row)  # metrics.csv, last.pt, a line on the screen
 
-    # ---- Close: kNN of all test images, beside two baselines -----------------
+    # ---- Close: kNN on all test images, beside two baselines -----------------
     run.save_backbone()
     scores = {}
     if data.labelled:
         torch.manual_seed(args.seed)
-        pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(32, data.size)), nn.Flatten())  # at most 32 x 32 of them
-        networks = {"kNN": model.backbone, "raw pixels": pixels, "untrained backbone": build(args).backbone.to(device)}
+        untrained = build(args).backbone.to(device)
+        pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(32, data.size)), nn.Flatten())
+        networks = {"kNN": model.backbone, "raw pixels": pixels, "untrained backbone": untrained}
+        labels = data.large_bank_labels, data.test_labels
         for name, encoder in networks.items():
-            bank, queries = (common.extract(encoder, data, images, args.precision) for images in (data.large_bank, data.test))
-            scores[name] = common.knn_accuracy(bank, data.large_bank_labels, queries, data.test_labels)
+            bank = common.extract(encoder, data, data.large_bank, args.precision)  # [N, dim of H]
+            queries = common.extract(encoder, data, data.test, args.precision)  # [M, dim of H]
+            scores[name] = common.knn_accuracy(bank, labels[0], queries, labels[1])
     run.close(scores)
+    return run
 
 
 # ==============================================================================
