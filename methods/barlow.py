@@ -1,6 +1,6 @@
-"""Barlow Twins: make the cross-correlation matrix of two views the identity.
+"""Barlow Twins (Zbontar et al., ICML 2021): make the cross-correlation of two views the identity.
 
-Paper: Zbontar et al., "Barlow Twins", ICML 2021, arXiv 2103.03230
+Paper: "Barlow Twins: Self-Supervised Learning via Redundancy Reduction", arXiv 2103.03230
 Code: facebookresearch/barlowtwins (official)
 
 Idea: Correlate every channel of one view with every channel of the other, over the batch.
@@ -60,10 +60,11 @@ class Args(common.Args):
     proj_hidden: int = 1024
     proj_dim: int = 512
     proj_layers: int = 2
-    lambd: float = common.flag(0.0051, "lambda, weight of the off-diagonal terms", least=0)
+    lambd: float = common.flag(0.0051, "weight of the terms off the diagonal", least=0)
 
 
 def parse_args(argv=None):
+    """Args from the command line, or from a list of words. Raises common.UserError."""
     return common.parse_args(Args, argv, __doc__)
 
 

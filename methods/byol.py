@@ -1,6 +1,6 @@
-"""BYOL: predict the embedding that a slow copy of the network gives to another view.
+"""BYOL (Grill et al., NeurIPS 2020): predict what a slow copy of the network says of another view.
 
-Paper: Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020, arXiv 2006.07733
+Paper: "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning", arXiv 2006.07733
 Code: google-deepmind/deepmind-research, folder byol (official)
 
 Idea: An online network learns to predict what a target network says about another view.
@@ -62,11 +62,12 @@ class Args(common.Args):
     proj_hidden: int = 1024  # of projector and predictor; the paper on ImageNet: 4096
     proj_dim: int = 64  # the paper on ImageNet: 256
     proj_layers: int = 2
-    momentum: float = common.flag(0.99, "tau_base of the target; tau rises to 1", least=0, most=1)
+    momentum: float = common.flag(0.99, "share of the target kept in a step", least=0, most=1)
     predictor: str = common.flag("mlp", "`none` removes it: collapses", choices="mlp none")
 
 
 def parse_args(argv=None):
+    """Args from the command line, or from a list of words. Raises common.UserError."""
     return common.parse_args(Args, argv, __doc__)
 
 
@@ -116,12 +117,12 @@ class BYOL(nn.Module):
 
     @torch.no_grad()
     def update_target(self, progress):
-        """target <- tau target + (1 - tau) online (Eq. 1): parameters, not batch statistics."""
-        tau = 1 - (1 - self.args.momentum) * (math.cos(math.pi * progress) + 1) / 2
+        """Move the target towards the online network: parameters, not batch statistics."""
+        momentum = 1 - (1 - self.args.momentum) * (math.cos(math.pi * progress) + 1) / 2
         online = [*self.backbone.parameters(), *self.projector.parameters()]
         target = [*self.target_backbone.parameters(), *self.target_projector.parameters()]
         for theta, xi in zip(online, target):
-            xi.lerp_(theta, 1 - tau)
+            xi.lerp_(theta, 1 - momentum)  # xi <- momentum xi + (1 - momentum) theta
 
     def forward(self, views):
         """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""

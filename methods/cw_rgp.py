@@ -1,6 +1,6 @@
-"""CW-RGP: whiten the samples over random groups of channels, then make the views equal.
+"""CW-RGP (Weng et al., NeurIPS 2022): whiten samples over groups of channels, then equal views.
 
-Paper: Weng et al., "An Investigation into Whitening Loss", NeurIPS 2022, arXiv 2210.03586
+Paper: "An Investigation into Whitening Loss for Self-supervised Learning", arXiv 2210.03586
 Code: winci-ai/CW-RGP (official)
 
 Idea: Two views of an image should have the same embedding once the embeddings are whitened.
@@ -59,10 +59,10 @@ class Args(common.Args):
     proj_hidden: int = 1024
     proj_dim: int = 512
     proj_layers: int = 2
-    groups: int = common.flag(4, "g, random groups of channels", least=1)
-    w_size: int = common.flag(64, "w, images whitened together", least=2)
-    w_iter: int = common.flag(4, "random partitions of the batch in a step", least=1)
-    eps: float = common.flag(0.0, "whiten (1 - eps) S + eps I", least=0, below=1)
+    groups: int = common.flag(4, "g, random groups of the d channels", least=1)
+    w_size: int = common.flag(64, "w, images whitened together, at most d / g", least=2)
+    w_iter: int = common.flag(4, "times a step cuts the batch into slices", least=1)
+    eps: float = common.flag(0.0, "share of I mixed into the covariance", least=0, below=1)
 
     def rules(self):
         yield self.batch_size % self.w_size == 0, "--w-size must divide --batch-size"
@@ -73,6 +73,7 @@ class Args(common.Args):
 
 
 def parse_args(argv=None):
+    """Args from the command line, or from a list of words. Raises common.UserError."""
     return common.parse_args(Args, argv, __doc__)
 
 
@@ -120,7 +121,7 @@ def channel_whiten(z, groups=4, permutation=None, eps=0.0):
         x = x.gather(-1, permutation)
     x = x.unflatten(-1, (groups, -1)).transpose(-2, -3)  # [..., g, w, d/g]
     w, width = x.shape[-2:]
-    if width == 1 or (eps == 0 and w > width - (groups == 1)):
+    if width == 1 or (eps == 0 and w > width - (groups == 1)):  # centring takes one dimension
         raise ValueError(f"{width} channels are too few to whiten w = {w} samples")
     s = x @ x.mT / (width - 1)  # [..., g, w, w]
     s = (1 - eps) * s + eps * torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)

@@ -1,7 +1,7 @@
-"""MoCo: tell the other view of an image from a queue of earlier images.
+"""MoCo (He et al., CVPR 2020): tell the other view of an image from a queue of earlier images.
 
-Paper: He et al., "Momentum Contrast", CVPR 2020, arXiv 1911.05722; v2: arXiv 2003.04297
-Code: facebookresearch/moco (official; an earlier commit, the latest is empty)
+Paper: "Momentum Contrast for Unsupervised Visual Representation Learning", arXiv 1911.05722
+Code: facebookresearch/moco (official, in its history); version 2: arXiv 2003.04297
 
 Idea: Two views of an image should be more similar to each other than to any other image.
     The others are keys of earlier images in a queue, so that small batches have many negatives.
@@ -61,9 +61,9 @@ class Args(common.Args):
     proj_hidden: int = 512
     proj_dim: int = 128
     proj_layers: int = 1
-    queue_size: int = common.flag(4096, "K, keys in the queue; ImageNet 65536", least=1)
-    momentum: float = common.flag(0.99, "m of the moving average; ImageNet 0.999", least=0, most=1)
-    temperature: float = common.flag(0.1, "tau; v1 0.07, v2 0.2", above=0)
+    queue_size: int = common.flag(4096, "K, keys in the queue; on ImageNet 65536", least=1)
+    momentum: float = common.flag(0.99, "share of the target kept in a step", least=0, most=1)
+    temperature: float = common.flag(0.1, "tau; lower: similar negatives count more", above=0)
     bn_splits: int = common.flag(8, "parts of a batch, each with its own batch norm", least=1)
 
     def rules(self):
@@ -73,6 +73,7 @@ class Args(common.Args):
 
 
 def parse_args(argv=None):
+    """Args from the command line, or from a list of words. Raises common.UserError."""
     return common.parse_args(Args, argv, __doc__)
 
 
@@ -115,10 +116,10 @@ class SplitBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         parts = x.chunk(self.splits // common.world_size())
-        moving = torch.stack([self.running_mean, self.running_var]).repeat(len(parts), 1, 1)
+        running = torch.stack([self.running_mean, self.running_var]).repeat(len(parts), 1, 1)
         rest = self.weight, self.bias, True, self.momentum, self.eps
-        out = [F.batch_norm(part, *own, *rest) for part, own in zip(parts, moving)]  # moves own
-        mean, variance = common.mean_over_ranks(moving.mean(0))
+        out = [F.batch_norm(part, *own, *rest) for part, own in zip(parts, running)]  # updates own
+        mean, variance = common.mean_over_ranks(running.mean(0))
         self.running_mean.copy_(mean)
         self.running_var.copy_(variance)
         return torch.cat(out)
@@ -143,11 +144,12 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def update_target(self):
-        """target <- m target + (1 - m) online (Eq. 2): parameters, not batch statistics."""
+        """Move the target towards the online network: parameters, not batch statistics."""
+        momentum = self.args.momentum
         online = [*self.backbone.parameters(), *self.projector.parameters()]
         target = [*self.target_backbone.parameters(), *self.target_projector.parameters()]
         for theta, xi in zip(online, target):
-            xi.lerp_(theta, 1 - self.args.momentum)
+            xi.lerp_(theta, 1 - momentum)  # xi <- momentum xi + (1 - momentum) theta
 
     @torch.no_grad()
     def keys(self, x):

@@ -1,6 +1,6 @@
-"""Shuffled-DBN: whiten random groups of channels over the batch, then make the views equal.
+"""Shuffled-DBN (Hua et al., ICCV 2021): whiten random groups of channels, then make views equal.
 
-Paper: Hua et al., "On Feature Decorrelation in SSL", ICCV 2021, arXiv 2105.00470
+Paper: "On Feature Decorrelation in Self-Supervised Learning", arXiv 2105.00470
 Code: PatrickHua/FeatureDecorrelationSSL (the first author's)
 
 Idea: Two views of an image should have the same embedding once the embeddings are whitened.
@@ -60,7 +60,7 @@ class Args(common.Args):
     proj_hidden: int = 1024
     proj_dim: int = 512
     proj_layers: int = 2
-    groups: int = common.flag(0, "g, random groups of channels; 0: automatic", least=0)
+    groups: int = common.flag(0, "g, random groups of channels; 0 takes 2 d / batch size", least=0)
     no_shuffle: bool = common.flag(False, "groups of neighbouring channels, always the same")
 
     def rules(self):
@@ -71,6 +71,7 @@ class Args(common.Args):
 
 
 def parse_args(argv=None):
+    """Args from the command line, or from a list of words. Raises common.UserError."""
     return common.parse_args(Args, argv, __doc__)
 
 

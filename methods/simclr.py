@@ -1,6 +1,6 @@
-"""SimCLR: tell the other view of an image from all other images of the batch.
+"""SimCLR (Chen et al., ICML 2020): tell the other view of an image from all other images.
 
-Paper: Chen et al., "A Simple Framework for Contrastive Learning", ICML 2020, arXiv 2002.05709
+Paper: "A Simple Framework for Contrastive Learning of Visual Representations", arXiv 2002.05709
 Code: google-research/simclr (official)
 
 Idea: Two views of an image should be more similar to each other than to any other image.
@@ -23,9 +23,9 @@ Diff it with: moco.py (negatives from a queue), barlow.py (channels instead of s
 Deviations:
     With more than two views, the loss is the mean over all pairs of views.
     L is the paper's mean over 2N anchors; the official code returns twice that.
-    Two linear layers are the paper's head; its norms are the official code's, which has three.
-    Jitter, blur and crop are torchvision's; the official crop draws its height and does not
-    antialias, and its blur has one sigma for all images of a device.
+    The head has the paper's two linear layers, with the official code's norms (there: three).
+    Jitter, blur and crop are torchvision's; the official crop draws heights, not areas, and is
+    not antialiased, and the official blur has one sigma for all images of a device.
 
 Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
     Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.
@@ -60,10 +60,11 @@ class Args(common.Args):
     proj_hidden: int = 512
     proj_dim: int = 128
     proj_layers: int = 2
-    temperature: float = common.flag(0.5, "tau; ImageNet 0.1", above=0)
+    temperature: float = common.flag(0.5, "tau; lower: similar negatives count more", above=0)
 
 
 def parse_args(argv=None):
+    """Args from the command line, or from a list of words. Raises common.UserError."""
     return common.parse_args(Args, argv, __doc__)
 
 

@@ -1,6 +1,6 @@
-"""SimSiam: two views, one network, a predictor and a stop-gradient.
+"""SimSiam (Chen and He, CVPR 2021): predict your own embedding of another view.
 
-Paper: Chen and He, "Exploring Simple Siamese Representation Learning", CVPR 2021, arXiv 2011.10566
+Paper: "Exploring Simple Siamese Representation Learning", arXiv 2011.10566
 Code: facebookresearch/simsiam (official)
 
 Idea: A network with a predictor learns to predict its own embedding of another view.
@@ -64,6 +64,7 @@ class Args(common.Args):
 
 
 def parse_args(argv=None):
+    """Args from the command line, or from a list of words. Raises common.UserError."""
     return common.parse_args(Args, argv, __doc__)
 
 

@@ -1,7 +1,7 @@
-"""VICReg: keep every channel's variance up and the channels uncorrelated, in each view.
+"""VICReg (Bardes et al., ICLR 2022): keep the variance of channels up and their covariance at 0.
 
-Paper: Bardes, Ponce and LeCun, "VICReg", ICLR 2022, arXiv 2105.04906
-Code: facebookresearch/vicreg (official)
+Paper: "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning"
+Code: facebookresearch/vicreg (official); paper: arXiv 2105.04906
 
 Idea: Three terms each say what they want. Invariance: two views have the same embedding.
     Variance: every channel varies over the batch. Covariance: no two channels are correlated.
@@ -60,12 +60,13 @@ class Args(common.Args):
     proj_hidden: int = 1024
     proj_dim: int = 512
     proj_layers: int = 2
-    inv: float = common.flag(25.0, "lambda, weight of the invariance term", least=0)
-    var: float = common.flag(25.0, "mu, weight of the variance term; 0 collapses", least=0)
-    cov: float = common.flag(1.0, "nu, weight of the covariance term; 0: few dimensions", least=0)
+    inv: float = common.flag(25.0, "weight of the invariance term", least=0)
+    var: float = common.flag(25.0, "weight of the variance term; 0 collapses", least=0)
+    cov: float = common.flag(1.0, "weight of the covariance term; 0: few dimensions", least=0)
 
 
 def parse_args(argv=None):
+    """Args from the command line, or from a list of words. Raises common.UserError."""
     return common.parse_args(Args, argv, __doc__)
 
 

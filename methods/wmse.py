@@ -1,6 +1,6 @@
-"""W-MSE: whiten the embeddings over the batch, then make the views equal.
+"""W-MSE (Ermolov et al., ICML 2021): whiten the embeddings, then make the views equal.
 
-Paper: Ermolov et al., "Whitening for Self-Supervised Representation Learning", arXiv 2007.06346
+Paper: "Whitening for Self-Supervised Representation Learning", arXiv 2007.06346
 Code: htdt/self-supervised (official)
 
 Idea: Two views of an image should have the same embedding once the embeddings are whitened.
@@ -60,10 +60,10 @@ class Args(common.Args):
     proj_hidden: int = 1024
     proj_dim: int = 64
     proj_layers: int = 2
-    whitening: str = common.flag("cholesky", "how to whiten", choices="cholesky zca pca bn none")
-    w_size: int = common.flag(128, "w, images whitened together; the paper: 2 d", least=3)
-    w_iter: int = common.flag(1, "random partitions of the batch in a step", least=1)
-    eps: float = common.flag(0.0, "whiten (1 - eps) S + eps I", least=0, below=1)
+    whitening: str = common.flag("cholesky", "bn/none collapse", choices="cholesky zca pca bn none")
+    w_size: int = common.flag(128, "w, images whitened together, above d", least=3)
+    w_iter: int = common.flag(1, "times a step cuts the batch into slices", least=1)
+    eps: float = common.flag(0.0, "share of I mixed into the covariance", least=0, below=1)
 
     def rules(self):
         yield self.batch_size % self.w_size == 0, "--w-size must divide --batch-size"
@@ -72,6 +72,7 @@ class Args(common.Args):
 
 
 def parse_args(argv=None):
+    """Args from the command line, or from a list of words. Raises common.UserError."""
     return common.parse_args(Args, argv, __doc__)
 
 

@@ -1,32 +1,79 @@
-"""All nine files have one shape, so that `diff` shows ideas. Run with -s to see the matrix of shared lines."""
+"""All nine files have one shape, so that `diff` shows ideas."""
 
 import ast
-import difflib
-import itertools
 import re
+import subprocess
+import sys
 
 import pytest
 from conftest import METHODS, ROOT
 
 BANNER = "# " + "=" * 78
 TITLES = ["2. Hyper-parameters", "3. Loss", "4. Model", "5. Training", "6. Start"]
+HEADINGS = ["Paper:", "Code:", "Idea:", "Loss:", "What prevents collapse:", "Diff it with:", "Deviations:", "Recipe:", "Run:"]
+PREVENTS = ["negatives", "predictor", "stop-gradient", "moving average", "decorrelation"]
 MARK = "# <- "  # a line of the training section that is one method's own
 SOURCES = {name: (ROOT / "methods" / f"{name}.py").read_text() for name in METHODS}
+
+# Changed lines of each pair as `diff` counts them: all, and outside the module docstring. The second pair of
+# numbers is the aim of the house. Where it is not reached, the file would have had to hide something:
+# MoCo has its queue, its slow copy and shuffling BN (split batch norm alone is 16 lines), W-MSE has five whitenings.
+# The numbers may only fall: the test fails if a diff grows by more than two lines, and asks to lower them if it shrinks.
+DIFFS = {
+    ("byol", "simsiam"): ((76, 48), (78, 48)),
+    ("barlow", "vicreg"): ((66, 39), (68, 40)),
+    ("simclr", "barlow"): ((76, 39), (76, 44)),
+    ("wmse", "cw_rgp"): ((102, 73), (94, 67)),
+    ("simclr", "moco"): ((130, 95), (120, 86)),
+    ("moco", "byol"): ((134, 98), (130, 94)),
+    ("wmse", "shuffled_dbn"): ((128, 102), (118, 94)),
+    ("barlow", "wmse"): ((145, 108), (134, 104)),
+}
 
 
 def sections(source):
     """{"1. Docstring": ..., "imports": ..., "2. Hyper-parameters": ..., ...} of a method file."""
     docstring = source.split('"""')[1]
-    rest = source.split('"""', 2)[2]
-    head, *parts = re.split(rf"{re.escape(BANNER)}\n# (.+)\n{re.escape(BANNER)}\n", rest)
-    return {"1. Docstring": docstring, "imports": head, **dict(zip(parts[::2], parts[1::2]))}
+    head, *parts = re.split(rf"{re.escape(BANNER)}\n# (.+)\n{re.escape(BANNER)}\n", source.split('"""', 2)[2])
+    titles = [title.split(":")[0] for title in parts[::2]]
+    return {"1. Docstring": docstring, "imports": head, **dict(zip(titles, parts[1::2]))}
 
 
-def shared(a, b):
-    """2 * equal lines / all lines, blank lines left out, as difflib matches them."""
-    a, b = ([line.rstrip() for line in text.splitlines() if line.strip()] for text in (a, b))
-    equal = sum(block.size for block in difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks())
-    return 2 * equal / (len(a) + len(b))
+def definitions(source):
+    """{name: text} of the functions and classes of a file, and of methods as Class.method."""
+    found = {}
+    for node in ast.walk(ast.parse(source)):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+                found[prefix + child.name] = ast.get_source_segment(source, child)
+    return found
+
+
+def changed_lines(a, b, folder):
+    """`diff a b | grep -c '^[<>]'`"""
+    for name, text in (("a", a), ("b", b)):
+        (folder / name).write_text(text)
+    lines = subprocess.run(["diff", folder / "a", folder / "b"], capture_output=True, text=True).stdout.splitlines()
+    return sum(line.startswith(("<", ">")) for line in lines)
+
+
+def test_diffs_only_get_shorter(tmp_path, capsys):
+    found = {}
+    for a, b in DIFFS:
+        whole = changed_lines(SOURCES[a], SOURCES[b], tmp_path)
+        bodies = [SOURCES[name].split('"""', 2)[2] for name in (a, b)]
+        found[a, b] = whole, changed_lines(*bodies, tmp_path)
+    with capsys.disabled():
+        print("\nchanged lines: all / outside the module docstring; aim")
+        for (a, b), (whole, body) in found.items():
+            aim = DIFFS[a, b][1]
+            print(f"diff methods/{a + '.py':16} methods/{b + '.py':16} {whole:4} / {body:3}; {aim[0]:3} / {aim[1]:3}")
+    for pair, (whole, body) in found.items():
+        reached, aim = DIFFS[pair]
+        limits = [max(r, min(r + 2, limit)) for r, limit in zip(reached, aim)]
+        assert whole <= limits[0] and body <= limits[1], f"{pair}: {whole} / {body}; at most {limits}"
+        assert whole >= reached[0] - 2 and body >= reached[1] - 2, f"{pair} is shorter now: lower DIFFS to {whole}, {body}"
 
 
 def test_there_are_nine_methods_and_no_tenth():
@@ -41,24 +88,38 @@ def test_sections_in_order(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_length(name):
     lines = SOURCES[name].splitlines()
-    assert len(lines) <= 330
-    assert 25 <= len(sections(SOURCES[name])["1. Docstring"].splitlines()) <= 50
-    assert max(map(len, lines)) <= 160
+    assert len(lines) <= 300
+    assert len(sections(SOURCES[name])["1. Docstring"].splitlines()) <= 42
+    assert max(map(len, lines)) <= 100
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_docstring_says_what_it_must(name):
-    text = sections(SOURCES[name])["1. Docstring"]
-    for word in ("arXiv", "The idea.", "One step:", "What prevents collapse:", "Diff it against", "Deviations:", f"python methods/{name}.py", "torchrun"):
-        assert word in text, word
+def test_docstring_has_the_headings_of_the_template_in_order(name):
+    lines = sections(SOURCES[name])["1. Docstring"].splitlines()
+    found = [line.split(":")[0] + ":" for line in lines[1:] if line and not line.startswith(" ")]
+    assert found == HEADINGS
+    assert "arXiv" in lines[2] + lines[3] and lines[1] == ""
+    table = lines[lines.index("What prevents collapse:") + 1 :][:5]
+    assert [line[4:20].strip() for line in table] == PREVENTS
+    assert all(re.match(r"(no|yes(, .+)?)$", line[20:]) for line in table), table
+    assert f"python methods/{name}.py" in lines[-1]
+    for other in re.findall(r"\w+\.py", lines[lines.index(table[-1]) + 1]):
+        assert (ROOT / "methods" / other).exists(), other
+
+
+def test_the_recipe_is_the_same_text_in_all_nine():
+    recipes = {text[text.index("Recipe:") : text.index("Run:")] for text in SOURCES.values()}
+    assert len(recipes) == 1
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_imports_nothing_but_the_standard_library_torch_and_common(name):
-    import sys
-
     for node in ast.walk(ast.parse(SOURCES[name])):
-        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            modules = [node.module]
         for module in modules:
             top = module.split(".")[0]
             assert top in ("torch", "common") or top in sys.stdlib_module_names, module
@@ -75,15 +136,39 @@ def test_training_and_start_are_the_same_text_but_for_marked_lines(name):
     assert MARK not in template["5. Training"]
 
 
-def test_every_pair_shares_at_least_85_percent_outside_docstring_loss_and_model():
-    common_parts = {name: "\n".join(sections(source)[part] for part in ("imports", TITLES[0], TITLES[3], TITLES[4])) for name, source in SOURCES.items()}
-    whole = {name: source.split('"""', 2)[2] for name, source in SOURCES.items()}
-    print("\nshared lines outside docstring, loss and model / outside the docstring, in percent")
-    print(" " * 13 + " ".join(f"{name[:8]:>8}" for name in METHODS))
-    for a in METHODS:
-        print(f"{a:13}" + " ".join(f"{100 * shared(common_parts[a], common_parts[b]):3.0f}/{100 * shared(whole[a], whole[b]):3.0f} " for b in METHODS))
-    for a, b in itertools.combinations(METHODS, 2):
-        assert shared(common_parts[a], common_parts[b]) >= 0.85, (a, b)
+def test_what_is_shared_is_the_same_text():
+    parts = {name: definitions(source) for name, source in SOURCES.items()}
+    for shared in ("mlp", "parse_args"):
+        assert len({part[shared] for part in parts.values()}) == 1, shared
+    whitening = ("wmse", "shuffled_dbn", "cw_rgp")
+    assert len({parts[name]["InverseSquareRoot"] for name in whitening}) == 1
+    builds = {re.sub(r"return \w+\(", "return Model(", part["build"]) for part in parts.values()}
+    assert len(builds) == 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_hyper_parameter_stands_in_one_place(name):
+    """No default is repeated in the model: it takes what it needs from args."""
+    model = next(text for key, text in definitions(SOURCES[name]).items() if f"class {key}(nn.Module)" in text)
+    (init,) = [n for n in ast.walk(ast.parse(model)) if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+    assert [a.arg for a in init.args.args] == ["self", "backbone", "feature_dim", "args"] and not init.args.defaults
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_loss_section_is_functions_of_tensors(name):
+    """Pure: no args, no globals but imports and its own functions; so it can be pasted by itself."""
+    text = sections(SOURCES[name])["3. Loss"]
+    assert not re.search(r"\bargs\b|\bcommon\b", text)
+    namespace = {}
+    exec("import itertools, math, torch\nimport torch.nn as nn\nimport torch.nn.functional as F\n" + text, namespace)
+    for node in ast.parse(text).body:
+        assert isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node), node
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_statement_a_line(name):
+    statements = [node for node in ast.walk(ast.parse(SOURCES[name])) if isinstance(node, ast.stmt)]
+    assert len({node.lineno for node in statements}) == len(statements)
 
 
 def test_common_imports_no_method_and_eval_no_other_package():
@@ -96,9 +181,10 @@ def test_common_imports_no_method_and_eval_no_other_package():
 
 def test_top_level_is_what_the_house_says():
     allowed = {"README.md", "requirements.txt", "LICENSE", "common.py", "eval.py", "methods", "tests"}
-    assert allowed >= {path.name for path in ROOT.iterdir() if not path.name.startswith(".") and path.name not in ("runs", "data", "__pycache__")}
+    others = ("runs", "data", "__pycache__")
+    assert allowed >= {path.name for path in ROOT.iterdir() if not path.name.startswith(".") and path.name not in others}
 
 
 def test_requirements_are_the_four():
-    names = {re.split(r"[<>=!~ ]", line.strip())[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if line.strip()}
-    assert names == {"torch", "torchvision", "numpy", "pytest"}
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert {re.split(r"[<>=!~ ]", line.strip())[0] for line in lines if line.strip()} == {"torch", "torchvision", "numpy", "pytest"}
