@@ -2,54 +2,63 @@
 
 To borrow a method, copy its file and this one into a folder of your own.
 
-Part I is what a method file calls, in the order in which its train() calls it. It covers all that
-a run with default flags does. Part II is everything else: flags, files, errors, several processes.
+Part I is what a method file calls, in the order in which its train() calls it, as far as a run
+with default flags needs it. Part II is the rest: flags, messages, files, image folders, torchrun.
 """
 
 # ==============================================================================
-# Contents (line numbers: `python tests/test_common.py` writes them, the tests check them)
+# Contents (`python tests/test_common.py` writes the line numbers)
 # ==============================================================================
 #
 # What a method file calls, in this order:
 #
-#   0000  main                 run train(parse_args()); print an expected error as one line
-#   0000  shared_arguments     the parser with the flags of all nine methods
-#   0000  number               the type of a numeric flag, with its bounds
-#   0000  finish_arguments     parse the flags, fill in defaults, check the sizes
-#   0000  check                raise UserError with a message unless a condition holds
-#   0000  divisor_near         a divisor to propose in such a message
-#   0000  set_up               choose the device and the precision, join the other processes
-#   0000  load_data            read or draw the data set: a Data object
-#   0000  build_backbone       the network whose output is H
-#   0000  build_optimizer      Adam, SGD, LARS or Muon, in groups of parameters
-#   0000  Run                  the run: its folder, checkpoints, log and checks
-#   0000  distribute           the model for several processes, or compiled
-#   0000  Run.resume           the step to start from: 0, or that of the last checkpoint
-#   0000  Data.batches         the batches of an epoch, uint8
-#   0000  step_seed            the seed of a step's random draws
-#   0000  Data.augment         the random views of a batch
-#   0000  learning_rate        the schedule's factor at a step
-#   0000  Run.guard            turn a failed matrix decomposition into a clear error
-#   0000  gather               embeddings of all processes, with gradient
-#   0000  mean_over_ranks      the mean of a tensor over the processes (BYOL)
-#   0000  world_size           the number of processes (MoCo)
-#   0000  rank                 this process's number among them (MoCo)
-#   0000  Run.watch            note, without waiting, whether loss and gradients are finite
-#   0000  Run.progress         stop if something was not finite; show the status line
-#   0000  Run.save_if_due      a checkpoint inside an epoch, and after Ctrl-C the last one
-#   0000  Run.mean_loss        the mean loss of the epoch
-#   0000  extract              H of a set of images
-#   0000  project              Z of H
-#   0000  collapse_metrics     how much of its space a set of embeddings fills
-#   0000  knn_accuracy         accuracy of a vote among the nearest training images
-#   0000  Run.end_epoch        write metrics.csv and last.pt, print a line
-#   0000  Run.save_backbone    write backbone.pt
-#   0000  Run.close            print the scores
-#
-# Part I:
+#   1293  main               run train(); print an expected error as one line
+#   1190  shared_arguments   the parser with the flags of all nine methods
+#   1167  number             the type of a numeric flag, with its bounds
+#   1231  finish_arguments   parse, fill in defaults, check the sizes
+#   1262  check              raise UserError unless a condition holds
+#   1185  divisor_near       a divisor to propose in its message
+#    109  set_up             device, precision, other processes
+#    145  load_data          read or draw the data set: Data
+#    381  build_backbone     the network whose output is H
+#    425  build_optimizer    Adam, SGD, LARS or Muon
+#    464  Run                the run's folder, checkpoints, log and checks
+#    721  distribute         the model for several processes, or compiled
+#    482  Run.resume         the step to start from, usually 0
+#    202  Data.batches       the batches of an epoch, uint8
+#    737  step_seed          the seed of a step's random draws
+#    217  Data.augment       the random views of a batch
+#    743  learning_rate      the schedule's factor at a step
+#    495  Run.guard          a failed decomposition becomes a clear error
+#    731  gather             embeddings of all processes, with gradient
+#   1413  mean_over_ranks    the mean of a tensor over the processes (BYOL)
+#     99  world_size         the number of processes (MoCo)
+#    104  rank               this process's number among them (MoCo)
+#    500  Run.watch          note whether loss and gradients are finite
+#    505  Run.progress       stop if they were not; show the status line
+#    515  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    523  Run.mean_loss      the mean loss of the epoch
+#   1016  extract            H of a set of images
+#   1036  project            Z of H
+#   1073  collapse_metrics   how much of its space a set of embeddings fills
+#   1047  knn_accuracy       accuracy of a vote among the nearest training images
+#    532  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    571  Run.save_backbone  write backbone.pt
+#    579  Run.close          print the scores
 #
 # Part II:
 #
+#   1147  Command line
+#   1255  Messages and errors
+#   1349  Several processes
+#   1475  Data sets by name
+#   1565  Folders of images
+#   1723  Streaming
+#   1824  Recipes of augmentation
+#   1898  ResNets, LARS, Muon
+#   2027  Run folder and signals
+#   2132  Resume
+#   2235  Files of a run
 
 import argparse
 import contextlib
@@ -81,10 +90,10 @@ from PIL import Image  # comes with torchvision
 from torchvision.transforms.v2 import functional
 
 # ==============================================================================
-# Part I: what a method file calls, and all that a run with default flags does
+# Part I: what a method file calls
 # ==============================================================================
 
-# ---- Device ------------------------------------------------------------------
+# ==== Device ====
 
 
 def world_size():
@@ -116,7 +125,7 @@ def set_up(args):
 def has_fast_bf16(device):
     """True if the processor computes in bf16 instead of emulating it.
 
-    CUDA: from Ampere on. x86: AVX512-BF16 or AMX, which only Linux tells."""
+    CUDA from Ampere on, x86 with AVX512-BF16 or AMX (known on Linux only)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     try:
@@ -127,7 +136,7 @@ def has_fast_bf16(device):
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-# ---- Data: uint8 images, on the device if they fit ---------------------------
+# ==== Data: uint8 images ====
 
 DEFAULT_IMAGE_SIZE = {"patterns": 32, "cifar10": 32, "cifar100": 32,
                       "stl10": 64, "tinyimagenet": 64}
@@ -150,25 +159,21 @@ class Data:
     """A data set, ready for training and measuring.
 
     train            images to train on: uint8 [N, 3, H, W] on the device, or `Files` if too many
-    labelled_train   those that have labels: all, except for STL-10
-    train_labels     int64 [N] on the device, or None
-    test             test images; the labelled training images if there are none
-    test_labels      int64 [M], or None
+    labelled_train   those with labels (all, except for STL-10), and train_labels, int64 [N] or None
+    test             test images, or the labelled training images if there are none
+    test_labels      int64 [M] or None
     labelled         True if training and test images have labels, so that kNN can be measured
-    bank, bank_labels         at most 5000 evenly spaced training images: kNN after each epoch
-    queries, query_labels     at most 1000 evenly spaced test images: the same
-    large_bank, large_bank_labels   at most 100,000 training images: kNN at the end of a run
+    bank, queries    at most 5000 training and 1000 test images, for the kNN after an epoch
+    large_bank       at most 100,000 training images, for the kNN at the end
     size             side of a view in pixels
     must_be_cropped  True if images in memory do not have that size
     mean, std        of the colours in 0 ... 1, float32 [3, 1, 1] on the device
-    steps_per_epoch, class_names
     fingerprint      a text that tells whether a resumed run has the same images"""
 
     def __init__(self, args, device, train, labels, test, test_labels, class_names,
                  unlabeled=None):
-        """train, test, unlabeled: uint8 [N, 3, H, W] or Files; labels: N whole numbers or None.
-
-        Raises UserError if a batch is larger than the data set."""
+        """Images: uint8 [N, 3, H, W] or Files. Labels: N whole numbers or None. Raises UserError
+        if a batch is larger than the data set."""
         self.args, self.device, self.size = args, device, args.image_size
         self.class_names = class_names
         self.fingerprint = f"{len(train)} training images"
@@ -191,15 +196,14 @@ class Data:
         in_memory = not isinstance(self.train, Files)
         self.must_be_cropped = in_memory and self.train.shape[2:] != (self.size, self.size)
         largest = 2 ** int(math.log2(max(2, len(self.train))))
-        check(self.steps_per_epoch > 0,
-              f"--batch-size {args.batch_size} is larger than the data set of {len(self.train)} "
-              f"images; try --batch-size {largest}")
+        check(self.steps_per_epoch > 0, f"--batch-size {args.batch_size} is larger than the data "
+              f"set of {len(self.train)} images; try --batch-size {largest}")
 
     def batches(self, epoch, first=0):
         """This process's rows of each global batch of an epoch, from batch `first` on.
 
-        Yields uint8 [n, 3, H, W]; or, from disk, a list of cropped views. The order is a function
-        of (seed, epoch). The last, incomplete batch is left out."""
+        Yields uint8 [n, 3, H, W], or lists of cropped views from Files. The order is a function of
+        (seed, epoch). The last, incomplete batch is left out."""
         order = np.random.default_rng((self.args.seed, 1, epoch)).permutation(len(self.train))
         order = torch.from_numpy(order[: self.steps_per_epoch * self.args.batch_size])
         mine = order.view(self.steps_per_epoch, world_size(), -1)[first:, rank()]
@@ -211,7 +215,7 @@ class Data:
                 yield self.train[index]
 
     def augment(self, batch, step):
-        """The random views of a batch: a list of float32 [n, 3, size, size], see `augment`."""
+        """The random views of a batch: a list of float32 [n, 3, size, size]."""
         args = self.args
         return augment(batch, args.augment, args.views, self.size, self.mean, self.std,
                        seed=args.seed, step=step, rank=rank(), world_size=world_size())
@@ -228,8 +232,8 @@ class Data:
 
 
 def place(images, device):
-    """uint8 [N, 3, H, W], numpy or torch -> a tensor on the device. None and Files stay."""
-    if images is None or isinstance(images, Files):
+    """uint8 [N, 3, H, W], numpy or torch -> a tensor on the device. Files stay as they are."""
+    if isinstance(images, Files):
         return images
     return torch.as_tensor(images).to(device).contiguous()
 
@@ -240,7 +244,7 @@ def place_labels(labels, device):
 
 
 def evenly_spaced(images, labels, count):
-    """At most `count` evenly spaced images, and their labels. All of them are not copied."""
+    """At most `count` evenly spaced images and their labels; no copy if there are no more."""
     if len(images) <= count:
         return images, labels
     index = torch.linspace(0, len(images) - 1, count).long()
@@ -284,7 +288,7 @@ def colour_statistics(images, num_workers=0):
     return mean.tolist(), (square - mean.square()).clamp_min(1e-6).sqrt().tolist()
 
 
-# ---- Patterns, the default data set ------------------------------------------
+# ==== Patterns ====
 
 PATTERN_CLASSES = ["stripes", "checks", "dots", "bricks", "zigzag", "grid", "rings", "triangles",
                    "weave", "crosses"]
@@ -297,10 +301,8 @@ def make_patterns(seed=0, train=10_000, test=2_000):
 
     Only the texture tells the class. Period, phase, tilt, warp, light and noise have the same
     distribution in all classes, and half of every image is ink. All images have nearly the same
-    two colours, and the light changes several times across an image. This is on purpose: a network
-    can learn whatever is an image's own and survives the augmentation, such as a hue or one bright
-    side, in place of the texture. BYOL did so when the light changed slowly: its features predicted
-    the light's period (R^2 = 0.9, linear fit) and the class no better than an untrained network."""
+    two colours, and the light changes several times across an image. Otherwise a network can learn
+    a hue or a bright side, which survive the augmentation, in place of the texture. BYOL did."""
     rng = np.random.default_rng(seed)
     labels = np.arange(train + test) % 10  # balanced; each split is then shuffled by itself
     train_labels = labels[:train][np.argsort(rng.random(train))]
@@ -344,7 +346,7 @@ def draw_patterns(name, count, rng):
 
 
 def texture(name, u, v):
-    """The height of a pattern at the points u, v [n, 32, 32] (in periods): float64 [n, 32, 32]."""
+    """The height of a pattern at the points u, v [n, 32, 32], in periods: [n, 32, 32]."""
     def wave(t):
         return np.abs(t - np.rint(t))  # distance to the nearest integer: 0 ... 0.5
 
@@ -373,14 +375,13 @@ def texture(name, u, v):
     return np.maximum(np.minimum(a, b) - .12, np.maximum(a, b) - .36)  # crosses
 
 
-# ---- Backbone ----------------------------------------------------------------
+# ==== Backbone ====
 
 
 def build_backbone(name, image_size, width=32):
     """(network, feature_dim). H = network(x) is [N, feature_dim], the output of average pooling.
 
-    `tiny` or the name of a torchvision ResNet. width: channels of the first layer of `tiny`.
-    Raises UserError if there is no such network."""
+    name: `tiny`, with `width` channels first, or a torchvision ResNet, else raises UserError."""
     if name == "tiny":
         return Tiny(width), 32 * width
     return build_resnet(name, image_size)
@@ -389,10 +390,9 @@ def build_backbone(name, image_size, width=32):
 class Tiny(nn.Module):
     """A small network for CPUs: [N, 3, S, S] -> [N, 32 width].
 
-    Most of its work is in few pixels with many channels. On CIFAR-10 it learned more per minute
-    than a small ResNet and than networks with more convolutions at a higher resolution. It averages
-    over each quarter of the image, not over the whole. That costs nothing, and a linear classifier
-    on CIFAR-10 gained 3 to 4 % from it."""
+    Most of its work is in few pixels with many channels: on CIFAR-10 it learned more per minute
+    than a small ResNet. It averages over each quarter of the image and not over the whole, from
+    which a linear classifier gained 3 to 4 %."""
 
     def __init__(self, width):
         super().__init__()
@@ -419,21 +419,20 @@ class Tiny(nn.Module):
         return self.layers(x)
 
 
-# ---- Optimizer ---------------------------------------------------------------
+# ==== Optimizer ====
 
 
 def build_optimizer(model, args):
-    """Adam, SGD, LARS or Muon over the parameters that have a gradient.
+    """Adam, SGD, LARS or Muon over the parameters that have a gradient, in groups.
 
-    The rate of a group at a step is group["peak_lr"] times the schedule's factor, or times 1 if
-    group["constant"]. The groups:
-    - Biases and norm layers: the peak rate is --lr-bias. LARS neither decays nor adapts them.
-    - Under Muon the filters of convolutions: the peak rate is --lr-filters.
-    - A module with the attribute `constant_lr = True` (SimSiam's predictor): no schedule."""
+    Biases and norm layers have the peak rate --lr-bias, and LARS neither decays nor adapts them.
+    Under Muon the filters of convolutions have --lr-filters. The rate of a group at a step is
+    group["peak_lr"] times the schedule's factor, or times 1 if group["constant"]. That is so in a
+    module with the attribute `constant_lr = True` (SimSiam's predictor)."""
     constant = set()
     for module in model.modules():
         if getattr(module, "constant_lr", False):
-            constant.update(id(parameter) for parameter in module.parameters())
+            constant.update(map(id, module.parameters()))
     members = {}  # (constant, bias or norm, filter) -> parameters
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -459,15 +458,13 @@ def build_optimizer(model, args):
     return Muon(groups, dtype=dtype, **shared)
 
 
-# ---- The run: folder, checkpoints, log ---------------------------------------
+# ==== Run ====
 
 
 class Run:
-    """One training. It holds the folder and its lock, the checkpoints, the log and the checks.
+    """One training: its folder, checkpoints, log and checks.
 
-    total_steps   steps of the whole run
-    folder        path of the run's files
-    rows          one dict per finished epoch: the rows of metrics.csv"""
+    total_steps: those of all epochs. folder: its path. rows: a dict per finished epoch."""
 
     def __init__(self, args, model, optimizer, data):
         """Raises UserError if the folder cannot be used or the recipe does not fit the images."""
@@ -482,13 +479,10 @@ class Run:
         self.folder, self.lock = open_folder(args)  # the lock lives as long as this object
         self.finite = FiniteWatch(model, data.device, self.folder)
 
-    # ---- Before the first step -----------------------------------------------
-
     def resume(self):
         """The step to start from: 0, or with --resume that of the last good checkpoint.
 
-        Loads the checkpoint into model and optimizer, and writes config.json. Raises UserError if
-        the checkpoint is not of the same run."""
+        Loads that checkpoint, writes config.json. Raises UserError if it is of another run."""
         checkpoint = None
         if self.args.resume:
             checkpoint = load_last(self.folder)
@@ -497,8 +491,6 @@ class Run:
             config = json.dumps(configuration(self.args, self.data.device), indent=1)
             write_file(os.path.join(self.folder, "config.json"), config.encode())
         return restore(self, checkpoint) if self.args.resume else 0
-
-    # ---- In every step -------------------------------------------------------
 
     def guard(self, step):
         """A context in which a failed matrix decomposition becomes a UserError with a cause."""
@@ -511,15 +503,14 @@ class Run:
         self.loss_sum += loss.detach()
 
     def progress(self, step, loss):
-        """Raise UserError if a number was not finite; on a terminal, show the status line.
+        """Raise UserError if a number was not finite; on a terminal show the status line.
 
         This waits for the device."""
         self.finite.check()
         if rank() == 0 and sys.stdout.isatty():
             done = step - (step - 1) // self.data.steps_per_epoch * self.data.steps_per_epoch
-            left = (self.total_steps - step) * self.clock.epoch_seconds() / done
-            say(f"\r{self.where(step)}  loss {loss.item():.4f}  {format_seconds(left)} left\033[K",
-                end="")
+            left = format_seconds((self.total_steps - step) * self.clock.epoch_seconds() / done)
+            say(f"\r{self.where(step)}  loss {loss.item():.4f}  {left} left\033[K", end="")
 
     def save_if_due(self, step):
         """Inside an epoch: save every --save-every steps; after SIGINT or SIGTERM save and exit."""
@@ -529,21 +520,17 @@ class Run:
         if stop:
             self.leave(step)
 
-    # ---- After every epoch ---------------------------------------------------
-
     def mean_loss(self):
-        """Mean loss of the epoch, a float; its time for images/s ends here. Waits for the device.
+        """Mean loss of the epoch, a float. Its time for images/s ends here. Waits for the device.
 
-        Raises UserError if a number was not finite."""
-        self.finite.check()  # before anything is measured with these weights
+        Raises UserError if a number was not finite, before these weights are measured."""
+        self.finite.check()
         mean = self.loss_sum.item() / self.data.steps_per_epoch
         self.training_seconds = self.clock.epoch_seconds()
         return mean
 
     def end_epoch(self, step, row):
-        """Complete the epoch's row, write last.pt and metrics.csv, print a line.
-
-        row: the columns of metrics.csv by name. Exits if a signal came."""
+        """Complete the epoch's row of metrics.csv, save, print a line. Exit if a signal came."""
         seconds = self.clock.epoch_seconds()
         images = self.data.steps_per_epoch * self.args.batch_size
         row["images_per_s"] = round(images / self.training_seconds, 1)
@@ -564,7 +551,7 @@ class Run:
             self.leave(step)
 
     def save(self, step):
-        """Write last.pt, whole or not at all. The checkpoint before it is kept as previous.pt.
+        """Write last.pt whole or not at all; the one before is kept as previous.pt.
 
         Raises UserError if a number was not finite or the disk is full."""
         self.finite.check()
@@ -581,13 +568,9 @@ class Run:
         write_file(os.path.join(self.folder, "last.pt"), buffer.getvalue(), keep_as=previous)
         self.last_is_good = True
 
-    # ---- At the end ----------------------------------------------------------
-
     def save_backbone(self):
-        """Write backbone.pt: the backbone's weights under torchvision's own names.
-
-        Everything is saved then, so Ctrl-C ends the program at once from here on."""
-        self.signals.restore()
+        """Write backbone.pt: the backbone's weights under torchvision's own names."""
+        self.signals.restore()  # all else is saved, so Ctrl-C may end the program at once
         if rank() == 0:
             buffer = io.BytesIO()
             torch.save(self.model.backbone.state_dict(), buffer)
@@ -597,16 +580,14 @@ class Run:
         """Print the last lines. scores: kNN accuracies (0 ... 1) by name, empty without labels."""
         if scores:
             first, *others = [f"{name} {100 * score:.2f} %" for name, score in scores.items()]
-            images = f"{len(self.data.test)} test images against {len(self.data.large_bank)}"
+            test, bank = len(self.data.test), len(self.data.large_bank)
             say(f"{first}  ({', '.join(others)}; k = 20, cosine, T = 0.07, "
-                f"{images} training images)")
+                f"{test} test images against {bank} training images)")
         else:
             say("no labelled training and test images, so no kNN; "
                 "the collapse figures are in metrics.csv")
         say(f"{self.folder}: config.json metrics.csv last.pt backbone.pt  "
             f"({format_seconds(self.clock.seconds())})")
-
-    # ---- Helpers -------------------------------------------------------------
 
     def where(self, step):
         """`epoch 2/10  step 45/390`"""
@@ -615,9 +596,7 @@ class Run:
         return f"epoch {epoch:{width}}/{self.args.epochs}  step {step}/{self.total_steps}"
 
     def should_stop(self, step):
-        """True, in all processes alike, after SIGINT or SIGTERM.
-
-        Under torchrun the processes agree on it every --log-every steps."""
+        """True after SIGINT or SIGTERM; under torchrun all agree every --log-every steps."""
         if dist.is_initialized():
             if step % self.args.log_every:
                 return False
@@ -625,7 +604,7 @@ class Run:
         return self.signals.number != 0
 
     def leave(self, step):
-        """End the program after a signal. Rank 0 has saved."""
+        """End the program after a signal."""
         if dist.is_initialized():
             dist.barrier()  # until rank 0 has saved: torchrun ends all when the first one leaves
         out = f" --out {self.args.out}" if self.args.out else ""
@@ -652,13 +631,14 @@ class Clock:
 
 
 class FiniteWatch:
-    """Remembers in which step the output of each network, the loss and each gradient was first not
-    finite. It does so on the device, without waiting for it."""
+    """The step in which each network's output, the loss and each gradient was first not finite.
+
+    It is noted on the device, without waiting for it."""
 
     NEVER = 2**31 - 1
 
     def __init__(self, model, device, folder):
-        """folder: that of the run, for the message."""
+        """folder: that of the run."""
         self.folder = folder
         self.outputs = {}  # of each child of the model, in this step
         for name, child in model.named_children():
@@ -689,9 +669,9 @@ class FiniteWatch:
         self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=step))
 
     def check(self, agree=True):
-        """Raise UserError if something was not finite. Waits for the device.
+        """Raise UserError if something was not finite; with `agree` in any process.
 
-        agree: all processes look, and say the same."""
+        This waits for the device."""
         if agree and dist.is_initialized():
             dist.all_reduce(self.first_bad, dist.ReduceOp.MIN)
         first_bad = self.first_bad.tolist()
@@ -706,12 +686,10 @@ class FiniteWatch:
             yield
         except torch.linalg.LinAlgError:
             self.check(agree=False)  # an earlier step; other processes may not have failed here
-            what = "the whitening"
             for name, outputs in self.outputs.items():
                 if not all(bool(output.isfinite().all()) for output in outputs):
-                    what = f"the output of the {name}"
-                    break
-            stop_non_finite(step, what, self.folder)
+                    stop_non_finite(step, f"the output of the {name}", self.folder)
+            stop_non_finite(step, "the whitening", self.folder)
 
 
 def row_in_words(row):
@@ -725,6 +703,7 @@ def row_in_words(row):
 
 
 def clear_line():
+    """What removes the status line from a terminal."""
     return "\r\033[K" if sys.stdout.isatty() else ""
 
 
@@ -736,14 +715,12 @@ def format_seconds(seconds):
     return f"{seconds // 60}m{seconds % 60:02d}s"
 
 
-# ---- Several processes, random draws, learning rate --------------------------
+# ==== Processes, random draws, learning rate ====
 
 
 def distribute(model, args):
-    """The model as the loop calls it.
-
-    --compile: with compiled backbones. Under torchrun: with the batch statistics of the global
-    batch, and gradients averaged over the processes."""
+    """The model as the loop calls it: with --compile compiled, and under torchrun with the batch
+    statistics of the global batch and gradients averaged over the processes."""
     if world_size() > 1:
         synchronise_batch_norm(model)
     if args.compile:
@@ -758,9 +735,8 @@ def gather(z):
 
 
 def step_seed(seed, step):
-    """The seed of a step's permutations and partitions, the same in all processes.
-
-    32 bits, because torch's CPU generator ignores all higher ones."""
+    """The seed of a step's permutations and partitions, the same in all processes."""
+    # 32 bits, because torch's CPU generator ignores all higher ones
     return int(np.random.SeedSequence((seed, 3, step)).generate_state(1)[0])
 
 
@@ -780,19 +756,17 @@ def learning_rate(args, step, total_steps, steps_per_epoch):
     return 1.0
 
 
-# ---- Augmentation: a batch at a time, on the device, every image with its own draw 
+# ==== Augmentation ====
 
 
 @torch.no_grad()
 def augment(images, recipe, views, size, mean, std, seed, step, rank=0, world_size=1):
     """The random views of a batch: a list of float32 [n, 3, size, size], normalised, channels_last.
 
-    images: uint8 [n, 3, H, W], or a list with a batch of crops per view (from a loader that has
-    cropped). recipe: a name in RECIPES. mean, std: three numbers each (tensors on the device save
-    a transfer). The draws are a function of (seed, step), so a resumed run goes on exactly on any
+    images: uint8 [n, 3, H, W], or a list with a batch of crops per view (by a loader). recipe: a
+    name in RECIPES. mean, std: three numbers each. The draws are a function of (seed, step), on any
     device. They are those of the global batch of world_size * n images, of which this rank has the
-    rows from rank * n on: N processes see what one process would. Raises ValueError if the recipe
-    has no crop and the images do not have the size."""
+    rows from rank * n on. Raises ValueError if other sizes are not cropped."""
     cropped, out = isinstance(images, (list, tuple)), []
     device = images[0].device
     mean, std = whole_image(mean, size, device), whole_image(std, size, device)
@@ -812,7 +786,7 @@ def augment(images, recipe, views, size, mean, std, seed, step, rank=0, world_si
 
 
 def whole_image(numbers, size, device):
-    """Three numbers -> float32 [1, 3, size, size], channels_last: faster to subtract than three."""
+    """Three numbers -> float32 [1, 3, size, size], channels_last, which is faster to subtract."""
     numbers = torch.as_tensor(numbers, dtype=torch.float32, device=device).view(1, 3, 1, 1)
     return numbers.expand(1, 3, size, size).contiguous(memory_format=torch.channels_last)
 
@@ -864,10 +838,9 @@ def draw_boxes(n, height, width, min_area, max_area, rng, ratio=(3 / 4, 4 / 3)):
 
 
 def apply(view, images, params, size, cropped=False):
-    """Apply one view's operations with the parameters that `draw` gave.
+    """Apply one view's operations with parameters from `draw`: float32 [n, 3, size, size], 0 ... 1.
 
     images: [n, 3, H, W], uint8 or float in [0, 1]. cropped: leave the crop out (done by a loader).
-    Returns float32 [n, 3, size, size] in [0, 1], before normalisation.
     Raises ValueError if the images do not have the size in the end."""
     if images.dtype == torch.uint8:
         x = images.float().div_(255)
@@ -875,8 +848,7 @@ def apply(view, images, params, size, cropped=False):
         x = images.float().clone()  # the operations work in place
     todo = [(op, p) for op, p in zip(view, params) if not (cropped and op[0] == "crop")]
     names = [op[0] for op, _ in todo]
-    # A flip after the crop commutes with everything between them (blur is symmetric), so the
-    # matrix of the crop flips too, at no cost.
+    # A flip commutes with all operations after the crop, so the crop's matrix flips at no cost.
     mirror = np.zeros(len(x), dtype=bool)
     if "flip" in names and "crop" in names[: names.index("flip")]:
         mirror = todo.pop(names.index("flip"))[1]["on"]
@@ -898,8 +870,8 @@ def apply(view, images, params, size, cropped=False):
 def host_arrays(name, p, mirror, size):
     """The arrays that one operation needs on the device, from its drawn parameters p.
 
-    All sizes that depend on the draws are settled here, in numpy, so that the device never waits.
-    mirror: bool [n], the images whose crop is also flipped."""
+    All sizes are settled here, in numpy, so that nothing waits for the device. mirror: bool [n],
+    the images whose crop is also flipped."""
     if name == "crop":
         top, left, h, w = p["box"].T
         origin, step = w * mirror, np.where(mirror, -w, w) / size
@@ -915,9 +887,8 @@ def host_arrays(name, p, mirror, size):
 def jitter_arrays(p):
     """The arguments of `jitter` after x.
 
-    Each image has three blends, and its hue is shifted before, between or after them. The images
-    are sorted by the place of hue in their order, those without jitter last. Then the images whose
-    hue is due are one slice of known bounds."""
+    An image has three blends and a shift of hue before, between or after them. Sorted by the place
+    of hue, those without jitter last, the images whose hue is due are one slice of known bounds."""
     place = np.where(p["on"], (p["order"] == 3).argmax(1), 4)
     rows = place.argsort(kind="stable")
     done = rows[: np.count_nonzero(place < 4)]  # the m jittered images
@@ -1038,16 +1009,15 @@ def change(name, x, *settings):
     return torch.where(x >= 0.5, 1 - x, x)  # solarize
 
 
-# ---- Measuring: H and Z of images, kNN, collapse -----------------------------
+# ==== Measuring ====
 
 
 @torch.no_grad()
 def extract(network, data, images, precision="fp32", batch_size=None):
     """network(x) in eval mode for all images -> float32 [N, d] on the data's device.
 
-    images: uint8 [N, 3, H, W] or Files. Under torchrun each process computes a share and gets the
-    whole. batch_size: images at a time; by default 500 up to 64 pixels and fewer of larger ones (41
-    at 224 pixels), so that measuring needs no more memory than training."""
+    images: uint8 [N, 3, H, W] or Files. Under torchrun each process computes a share. batch_size:
+    by default 500 up to 64 pixels, fewer above, so that training needs more memory than this."""
     batch_size = batch_size or max(1, min(500, 2**21 // data.size**2))
     was_training = network.training
     network.eval()
@@ -1083,15 +1053,13 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=20, temperature=0.0
     k = min(k, len(bank))
     classes = int(max(bank_labels.max(), query_labels.max())) + 1
     bank, queries = bank.float(), queries.float()
-    if temperature is None:
-        squares = bank.square().sum(1)
-    else:
+    if temperature is not None:
         bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    squares = bank.square().sum(1)  # [N]
     correct = 0
     for rows, labels in zip(queries.split(1000), query_labels.split(1000)):
-        if temperature is None:
-            similarity = 2 * rows @ bank.T - squares  # [m, N]: |row|^2 minus the squared distance
-            nearest, index = similarity.topk(k, dim=1)
+        if temperature is None:  # [m, N]: |row|^2 minus the squared distance
+            nearest, index = (2 * rows @ bank.T - squares).topk(k, dim=1)
             weights = torch.ones_like(nearest)
         else:
             nearest, index = (rows @ bank.T).topk(k, dim=1)
@@ -1159,16 +1127,15 @@ def mean_correlation(covariance):
 def collapse_in_words(figures, dim):
     """A sentence if the figures of collapse_metrics show a collapse, else an empty string.
 
-    The limits lie between the default runs of the nine on `patterns` and their versions without
-    what prevents collapse. Two seeds: std x sqrt(d) at least 0.60, stable rank 1.10 and rank 5,
-    against std below 0.1, or stable rank at most 1.03, or rank at most 4."""
+    The limits separate the nine default runs on `patterns` (two seeds: std x sqrt(d) at least 0.60,
+    stable rank 1.10, rank 5) from those without what prevents collapse (below 0.1, or at most 1.03,
+    or at most 4)."""
     if figures["std_sqrt_d"] < 0.1:
         return ("COLLAPSE: all embeddings are nearly one point "
                 f"(std x sqrt(d) = {figures['std_sqrt_d']:.3f}, healthy: near 1)")
     if figures["stable_rank_sq"] < 1.1 or figures["rank_1pct"] < min(5, dim / 2):
         return (f"DIMENSIONAL COLLAPSE: the embeddings fill few of their {dim:.0f} dimensions "
-                f"(rank {figures['rank_1pct']:.0f}, "
-                f"stable rank {figures['stable_rank_sq']:.2f})")
+                f"(rank {figures['rank_1pct']:.0f}, stable rank {figures['stable_rank_sq']:.2f})")
     return ""
 
 
@@ -1285,7 +1252,7 @@ def argument_given(flag, argv=None):
     return any(word == flag or word.startswith(flag + "=") for word in (sys.argv[1:] if argv is None else argv))
 
 
-# ---- Messages and errors -----------------------------------------------------
+# ==== Messages and errors ====
 
 
 class UserError(Exception):
@@ -1301,7 +1268,7 @@ def check(condition, message):
 
 
 def say(text, end="\n"):
-    """Print on rank 0. The training goes on if nobody reads any more (`| head`)."""
+    """Print on rank 0."""
     if rank() == 0:
         with ignore_broken_pipe(sys.stdout):
             print(text, end=end, flush=True)
@@ -1316,6 +1283,7 @@ def warn(text):
 
 @contextlib.contextmanager
 def ignore_broken_pipe(stream):
+    """Go on if nobody reads the output any more (`| head`)."""
     try:
         yield
     except BrokenPipeError:
@@ -1334,9 +1302,10 @@ def main(function, parse):
     except SystemExit as leave:  # after a signal, or by argparse (--help)
         status = leave.code or 0
     except (MemoryError, RuntimeError) as error:
-        message = explanation(error)
-        if not message:
+        words = explanation(error)
+        if not words:
             raise
+        message = f"error: {words}"
     if message:
         if rank() > 0:
             time.sleep(3)  # the same error on rank 0 ends this process before it repeats the line
@@ -1360,25 +1329,24 @@ def explanation(error):
         return any(part in words for part in parts)
 
     if isinstance(error, torch.cuda.OutOfMemoryError) or mentions("CUDA error: out of memory"):
-        return ("error: out of GPU memory; try a smaller --batch-size or --precision bf16, "
+        return ("out of GPU memory; try a smaller --batch-size or --precision bf16, "
                 "or --stream if the images of a folder fill it")
     if isinstance(error, MemoryError) or mentions("can't allocate", "not enough memory"):
-        return ("error: out of memory; "
-                "try a smaller --batch-size, --image-size or --proj-hidden")
+        return "out of memory; try a smaller --batch-size, --image-size or --proj-hidden"
     lost = mentions("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL")
     if world_size() > 1 and lost:
-        return (f"error: process {rank()} lost another process, whose own message says why; "
+        return (f"process {rank()} lost another process, whose own message says why; "
                 "go on with --resume")
     if words.startswith("DataLoader worker"):
-        return ("error: a loader process died, perhaps because it ran out of (shared) memory; "
+        return ("a loader process died, perhaps because it ran out of (shared) memory; "
                 "try a smaller --num-workers or --batch-size, and go on with --resume")
     compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
     if compiler or mentions("torch.compile"):
-        return f"error: --compile does not work here ({words[:120]}); try it without --compile"
+        return f"--compile does not work here ({words[:120]}); try it without --compile"
     return ""
 
 
-# ---- Several processes -------------------------------------------------------
+# ==== Several processes ====
 
 
 def set_up_gpu():
@@ -1389,8 +1357,7 @@ def set_up_gpu():
           f"try --nproc_per_node={gpus}")
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True  # all batches have the same size
-    # Whitening in full fp32, whatever the environment says. Convolutions may use TF32, as by
-    # torch's default.
+    # Whitening in full fp32, whatever the environment says. Convolutions may use TF32.
     torch.set_float32_matmul_precision("highest")
     return device
 
@@ -1407,9 +1374,8 @@ def join_processes(device):
 class GatherRows(torch.autograd.Function):
     """[n, d] on each of W processes -> [W n, d] on all of them, rows in the order of the ranks.
 
-    Every process computes the same loss from the gathered rows. Backward adds up the W equal
-    gradients of that loss. DistributedDataParallel then averages the weights' gradients over the W
-    processes, and sum / W is the gradient of one loss."""
+    All compute the same loss from these rows. Backward adds up its W equal gradients, and
+    DistributedDataParallel then averages those of the weights: sum / W is one loss's gradient."""
 
     @staticmethod
     def forward(ctx, z):
@@ -1426,36 +1392,31 @@ class GatherRows(torch.autograd.Function):
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over the processes.
-
-    If all of them use the sum, its gradient is the sum of their gradients."""
+    """The sum of a tensor over the processes. Its gradient is the sum of their gradients."""
 
     @staticmethod
     def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
+        return all_reduced(x)
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient
+        return all_reduced(gradient)
+
+
+def all_reduced(x):
+    """The sum of a tensor over the processes, without gradient."""
+    x = x.detach().clone()
+    dist.all_reduce(x)
+    return x
 
 
 def mean_over_ranks(x):
     """Mean of a tensor over the processes, without gradient; x itself if there is one process."""
-    if not dist.is_initialized():
-        return x
-    x = x.detach().clone()
-    dist.all_reduce(x)
-    return x / world_size()
+    return all_reduced(x) / world_size() if dist.is_initialized() else x
 
 
 class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm of [n, c, ...] with the statistics of the global batch, on any device.
-
-    torch.nn.SyncBatchNorm refuses CPUs."""
+    """Batch norm of [n, c, ...] by the global batch. torch.nn.SyncBatchNorm refuses CPUs."""
 
     def _check_input_dim(self, x):
         pass
@@ -1471,24 +1432,18 @@ class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         centred = exact - mean.view(shape)
         variance = SumOverRanks.apply(centred.square().sum(axes)) / count
         if self.track_running_stats:
-            self.update_running(mean, variance * count / (count - 1))
+            unbiased = variance.detach() * count / (count - 1)
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         out = centred * torch.rsqrt(variance.view(shape) + self.eps)
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)
         return out.to(x.dtype)
 
-    @torch.no_grad()
-    def update_running(self, mean, variance):
-        """Move the running statistics towards those of the batch."""
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
-
 
 def synchronise_batch_norm(model):
-    """Give all plain batch norms the statistics of the global batch, in place.
-
-    Their parameters and buffers stay."""
+    """Replace plain batch norms, in place, by those of the global batch; the parameters stay."""
     for name, child in model.named_children():
         if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
             kind = nn.SyncBatchNorm if next(model.parameters()).is_cuda else CPUSyncBatchNorm
@@ -1510,19 +1465,16 @@ def compile_backbones(model):
 
 
 def data_parallel(model):
-    """The model in DistributedDataParallel, without its broadcast of the buffers.
-
-    They are equal already. torch 2.14 has another name for the flag."""
-    ddp = nn.parallel.DistributedDataParallel
-    parameters = inspect.signature(ddp.__init__).parameters
-    flag = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+    """The model in DistributedDataParallel, without its broadcast of the (equal) buffers."""
+    ddp, flag = nn.parallel.DistributedDataParallel, "forward_sync_buffers"
+    if flag not in inspect.signature(ddp.__init__).parameters:
+        flag = "broadcast_buffers"  # its name before torch 2.14
     return ddp(model, **{flag: False})
 
 
-# ---- Data sets by name -------------------------------------------------------
+# ==== Data sets by name ====
 
-# Mean and standard deviation of the colours, from the W-MSE code. For other data sets they are
-# measured on the training images.
+# Mean and standard deviation of the colours, from the W-MSE code. Otherwise they are measured.
 COLOUR_STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
@@ -1533,13 +1485,11 @@ TINYIMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
 
 def load_by_name(args, device):
-    """cifar10, cifar100, stl10 or tinyimagenet as Data, downloaded if need be.
-
-    Raises UserError if that fails."""
+    """A data set by its name as Data, downloaded if need be. Raises UserError if that fails."""
     if rank() > 0 and dist.is_initialized():
         dist.barrier()  # rank 0 downloads first; if it fails, torchrun ends the others
-    load = load_tinyimagenet if args.dataset == "tinyimagenet" else load_torchvision
-    data = load(args, device)
+    read = load_tinyimagenet if args.dataset == "tinyimagenet" else load_torchvision
+    data = read(args, device)
     if rank() == 0 and dist.is_initialized():
         dist.barrier()
     return data
@@ -1547,34 +1497,30 @@ def load_by_name(args, device):
 
 def load_torchvision(args, device):
     """cifar10, cifar100 or stl10 as Data, by torchvision's own classes."""
+    kind, archive = {
+        "cifar10": (torchvision.datasets.CIFAR10, "cifar-10-python.tar.gz"),
+        "cifar100": (torchvision.datasets.CIFAR100, "cifar-100-python.tar.gz"),
+        "stl10": (torchvision.datasets.STL10, "stl10_binary.tar.gz"),
+    }[args.dataset]
+    splits = [{"train": True}, {"train": False}]
     if args.dataset == "stl10":
         splits = [{"split": "train"}, {"split": "test"}, {"split": "unlabeled"}]
-        parts = open_splits(args, torchvision.datasets.STL10, "stl10_binary.tar.gz", splits)
-        train, test, unlabeled = parts  # .data: uint8 [N, 3, 96, 96]
-        return Data(args, device, train.data, train.labels, test.data, test.labels, train.classes,
-                    unlabeled=unlabeled.data)
-    kind, archive = torchvision.datasets.CIFAR10, "cifar-10-python.tar.gz"
-    if args.dataset == "cifar100":
-        kind, archive = torchvision.datasets.CIFAR100, "cifar-100-python.tar.gz"
-    train, test = open_splits(args, kind, archive, [{"train": True}, {"train": False}])
-    train_images = train.data.transpose(0, 3, 1, 2)  # [N, 32, 32, 3] -> [N, 3, 32, 32]
-    test_images = test.data.transpose(0, 3, 1, 2)
-    return Data(args, device, train_images, train.targets, test_images, test.targets, train.classes)
-
-
-def open_splits(args, kind, archive, splits):
-    """The parts of a data set of torchvision. splits: keyword arguments of its class `kind`."""
     parts = []
     for split in splits:
         open_split = functools.partial(kind, args.data_dir, **split)
         parts.append(local_or_downloaded(args, archive, open_split))
-    return parts
+    train, test = parts[:2]
+    if args.dataset == "stl10":
+        return Data(args, device, train.data, train.labels, test.data, test.labels, train.classes,
+                    unlabeled=parts[2].data)
+    images = [part.data.transpose(0, 3, 1, 2) for part in parts]  # -> [N, 3, 32, 32]
+    return Data(args, device, images[0], train.targets, images[1], test.targets, train.classes)
 
 
 def local_or_downloaded(args, archive, open_dataset):
     """open_dataset(download=False), or with True if the data is not there.
 
-    archive: the file that a user can download instead. Raises UserError if the download fails."""
+    Raises UserError, which names the archive to download by hand, if that fails."""
     try:
         with contextlib.suppress(RuntimeError):  # torchvision: "not found or corrupted"
             return open_dataset(download=False)
@@ -1590,9 +1536,7 @@ def local_or_downloaded(args, archive, open_dataset):
 
 
 def load_tinyimagenet(args, device):
-    """Tiny ImageNet as Data, from the official archive's layout.
-
-    train/<wnid>/images/*, and val/images/* with val/val_annotations.txt as the test images."""
+    """Tiny ImageNet as Data: train/<wnid>/images/*, and val/images/* with their annotations."""
     root = os.path.join(args.data_dir, "tiny-imagenet-200")
     annotations = os.path.join(root, "val", "val_annotations.txt")
 
@@ -1601,31 +1545,29 @@ def load_tinyimagenet(args, device):
             archive = os.path.join(args.data_dir, os.path.basename(TINYIMAGENET_URL))
             if os.path.isfile(archive) and not zipfile.is_zipfile(archive):
                 os.remove(archive)  # cut short by an interrupted download
-            download_archive = torchvision.datasets.utils.download_and_extract_archive
-            download_archive(TINYIMAGENET_URL, args.data_dir)
+            fetch = torchvision.datasets.utils.download_and_extract_archive
+            fetch(TINYIMAGENET_URL, args.data_dir)
         if not os.path.isfile(annotations):
-            raise RuntimeError(f"no {root}/val/val_annotations.txt")
+            raise RuntimeError(f"no {annotations}")
 
     local_or_downloaded(args, "tiny-imagenet-200.zip", open_folder)
     train, labels, class_names = list_images(os.path.join(root, "train"))
-    test, test_labels = [], []
     with open(annotations) as file:
-        for line in file:
-            name, wnid, *_ = [*line.rstrip("\n").split("\t"), ""]
-            if wnid in class_names:
-                test.append(os.path.join(root, "val", "images", name))
-                test_labels.append(class_names.index(wnid))
+        rows = [line.split("\t")[:2] for line in file if line.strip()]
+    test, test_labels = [], []
+    for name, wnid in rows:
+        if wnid in class_names:
+            test.append(os.path.join(root, "val", "images", name))
+            test_labels.append(class_names.index(wnid))
     return data_from_files(args, device, train, labels, test, test_labels, class_names)
 
 
-# ---- Folders of images -------------------------------------------------------
+# ==== Folders of images ====
 
 
 def load_folder(args, device, root):
-    """Anyone's images as Data. Raises UserError if there are too few or they do not fit together.
-
-    DIR/train/<class>/* with DIR/test or DIR/val, or DIR/<class>/*, or a folder of images without
-    labels."""
+    """Anyone's images as Data: root/train/<class>/* with root/test or root/val, root/<class>/*, or
+    root/* without labels. Raises UserError if there are too few images or the classes differ."""
     check(os.path.isdir(root),
           f"--data-dir {root} is not a folder; try the folder that holds your images")
     train_root = os.path.join(root, "train")
@@ -1649,8 +1591,8 @@ def load_folder(args, device, root):
 def list_test_images(root, train_root, class_names):
     """(paths, labels) of root/test, or of root/val, or (None, None) if there are none.
 
-    Labels are numbers of the training classes; None if either part has no labels. Raises
-    UserError if there is a class that is not among them."""
+    labels are numbers of training classes, or None if either part has none. Raises UserError if
+    there is a class without training images."""
     test_root = os.path.join(root, "test")
     if not os.path.isdir(test_root):
         test_root = os.path.join(root, "val")
@@ -1669,8 +1611,7 @@ def list_test_images(root, train_root, class_names):
 def list_images(root):
     """(paths, labels, class_names) of the images below root, sorted by path.
 
-    The class is the folder right below root. labels is None and class_names is empty if root holds
-    images itself."""
+    The class is the folder right below root. If root holds images itself, labels is None."""
     paths = []
     for folder, _, names in os.walk(root, followlinks=True):
         for name in names:
@@ -1686,16 +1627,15 @@ def list_images(root):
     return paths, [number_of[names[0]] for names in parts], class_names
 
 
-# Bytes of images that are kept on a GPU, or without one by all processes of a machine. If there
-# are more, or with --stream, images are read from the disk as they are needed.
+# Bytes of images that are kept on a GPU, or without one by all processes of a machine together.
 MEMORY_LIMIT = 6 * 2**30
 
 
 def data_from_files(args, device, train, labels, test, test_labels, class_names):
     """Data from lists of paths, decoded once into memory if they fit there.
 
-    Otherwise loader processes read them throughout the training. Sets args.image_size if the flag
-    was not given. Raises UserError if no image can be read or one is too small."""
+    Otherwise they are Files. Sets args.image_size if the flag was not given. Raises UserError if no
+    image can be read or one is too small."""
     first = next((path for path in train if read_image(path) is not None), None)
     check(first is not None, f"--data-dir {args.data_dir}: none of the {len(train)} files can be "
           "read as an image; try another --data-dir")
@@ -1718,8 +1658,8 @@ def data_from_files(args, device, train, labels, test, test_labels, class_names)
               "try another --data-dir")
         if test:
             test, test_labels = decode(test, test_labels, side)
-        if test is not None and len(test) == 0:
-            test, test_labels = None, None
+            if len(test) == 0:
+                test, test_labels = None, None
     data = Data(args, device, train, labels, test, test_labels, class_names)
     data.fingerprint = fingerprint if stream else f"{len(data.train)} readable of {fingerprint}"
     return data
@@ -1732,9 +1672,7 @@ def names_crc(names):
 
 
 def read_image(path):
-    """The image as RGB uint8 [3, H, W], or None if it cannot be read.
-
-    Grey, palette, RGBA, CMYK and 16-bit images are converted."""
+    """An image of any kind as RGB uint8 [3, H, W], or None if it cannot be read."""
     try:
         with open(path, "rb") as file:
             image = Image.open(file)
@@ -1782,13 +1720,11 @@ def decode(paths, labels, side):
     return images[: len(kept)], None if labels is None else [labels[i] for i in kept]
 
 
-# ---- Streaming: images that do not fit in memory -----------------------------
+# ==== Streaming ====
 
 
 class Files:
-    """Images on the disk. Loader processes decode and crop them.
-
-    The rest of the augmentation runs on the device, a batch at a time."""
+    """Images on the disk, decoded and cropped by loader processes."""
 
     def __init__(self, paths, size, side):
         """size: of a view; side: of the centre squares for measuring, as in memory; in pixels."""
@@ -1802,53 +1738,36 @@ class Files:
 
         The crop is drawn from (seed, step, view, row of the global batch)."""
         recipe = [RECIPES[args.augment][v % len(RECIPES[args.augment])] for v in range(args.views)]
-        loader = torch.utils.data.DataLoader(
-            CropTask(self.paths, self.size, recipe, args.seed),
-            batch_sampler=crop_tasks(batches, first_step),
-            num_workers=args.num_workers,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=leave_signals_to_the_main_process)
-        for views in in_one_line(loader):
+        tasks = ([(first_step + i, rank() * len(row) + j, k) for j, k in enumerate(row.tolist())]
+                 for i, row in enumerate(batches))
+        for views in load(CropTask(self.paths, self.size, recipe, args.seed), batch_sampler=tasks,
+                          num_workers=args.num_workers, pin_memory=device.type == "cuda"):
             yield [view.to(device, non_blocking=True) for view in views]
 
     def centres(self, index, batch_size, num_workers):
         """Centre squares of the images `index` for measuring: yields uint8 [n, 3, side, side]."""
-        loader = torch.utils.data.DataLoader(
-            CentreTask(self.paths, self.side),
-            batch_size=batch_size,
-            sampler=index.tolist(),
-            num_workers=num_workers,
-            worker_init_fn=leave_signals_to_the_main_process)
-        yield from in_one_line(loader)
-
-
-def crop_tasks(batches, first_step):
-    """For each row of `batches` [steps, n] the list of (step, row of the global batch, image)."""
-    for i, images in enumerate(batches):
-        first_row = rank() * len(images)
-        yield [(first_step + i, first_row + j, k) for j, k in enumerate(images.tolist())]
+        yield from load(CentreTask(self.paths, self.side), batch_size=batch_size,
+                        sampler=index.tolist(), num_workers=num_workers)
 
 
 def leave_signals_to_the_main_process(_worker):
-    """Let a loader process outlive Ctrl-C and SIGTERM until the main process has saved.
-
-    The terminal and torchrun send them to all processes. After SIGTERM it lives for five seconds.
-    """
+    """Let a loader process outlive Ctrl-C, and SIGTERM by five seconds, until the run is saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: threading.Timer(5, os._exit, (0,)).start())
 
 
-def in_one_line(loader):
-    """The loader's batches. A UserError of a loader process comes without its traceback."""
+def load(dataset, **settings):
+    """The batches of a DataLoader. A UserError of a loader process comes without a traceback."""
     try:
-        yield from loader
+        yield from torch.utils.data.DataLoader(
+            dataset, worker_init_fn=leave_signals_to_the_main_process, **settings)
     except UserError as error:
         last_line = str(error).strip().splitlines()[-1]
         raise UserError(last_line.split("UserError: ")[-1]) from None
 
 
 class CropTask(torch.utils.data.Dataset):
-    """(step, row, image) -> the views of an image, cropped."""
+    """(step, row of the global batch, image) -> the views of the image, cropped."""
 
     def __init__(self, paths, size, recipe, seed):
         self.paths, self.size, self.recipe, self.seed = paths, size, recipe, seed
@@ -1865,9 +1784,7 @@ class CropTask(torch.utils.data.Dataset):
 
 
 def crop_one(image, crop, size, rng):
-    """A random crop of one image by the recipe's `crop`: uint8 [3, H, W] -> [3, size, size].
-
-    Without a crop in the recipe it is the centre."""
+    """A random crop, or the centre if crop is None: uint8 [3, H, W] -> [3, size, size]."""
     if crop is None:
         return to_square(image, size)
     top, left, height, width = draw_boxes(1, *image.shape[1:], crop[1], crop[2], rng)[0].tolist()
@@ -1877,7 +1794,7 @@ def crop_one(image, crop, size, rng):
 
 
 class CentreTask(torch.utils.data.Dataset):
-    """Index of an image -> its centre square."""
+    """An image's index -> its centre square."""
 
     def __init__(self, paths, side):
         self.paths, self.side = paths, side
@@ -1904,7 +1821,7 @@ def read_or_next(paths, index):
     raise UserError("none of the image files can be read; try another --data-dir")
 
 
-# ---- Recipes of augmentation -------------------------------------------------
+# ==== Recipes of augmentation ====
 
 FLIP = ("flip", 0.5)  # probability
 CROP = ("crop", 0.2, 1.0, "bilinear")  # smallest and largest share of the area, interpolation
@@ -1916,9 +1833,8 @@ JITTER = ("jitter", 0.4, 0.4, 0.4, 0.1, 0.8)  # brightness, contrast, saturation
 SOFT_JITTER = ("jitter", 0.4, 0.4, 0.2, 0.1, 0.8)
 GREY = ("grey", 0.2)  # probability
 
-# name -> views -> operations, in the order in which they are applied. If there are more views than
-# listed, they start again at the first. So the views of most recipes are alike, and BYOL's
-# alternate.
+# name -> views -> operations, in order. Further views start again at the first listed one, so the
+# views of most recipes are alike and BYOL's alternate.
 RECIPES = {
     # W-MSE, CW-RGP (htdt/self-supervised). Colours are changed before the crop; streamed images are
     # cropped as they are read.
@@ -1960,9 +1876,9 @@ def check_crops(args, data):
 def blur(x, sigma):
     """Gaussian blur of x [n, 3, S, S] with sigma [n] in pixels, as in SimCLR's code.
 
-    Reflected borders, and an odd kernel of 10 % of the side. The code of MoCo and Barlow Twins
-    blurs with Pillow, which does not cut the kernel off. At 224 pixels that is the same; at 32
-    pixels a sigma of 2 acts like 0.8 here."""
+    Reflected borders, odd kernel of 10 % of the side. The code of MoCo and Barlow Twins uses
+    Pillow, which does not cut the kernel: the same at 224 pixels, but at 32 a sigma of 2 acts like
+    0.8 here."""
     side = x.shape[-1]
     radius = (side // 10) // 2
     t = torch.arange(radius + 2, device=x.device)
@@ -1979,7 +1895,7 @@ def blur(x, sigma):
     return torch.matmul(band[:, None], torch.matmul(x, band.mT[:, None]))
 
 
-# ---- ResNets -----------------------------------------------------------------
+# ==== ResNets, LARS, Muon ====
 
 
 def resnet_names():
@@ -1991,11 +1907,10 @@ def resnet_names():
 def build_resnet(name, image_size):
     """(network, feature_dim) of torchvision's ResNet `name`. Raises UserError if there is none.
 
-    The parameters have torchvision's own names. The last batch norm of a block starts at zero
-    (SimSiam, Barlow Twins, VICReg, CW-RGP code). The stem is that of SimCLR appendix B.9 and the
-    W-MSE code: up to 32 pixels 3x3 with stride 1 and no pooling, up to 64 pixels the same with
-    pooling. Its weights are drawn like those of the other convolutions (W-MSE code: by PyTorch's
-    default)."""
+    Parameters have torchvision's names. The last batch norm of a block starts at zero (SimSiam,
+    Barlow Twins, VICReg, CW-RGP code). The stem is SimCLR's (appendix B.9) and the W-MSE code's: up
+    to 32 pixels 3x3 with stride 1 without pooling, up to 64 with pooling. Its weights are drawn as
+    those of the other convolutions (W-MSE code: PyTorch's default)."""
     check(name in resnet_names(),
           f"--backbone {name} is unknown; try tiny, {', '.join(resnet_names()[:5])}")
     network = torchvision.models.get_model(name, weights=None, zero_init_residual=True)
@@ -2007,9 +1922,6 @@ def build_resnet(name, image_size):
     feature_dim = network.fc.in_features
     network.fc = nn.Identity()
     return network, feature_dim
-
-
-# ---- LARS and Muon -----------------------------------------------------------
 
 
 class LARS(torch.optim.Optimizer):
@@ -2051,19 +1963,16 @@ class LARS(torch.optim.Optimizer):
 class Muon(torch.optim.Adam):
     """Adam, except that groups marked "filters" step along orthogonal directions.
 
-    As the fastest trainings on CIFAR-10 do (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
-    With one row of w per filter:
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon. With one row of w per filter:
 
         average = momentum * average + (1 - momentum) * gradient
         U = orthogonalise(momentum * average + (1 - momentum) * gradient)
         w *= sqrt(filters) / |w|
         w -= lr * U
 
-    Every convolution here is followed by a norm layer, so only the direction of a filter matters.
-    Its length can therefore be kept, and lr is always about the share of its length that a filter
-    moves. There is no weight decay, since it acts on the length. Momentum, three iterations and the
-    kept length are those of the authors' CIFAR-10 code (airbench94_muon). The default lr is ours,
-    for batches of 128."""
+    Every convolution is followed by a norm layer, so only a filter's direction matters. Its length
+    is kept, without weight decay, and lr is about the share of it that a filter moves. Momentum,
+    iterations and kept length as in the authors' CIFAR-10 code (airbench94_muon); lr is ours."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.6, dtype=torch.float32):
         """dtype: in which `orthogonalise` computes."""
@@ -2115,10 +2024,10 @@ def orthogonalise(m, iterations=3):
     return x.T if len(m) > m.shape[1] else x
 
 
-# ---- The run folder and signals ----------------------------------------------
+# ==== Run folder and signals ====
 
 CHECKPOINT_FORMAT = "nine-ssl-methods-1"
-# Flags that may change on --resume. They do not touch the numbers, except for rounding (compile)
+# Flags that may change on --resume. They do not change the numbers, except for rounding (compile)
 # and the permutations that a GPU draws (device).
 FREE_ON_RESUME = {"epochs", "out", "resume", "device", "num_workers", "log_every", "save_every",
                   "compile", "data_dir"}
@@ -2134,10 +2043,8 @@ class StopSignals:
 
     def note(self, number_, _frame):
         self.number = number_
-        # Without torchrun a second Ctrl-C ends the program at once. torchrun repeats the signal
-        # itself, and kills whoever does not leave within 30 seconds.
-        if world_size() == 1:
-            signal.signal(number_, signal.SIG_DFL)
+        if world_size() == 1:  # torchrun itself repeats the signal, and kills after 30 seconds
+            signal.signal(number_, signal.SIG_DFL)  # a second Ctrl-C ends the program at once
 
     def agree(self, device):
         """Let all processes know of a signal that came to one."""
@@ -2174,7 +2081,7 @@ def open_folder(args):
 def choose_folder(args):
     """--out, or runs/<method>-<dataset>-s<seed>, with -2, -3, ... if that holds a run.
 
-    With --resume the newest of these that holds a run. Raises UserError if --out holds a run."""
+    With --resume: the newest that holds a run. Without: raises UserError if --out holds one."""
     base = args.out or os.path.join("runs", f"{args.method}-{args.dataset}-s{args.seed}")
     candidates = [base]
     if not args.out:
@@ -2188,14 +2095,13 @@ def choose_folder(args):
 
 
 def holds_run(folder):
+    """True if there is a checkpoint in the folder."""
     files = os.path.join(folder, "last.pt"), os.path.join(folder, "previous.pt")
     return any(os.path.isfile(file) for file in files)
 
 
 def lock_file(file):
-    """True if this process now holds the lock on an open file.
-
-    The lock ends with the process, however that ends. Child processes do not inherit it."""
+    """True if this process now holds the lock on an open file. It ends with the process."""
     try:
         if os.name == "nt":
             import msvcrt
@@ -2223,7 +2129,7 @@ def stop_non_finite(step, what, folder):
     raise UserError(f"step {step}: {what} is not finite; likely cause: {cause}; {folder}: {kept}")
 
 
-# ---- Resume ------------------------------------------------------------------
+# ==== Resume ====
 
 
 def check_resume(run, checkpoint):
@@ -2272,8 +2178,7 @@ def restore(run, checkpoint):
     run.clock.run_before = checkpoint["seconds"]
     run.clock.epoch_before = checkpoint["epoch_seconds"]
     if rank() == 0:
-        # Rows after the checkpoint, or a line cut short, are gone from it. They will come again.
-        write_metrics(run.folder, run.rows)
+        write_metrics(run.folder, run.rows)  # without rows after the checkpoint or a torn line
     before, now = checkpoint["args"]["epochs"], run.args.epochs
     longer = ""
     if before != now:
@@ -2286,7 +2191,7 @@ def restore(run, checkpoint):
 def load_last(folder):
     """The newest readable checkpoint of a run folder, with its name under "file", or None.
 
-    A warning names a damaged one, and the one before it is used. Raises UserError if all are."""
+    A warning names a damaged one. Raises UserError if there are only such."""
     faults = []
     for name in ("last.pt", "previous.pt"):
         path = os.path.join(folder, name)
@@ -2299,8 +2204,9 @@ def load_last(folder):
             if faults:
                 warn(f"{faults[0]}; using {path} (step {checkpoint['step']}) instead")
             return {**checkpoint, "file": name}
-    check(not faults, "; ".join(faults[:1]) + "; no older checkpoint is readable: "
-          "train again with another --out")
+    if faults:
+        raise UserError(f"{faults[0]}; no older checkpoint is readable: "
+                        "train again with another --out")
     return None
 
 
@@ -2326,14 +2232,13 @@ def load_checkpoint(path):
     return checkpoint
 
 
-# ---- Files and the record of a run -------------------------------------------
+# ==== Files of a run ====
 
 
 def write_file(path, content, keep_as=None):
-    """Write bytes whole or not at all; the file that was there is kept as `keep_as`.
+    """Write bytes to a temporary name, flush, rename; keep the old file as `keep_as`.
 
-    Writes to a temporary name, flushes to the disk and renames. Raises UserError if that fails,
-    for example on a full disk; the old file then stays as it was."""
+    Raises UserError if that fails, for example on a full disk. The old file then stays."""
     temporary = path + ".tmp"
     try:
         with open(temporary, "wb") as file:
@@ -2366,7 +2271,7 @@ def write_metrics(folder, rows):
 
 
 def configuration(args, device):
-    """The content of config.json: all flags, the command, the versions and the machine."""
+    """The content of config.json: flags, command, versions, machine."""
     return {
         **vars(args),
         "command": " ".join(sys.argv),
@@ -2382,7 +2287,7 @@ def configuration(args, device):
 
 
 def processor_name(device):
-    """The name of the GPU or CPU, perhaps empty."""
+    """The name of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
@@ -2393,7 +2298,7 @@ def processor_name(device):
 
 
 def git_revision():
-    """The revision of these scripts if they lie in a git repository, else an empty string."""
+    """The git revision of these scripts, or an empty string."""
     here = os.path.dirname(os.path.abspath(__file__))
     command = ["git", "-C", here, "rev-parse", "HEAD"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
