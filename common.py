@@ -12,12 +12,12 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #
 # What a method file calls, in this order:
 #
-#   1293  main               run train(); print an expected error as one line
-#   1190  shared_arguments   the parser with the flags of all nine methods
-#   1167  number             the type of a numeric flag, with its bounds
-#   1231  finish_arguments   parse, fill in defaults, check the sizes
-#   1262  check              raise UserError unless a condition holds
-#   1185  divisor_near       a divisor to propose in its message
+#   1294  main               run train(); print an expected error as one line
+#   1191  shared_arguments   the parser with the flags of all nine methods
+#   1168  number             the type of a numeric flag, with its bounds
+#   1232  finish_arguments   parse, fill in defaults, check the sizes
+#   1263  check              raise UserError unless a condition holds
+#   1186  divisor_near       a divisor to propose in its message
 #    109  set_up             device, precision, other processes
 #    145  load_data          read or draw the data set: Data
 #    381  build_backbone     the network whose output is H
@@ -31,7 +31,7 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #    743  learning_rate      the schedule's factor at a step
 #    495  Run.guard          a failed decomposition becomes a clear error
 #    731  gather             embeddings of all processes, with gradient
-#   1413  mean_over_ranks    the mean of a tensor over the processes (BYOL)
+#   1414  mean_over_ranks    the mean of a tensor over the processes (BYOL)
 #     99  world_size         the number of processes (MoCo)
 #    104  rank               this process's number among them (MoCo)
 #    500  Run.watch          note whether loss and gradients are finite
@@ -39,26 +39,26 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #    515  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
 #    523  Run.mean_loss      the mean loss of the epoch
 #   1016  extract            H of a set of images
-#   1036  project            Z of H
-#   1073  collapse_metrics   how much of its space a set of embeddings fills
-#   1047  knn_accuracy       accuracy of a vote among the nearest training images
+#   1037  project            Z of H
+#   1074  collapse_metrics   how much of its space a set of embeddings fills
+#   1048  knn_accuracy       accuracy of a vote among the nearest training images
 #    532  Run.end_epoch      write metrics.csv and last.pt, print a line
 #    571  Run.save_backbone  write backbone.pt
 #    579  Run.close          print the scores
 #
 # Part II:
 #
-#   1147  Command line
-#   1255  Messages and errors
-#   1349  Several processes
-#   1475  Data sets by name
-#   1565  Folders of images
-#   1723  Streaming
-#   1824  Recipes of augmentation
-#   1898  ResNets, LARS, Muon
-#   2027  Run folder and signals
-#   2132  Resume
-#   2235  Files of a run
+#   1148  Command line
+#   1256  Messages and errors
+#   1350  Several processes
+#   1476  Data sets by name
+#   1566  Folders of images
+#   1725  Streaming
+#   1832  Recipes of augmentation
+#   1905  ResNets, LARS, Muon
+#   2033  Run folder and signals
+#   2138  Resume
+#   2241  Files of a run
 
 import argparse
 import contextlib
@@ -166,7 +166,7 @@ class Data:
     bank, queries    at most 5000 training and 1000 test images, for the kNN after an epoch
     large_bank       at most 100,000 training images, for the kNN at the end
     size             side of a view in pixels
-    must_be_cropped  True if images in memory do not have that size
+    must_be_cropped  True if images in memory have another size
     mean, std        of the colours in 0 ... 1, float32 [3, 1, 1] on the device
     fingerprint      a text that tells whether a resumed run has the same images"""
 
@@ -244,7 +244,7 @@ def place_labels(labels, device):
 
 
 def evenly_spaced(images, labels, count):
-    """At most `count` evenly spaced images and their labels; no copy if there are no more."""
+    """At most `count` evenly spaced images and their labels; not copied if they are all."""
     if len(images) <= count:
         return images, labels
     index = torch.linspace(0, len(images) - 1, count).long()
@@ -960,13 +960,13 @@ def luma(x):
 def jitter(x, rows, back, keep, to_grey, to_mean, *hues):
     """Brightness, contrast, saturation and hue of x [n, 3, H, W] in each image's own order.
 
-    torchvision's ColorJitter, for the other arguments see jitter_arrays. The first three are one
+    As torchvision's ColorJitter. jitter_arrays gives the other arguments. The first three are one
     formula, x <- clamp(f x + (1 - f) y) with y = 0, the mean grey, or the grey of the pixel."""
     shape = x.shape
     x = x.flatten(2).index_select(0, rows)  # sorted by the place of hue
     jittered = x[: len(keep)]  # [m, 3, HW]
     parts = jittered.split([len(h) for h in hues])
-    # [m, 3] -> [3 rounds, m, 1, 1]
+    # [m, 3] -> [3, m, 1, 1]
     keep, to_grey, to_mean = (c.t()[:, :, None, None] for c in (keep, to_grey, to_mean))
     for place in range(4):
         if len(hues[place]):
@@ -1016,8 +1016,9 @@ def change(name, x, *settings):
 def extract(network, data, images, precision="fp32", batch_size=None):
     """network(x) in eval mode for all images -> float32 [N, d] on the data's device.
 
-    images: uint8 [N, 3, H, W] or Files. Under torchrun each process computes a share. batch_size:
-    by default 500 up to 64 pixels, fewer above, so that training needs more memory than this."""
+    images: uint8 [N, 3, H, W] or Files. Under torchrun each process computes a share and gets all.
+    batch_size: by default 500 up to 64 pixels and fewer above, to need less memory than training.
+    """
     batch_size = batch_size or max(1, min(500, 2**21 // data.size**2))
     was_training = network.training
     network.eval()
@@ -1374,8 +1375,8 @@ def join_processes(device):
 class GatherRows(torch.autograd.Function):
     """[n, d] on each of W processes -> [W n, d] on all of them, rows in the order of the ranks.
 
-    All compute the same loss from these rows. Backward adds up its W equal gradients, and
-    DistributedDataParallel then averages those of the weights: sum / W is one loss's gradient."""
+    All compute the same loss from these rows. Backward adds up the W equal gradients, and
+    DistributedDataParallel averages those of the weights: sum / W is the gradient of one loss."""
 
     @staticmethod
     def forward(ctx, z):
@@ -1566,8 +1567,9 @@ def load_tinyimagenet(args, device):
 
 
 def load_folder(args, device, root):
-    """Anyone's images as Data: root/train/<class>/* with root/test or root/val, root/<class>/*, or
-    root/* without labels. Raises UserError if there are too few images or the classes differ."""
+    """Anyone's images as Data: train/<class>/* with test or val, or <class>/*, or * without labels.
+
+    Raises UserError if there are too few images or classes."""
     check(os.path.isdir(root),
           f"--data-dir {root} is not a folder; try the folder that holds your images")
     train_root = os.path.join(root, "train")
@@ -1738,16 +1740,22 @@ class Files:
 
         The crop is drawn from (seed, step, view, row of the global batch)."""
         recipe = [RECIPES[args.augment][v % len(RECIPES[args.augment])] for v in range(args.views)]
-        tasks = ([(first_step + i, rank() * len(row) + j, k) for j, k in enumerate(row.tolist())]
-                 for i, row in enumerate(batches))
-        for views in load(CropTask(self.paths, self.size, recipe, args.seed), batch_sampler=tasks,
-                          num_workers=args.num_workers, pin_memory=device.type == "cuda"):
+        dataset = CropTask(self.paths, self.size, recipe, args.seed)
+        for views in read_batches(dataset, batch_sampler=crop_tasks(batches, first_step),
+                                  num_workers=args.num_workers, pin_memory=device.type == "cuda"):
             yield [view.to(device, non_blocking=True) for view in views]
 
     def centres(self, index, batch_size, num_workers):
         """Centre squares of the images `index` for measuring: yields uint8 [n, 3, side, side]."""
-        yield from load(CentreTask(self.paths, self.side), batch_size=batch_size,
-                        sampler=index.tolist(), num_workers=num_workers)
+        yield from read_batches(CentreTask(self.paths, self.side), batch_size=batch_size,
+                                sampler=index.tolist(), num_workers=num_workers)
+
+
+def crop_tasks(batches, first_step):
+    """For each row of `batches` [steps, n]: [(step, row of the global batch, image), ...]."""
+    for step, images in enumerate(batches.tolist(), first_step):
+        first = rank() * len(images)
+        yield [(step, first + i, image) for i, image in enumerate(images)]
 
 
 def leave_signals_to_the_main_process(_worker):
@@ -1756,7 +1764,7 @@ def leave_signals_to_the_main_process(_worker):
     signal.signal(signal.SIGTERM, lambda *_: threading.Timer(5, os._exit, (0,)).start())
 
 
-def load(dataset, **settings):
+def read_batches(dataset, **settings):
     """The batches of a DataLoader. A UserError of a loader process comes without a traceback."""
     try:
         yield from torch.utils.data.DataLoader(
@@ -1767,7 +1775,7 @@ def load(dataset, **settings):
 
 
 class CropTask(torch.utils.data.Dataset):
-    """(step, row of the global batch, image) -> the views of the image, cropped."""
+    """An item of crop_tasks -> the cropped views of its image."""
 
     def __init__(self, paths, size, recipe, seed):
         self.paths, self.size, self.recipe, self.seed = paths, size, recipe, seed
@@ -1886,8 +1894,7 @@ def blur(x, sigma):
     kernel = kernel / (2 * kernel.sum(1, keepdim=True) - kernel[:, :1])  # its last entry is 0
     i = torch.arange(side, device=x.device)[:, None]
     j = torch.arange(side, device=x.device)
-    # Pixel i sees pixel j directly, mirrored at the first edge, and mirrored at the last edge. The
-    # edge pixels themselves are not repeated.
+    # Pixel i sees pixel j directly and mirrored at both edges, whose pixels are not repeated.
     direct = (i - j).abs()
     first = torch.where(j > 0, i + j, side)
     last = torch.where(j < side - 1, 2 * (side - 1) - i - j, side)
@@ -1975,7 +1982,6 @@ class Muon(torch.optim.Adam):
     iterations and kept length as in the authors' CIFAR-10 code (airbench94_muon); lr is ours."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.6, dtype=torch.float32):
-        """dtype: in which `orthogonalise` computes."""
         super().__init__(params, lr=lr, weight_decay=weight_decay, fused=True)
         self.momentum, self.dtype = momentum, dtype
 
