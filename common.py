@@ -1,17 +1,62 @@
-"""Everything that is not a method's idea, for nine scripts that each fit on a few pages.
-
-    1 messages and errors      one line on stderr, exit status 2
-    2 command line             the flags that all nine methods share
-    3 the machine              device, precision, torchrun, synchronised batch norm, gather with gradient
-    4 data                     uint8 images on the device; patterns, cifar10, cifar100, stl10, tinyimagenet, folder
-    5 augmentation             batched, every sample with its own draw; the papers' recipes as data
-    6 backbones                `tiny` for CPUs, torchvision's ResNets with the papers' stem for small images
-    7 optimisation             learning rate as a function of the step, LARS, Muon
-    8 measuring                kNN, collapse metrics
-    9 the run folder           config.json, metrics.csv, last.pt, backbone.pt; exact resume
+"""Everything that the nine method files share and that is not one method's idea.
 
 To borrow a method, copy its file and this one into a folder of your own.
+
+Part I is what a method file calls, in the order in which its train() calls it, as far as a run
+with default flags needs it. Part II is the rest: flags, messages, files, image folders, torchrun.
 """
+
+# ==============================================================================
+# Contents (`python tests/test_common.py` writes the line numbers)
+# ==============================================================================
+#
+# What a method file calls, in this order:
+#
+#    114  Args               the flags that all nine methods share
+#    104  flag               a field of Args: default, help, bounds
+#   1476  main               run train(); print an expected error as one line
+#   1298  parse_args         Args from the command line
+#    192  set_up             device, precision, other processes
+#    227  load_data          read or draw the data set: Data
+#    463  build_backbone     the network whose output is H
+#    507  build_optimizer    Adam, SGD, LARS or Muon
+#    546  Run                the run's folder, checkpoints, log and checks
+#    803  distribute         the model for several processes, or compiled
+#    564  Run.resume         the step to start from, usually 0
+#    284  Data.batches       the batches of an epoch, uint8
+#    819  step_seed          the seed of a step's random draws
+#    299  Data.augment       the random views of a batch
+#    825  learning_rate      the schedule's factor at a step
+#    577  Run.guard          a failed decomposition becomes a clear error
+#    813  gather             embeddings of all processes, with gradient
+#   1597  mean_over_ranks    the mean of a tensor over the processes (BYOL)
+#    182  world_size         the number of processes (MoCo)
+#    187  rank               this process's number among them (MoCo)
+#    582  Run.watch          note whether loss and gradients are finite
+#    587  Run.progress       stop if they were not; show the status line
+#    597  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    605  Run.mean_loss      the mean loss of the epoch
+#   1098  extract            H of a set of images
+#   1119  project            Z of H
+#   1156  collapse_metrics   how much of its space a set of embeddings fills
+#   1130  knn_accuracy       accuracy of a vote among the nearest training images
+#    614  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    653  Run.save_backbone  write backbone.pt
+#    661  Run.close          print the scores
+#
+# Part II:
+#
+#   1229  Command line: flags from Args, checks, and sizes to propose
+#   1438  Messages and errors
+#   1533  Several processes
+#   1659  Data sets by name
+#   1749  Folders of images
+#   1908  Streaming
+#   2015  Recipes of augmentation
+#   2088  ResNets, LARS, Muon
+#   2216  Run folder and signals
+#   2326  Resume
+#   2429  Files of a run
 
 import argparse
 import contextlib
@@ -19,6 +64,7 @@ import copy
 import csv
 import dataclasses
 import datetime
+import functools
 import http.client
 import inspect
 import io
@@ -47,85 +93,10 @@ from PIL import Image  # comes with torchvision
 from torchvision.transforms.v2 import functional
 
 # ==============================================================================
-# 1. Messages and errors
+# Part I: what a method file calls
 # ==============================================================================
 
-
-class UserError(Exception):
-    """Something that the user can mend. `main` prints it as one line on stderr and exits with status 2."""
-
-
-def check(condition, message):
-    """Raise UserError(message) unless `condition` holds. The message names the flag or file, the fault and the remedy."""
-    if not condition:
-        raise UserError(message)
-
-
-def say(text, end="\n"):
-    """Print on rank 0. A reader that closed the pipe (`| head`) does not end the training."""
-    if rank() == 0:
-        with _broken_pipe_tolerated(sys.stdout):
-            print(text, end=end, flush=True)
-
-
-def warn(text):
-    """One line on stderr, from rank 0; the run goes on."""
-    if rank() == 0:
-        with _broken_pipe_tolerated(sys.stderr):
-            print(text, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _broken_pipe_tolerated(stream):
-    try:
-        yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def main(function, parse):
-    """Call function(parse()) and turn every foreseeable fault into one line on stderr and exit status 2."""
-    status, message = 2, ""
-    try:
-        function(parse())
-        status = 0
-    except UserError as error:
-        message = f"error: {error}"
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted"
-    except SystemExit as leave:  # stopped by a signal, or argparse's own words
-        status = leave.code or 0
-    except (MemoryError, RuntimeError) as error:
-        words = " ".join(str(error).split())
-        if isinstance(error, torch.cuda.OutOfMemoryError) or "CUDA error: out of memory" in words:
-            message = "error: out of GPU memory; try a smaller --batch-size or --precision bf16, and --stream where a folder's images fill it"
-        elif isinstance(error, MemoryError) or any(word in words for word in ("can't allocate", "not enough memory")):
-            message = "error: out of memory; try a smaller --batch-size, --image-size or --proj-hidden"
-        elif world_size() > 1 and any(word in words for word in ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL")):
-            message = f"error: process {rank()} lost another process, whose own words say why; go on with --resume"
-        elif words.startswith("DataLoader worker"):
-            message = "error: a loader process died, perhaps for want of (shared) memory; try a smaller --num-workers or --batch-size, and go on with --resume"
-        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")) or "torch.compile" in words:
-            message = f"error: --compile does not work here ({words[:120]}); try it without --compile"
-        else:
-            raise
-    if message:
-        if rank() > 0:
-            time.sleep(3)  # the same error on rank 0 ends this process before it repeats the line
-        with _broken_pipe_tolerated(sys.stderr):
-            print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
-    with _broken_pipe_tolerated(sys.stdout):
-        sys.stdout.flush()
-    if dist.is_initialized() and status:
-        os._exit(status)  # not sys.exit: taking down a process group with work pending may wait for ever
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(status)
-
-
-# ==============================================================================
-# The flags that all nine methods share
-# ==============================================================================
+# ==== Flags ====
 
 DATASETS = ("patterns", "cifar10", "cifar100", "stl10", "tinyimagenet", "folder")
 
@@ -205,9 +176,1057 @@ class Args:
         check_args(self)
 
 
+# ==== Device ====
+
+
+def world_size():
+    """The number of processes that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank():
+    """This process's number among them, from 0; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def set_up(args):
+    """Choose the device and join the other processes.
+
+    Returns a copy of args with all flags filled in, and the torch.device. Raises UserError if there
+    is no such device."""
+    check(args.device != "cuda" or torch.cuda.is_available(),
+          "--device cuda: torch finds no GPU that it can use; try --device cpu")
+    device = torch.device("cpu")
+    if args.device != "cpu" and torch.cuda.is_available():
+        device = set_up_gpu()
+    if world_size() > 1 and not dist.is_initialized():
+        join_processes(device)
+    return completed(args, device), device
+
+
+def has_fast_bf16(device):
+    """True if the processor computes in bf16 instead of emulating it.
+
+    CUDA from Ampere on, x86 with AVX512-BF16 or AMX (known on Linux only)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = file.read()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+# ==== Data: uint8 images ====
+
+DEFAULT_IMAGE_SIZE = {"patterns": 32, "cifar10": 32, "cifar100": 32,
+                      "stl10": 64, "tinyimagenet": 64}
+
+
+def load_data(args, device):
+    """Read or draw the data set of --dataset. Sets args.image_size if the flag was not given.
+
+    Returns Data. Raises UserError if there are no usable images or a download fails."""
+    args.image_size = args.image_size or DEFAULT_IMAGE_SIZE.get(args.dataset)
+    if args.dataset == "patterns":
+        train, labels, test, test_labels = make_patterns()
+        return Data(args, device, train, labels, test, test_labels, PATTERN_CLASSES)
+    if args.dataset == "folder":
+        return load_folder(args, device, args.data_dir)
+    return load_by_name(args, device)
+
+
+class Data:
+    """A data set, ready for training and measuring.
+
+    train            images to train on: uint8 [N, 3, H, W] on the device, or `Files` if too many
+    labelled_train   those with labels (all, except for STL-10), and train_labels, int64 [N] or None
+    test             test images, or the labelled training images if there are none
+    test_labels      int64 [M] or None
+    labelled         True if training and test images have labels, so that kNN can be measured
+    bank, queries    at most 5000 training and 1000 test images, for the kNN after an epoch
+    large_bank       at most 100,000 training images, for the kNN at the end
+    size             side of a view in pixels
+    must_be_cropped  True if images in memory have another size
+    mean, std        of the colours in 0 ... 1, float32 [3, 1, 1] on the device
+    fingerprint      a text that tells whether a resumed run has the same images"""
+
+    def __init__(self, args, device, train, labels, test, test_labels, class_names,
+                 unlabeled=None):
+        """Images: uint8 [N, 3, H, W] or Files. Labels: N whole numbers or None. Raises UserError
+        if a batch is larger than the data set."""
+        self.args, self.device, self.size = args, device, args.image_size
+        self.class_names = class_names
+        self.fingerprint = f"{len(train)} training images"
+        everything = train if unlabeled is None else np.concatenate([train, unlabeled])
+        self.train = place(everything, device)
+        self.labelled_train = self.train if unlabeled is None else self.train[: len(train)]
+        self.train_labels = place_labels(labels, device)
+        self.test = self.labelled_train if test is None else place(test, device)
+        self.test_labels = None if test is None else place_labels(test_labels, device)
+        self.labelled = self.train_labels is not None and self.test_labels is not None
+        training = self.labelled_train, self.train_labels
+        self.bank, self.bank_labels = evenly_spaced(*training, 5000)
+        self.queries, self.query_labels = evenly_spaced(self.test, self.test_labels, 1000)
+        self.large_bank, self.large_bank_labels = evenly_spaced(*training, 100_000)
+        mean, std = (COLOUR_STATISTICS.get(args.dataset)
+                     or colour_statistics(self.train, args.num_workers))
+        self.mean = torch.tensor(mean, dtype=torch.float32, device=device).view(3, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32, device=device).view(3, 1, 1)
+        self.steps_per_epoch = len(self.train) // args.batch_size
+        in_memory = not isinstance(self.train, Files)
+        self.must_be_cropped = in_memory and self.train.shape[2:] != (self.size, self.size)
+        largest = 2 ** int(math.log2(max(2, len(self.train))))
+        check(self.steps_per_epoch > 0, f"--batch-size {args.batch_size} is larger than the data "
+              f"set of {len(self.train)} images; try --batch-size {largest}")
+
+    def batches(self, epoch, first=0):
+        """This process's rows of each global batch of an epoch, from batch `first` on.
+
+        Yields uint8 [n, 3, H, W], or lists of cropped views from Files. The order is a function of
+        (seed, epoch). The last, incomplete batch is left out."""
+        order = np.random.default_rng((self.args.seed, 1, epoch)).permutation(len(self.train))
+        order = torch.from_numpy(order[: self.steps_per_epoch * self.args.batch_size])
+        mine = order.view(self.steps_per_epoch, world_size(), -1)[first:, rank()]
+        if isinstance(self.train, Files):
+            first_step = epoch * self.steps_per_epoch + first
+            yield from self.train.crops(mine, self.args, first_step, self.device)
+        else:
+            for index in mine.to(self.device, non_blocking=True):
+                yield self.train[index]
+
+    def augment(self, batch, step):
+        """The random views of a batch: a list of float32 [n, 3, size, size]."""
+        args = self.args
+        return augment(batch, args.augment, args.views, self.size, self.mean, self.std,
+                       seed=args.seed, step=step, rank=rank(), world_size=world_size())
+
+    def eval_views(self, images, index, batch_size):
+        """images[index] without randomness, normalised: yields float32 [n, 3, size, size]."""
+        if isinstance(images, Files):
+            parts = images.centres(index, batch_size, self.args.num_workers)
+        else:
+            parts = (images[i] for i in index.split(batch_size))
+        for x in parts:
+            x = centre_view(x.to(self.device).float() / 255, self.size)
+            yield ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+
+def place(images, device):
+    """uint8 [N, 3, H, W], numpy or torch -> a tensor on the device. Files stay as they are."""
+    if isinstance(images, Files):
+        return images
+    return torch.as_tensor(images).to(device).contiguous()
+
+
+def place_labels(labels, device):
+    """N whole numbers -> int64 [N] on the device. None stays."""
+    return None if labels is None else torch.as_tensor(labels, device=device).long()
+
+
+def evenly_spaced(images, labels, count):
+    """At most `count` evenly spaced images and their labels; not copied if they are all."""
+    if len(images) <= count:
+        return images, labels
+    index = torch.linspace(0, len(images) - 1, count).long()
+    if isinstance(images, Files):
+        part = Files([images.paths[i] for i in index], images.size, images.side)
+    else:
+        part = images[index.to(images.device)]
+    return part, None if labels is None else labels[index.to(labels.device)]
+
+
+def centre_view(x, size):
+    """The centre of images, resized with antialiasing: [n, 3, H, W] -> [n, 3, size, size].
+
+    Of a larger image it takes the middle 7/8, as ImageNet evaluation does (224 of 256 pixels)."""
+    height, width = x.shape[-2:]
+    if (height, width) == (size, size):
+        return x
+    side = min(height, width)
+    if side > size:
+        side = round(side * 7 / 8)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = x[:, :, top:top + side, left:left + side]
+    return F.interpolate(square, (size, size), mode="bilinear", antialias=True)
+
+
+def colour_statistics(images, num_workers=0):
+    """Mean and standard deviation per channel, in 0 ... 1, of at most 5000 evenly spaced images.
+
+    images: uint8 [N, 3, H, W] or Files. Returns two lists of three floats."""
+    index = torch.arange(0, len(images), -(-len(images) // 5000))
+    if isinstance(images, Files):
+        parts = images.centres(index, 100, num_workers)
+    else:
+        parts = (images[i.to(images.device)] for i in index.split(100))
+    mean, square = 0, 0
+    for part in parts:
+        x = part.double() / 255
+        mean = mean + x.mean((0, 2, 3)) * len(x)
+        square = square + x.square().mean((0, 2, 3)) * len(x)
+    mean, square = mean / len(index), square / len(index)
+    return mean.tolist(), (square - mean.square()).clamp_min(1e-6).sqrt().tolist()
+
+
+# ==== Patterns ====
+
+PATTERN_CLASSES = ["stripes", "checks", "dots", "bricks", "zigzag", "grid", "rings", "triangles",
+                   "weave", "crosses"]
+
+
+def make_patterns(seed=0, train=10_000, test=2_000):
+    """Textures in two colours, ten classes, the same bytes everywhere.
+
+    Returns train images uint8 [N, 3, 32, 32], their labels int64 [N], test images, test labels.
+
+    Only the texture tells the class. Period, phase, tilt, warp, light and noise have the same
+    distribution in all classes, and half of every image is ink. All images have nearly the same
+    two colours, and the light changes several times across an image. Otherwise a network can learn
+    a hue or a bright side, which survive the augmentation, in place of the texture. BYOL did."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(train + test) % 10  # balanced; each split is then shuffled by itself
+    train_labels = labels[:train][np.argsort(rng.random(train))]
+    test_labels = labels[train:][np.argsort(rng.random(test))]
+    labels = np.concatenate([train_labels, test_labels])
+    images = np.empty((train + test, 3, 32, 32), np.uint8)
+    for k, name in enumerate(PATTERN_CLASSES):
+        rows = np.flatnonzero(labels == k)
+        images[rows] = draw_patterns(name, len(rows), rng)
+    return images[:train], train_labels, images[train:], test_labels
+
+
+def draw_patterns(name, count, rng):
+    """`count` random images of one class: float64 [count, 3, 32, 32], rounded, in 0 ... 255."""
+    def uniform(low, high, shape=(1, 1)):
+        return low + (high - low) * rng.random((count, *shape))
+
+    x = np.arange(32) / 16 - 31 / 32  # pixel centres, in (-1, 1)
+    y = x[:, None]
+    # Coordinates (u, v) that count periods: bent by a smooth warp, turned, scaled and shifted.
+    warped_x = x + uniform(.1, .2) * np.sin(uniform(2, 4) * y + uniform(0, 6.3))
+    warped_y = y + uniform(.1, .2) * np.sin(uniform(2, 4) * x + uniform(0, 6.3))
+    tilt = uniform(-.3, .3)  # radians
+    if name == "stripes":
+        tilt = tilt * 11  # any direction
+    scale = uniform(2.2, 3)  # periods in 16 pixels
+    u = scale * (warped_x * np.cos(tilt) - warped_y * np.sin(tilt)) + uniform(0, 8)
+    v = scale * (warped_x * np.sin(tilt) + warped_y * np.cos(tilt)) + uniform(0, 8)
+    g = texture(name, u, v)
+    g = g - np.median(g, (1, 2), keepdims=True)  # positive in half of the image
+    g = g * np.where(uniform(0, 1) < .5, 1, -1)  # ink is where g > 0
+    ink = np.clip(.5 + 16 / scale * g, 0, 1)[:, None]  # edges one pixel wide
+    one = (1, 1, 1)
+    dark = uniform(.29, .31, one) + np.reshape([-.05, 0, .05], (3, 1, 1))  # bluish
+    light = dark + uniform(.37, .38, one) + np.reshape([.1, .02, -.1], (3, 1, 1))  # yellowish
+    image = dark + ink * (light - dark)
+    for t in (x, y):  # uneven light
+        image += .12 * np.sin(uniform(5, 8, one) * t + uniform(0, 6.3, one))
+    image += uniform(-.06, .06, (3, 32, 32))  # pixel noise
+    return np.rint(255 * np.clip(image, 0, 1))
+
+
+def texture(name, u, v):
+    """The height of a pattern at the points u, v [n, 32, 32], in periods: [n, 32, 32]."""
+    def wave(t):
+        return np.abs(t - np.rint(t))  # distance to the nearest integer: 0 ... 0.5
+
+    a, b = wave(u), wave(v)
+    row, column = np.floor(v), np.floor(u)
+    shifted = wave(u + row / 2)  # every second row is shifted by half a period
+    in_row = v - row  # 0 ... 1 from one row to the next
+    if name == "stripes":
+        return 1.5 * wave(1.5 * v)
+    if name == "checks":
+        return 4 * (a - .25) * (b - .25)
+    if name == "dots":
+        return np.hypot(shifted, in_row - .5)
+    if name == "bricks":
+        return np.minimum(wave(.7 * u + np.floor(1.4 * v) / 2), wave(1.4 * v))
+    if name == "zigzag":
+        return wave(v + 1.2 * a)
+    if name == "grid":
+        return np.minimum(a, b)
+    if name == "rings":
+        return np.abs(np.hypot(a, b) - .33)
+    if name == "triangles":
+        return in_row / 2 - a
+    if name == "weave":
+        return np.where((row + column) % 2 == 0, wave(2 * u + .25), wave(2 * v + .25)) / 2
+    return np.maximum(np.minimum(a, b) - .12, np.maximum(a, b) - .36)  # crosses
+
+
+# ==== Backbone ====
+
+
+def build_backbone(name, image_size, width=32):
+    """(network, feature_dim). H = network(x) is [N, feature_dim], the output of average pooling.
+
+    name: `tiny`, with `width` channels first, or a torchvision ResNet, else raises UserError."""
+    if name == "tiny":
+        return Tiny(width), 32 * width
+    return build_resnet(name, image_size)
+
+
+class Tiny(nn.Module):
+    """A small network for CPUs: [N, 3, S, S] -> [N, 32 width].
+
+    Most of its work is in few pixels with many channels: on CIFAR-10 it learned more per minute
+    than a small ResNet. It averages over each quarter of the image and not over the whole, from
+    which a linear classifier gained 3 to 4 %."""
+
+    def __init__(self, width):
+        super().__init__()
+
+        def block(inputs, outputs, kernel=3, stride=1, padding=1):
+            convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
+            return convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+
+        w = width
+        self.layers = nn.Sequential(
+            *block(3, w, kernel=2, stride=2, padding=0),  # [N, w, S/2, S/2]
+            *block(w, 3 * w, stride=2),
+            *block(3 * w, 3 * w),
+            nn.MaxPool2d(2),  # [N, 3 w, S/8, S/8]
+            *block(3 * w, 6 * w),
+            *block(6 * w, 8 * w),
+            nn.AdaptiveAvgPool2d(2),  # [N, 8 w, 2, 2], the means of the quarters
+            nn.Flatten())
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+# ==== Optimizer ====
+
+
+def build_optimizer(model, args):
+    """Adam, SGD, LARS or Muon over the parameters that have a gradient, in groups.
+
+    Biases and norm layers have the peak rate --lr-bias, and LARS neither decays nor adapts them.
+    Under Muon the filters of convolutions have --lr-filters. The rate of a group at a step is
+    group["peak_lr"] times the schedule's factor, or times 1 if group["constant"]. That is so in a
+    module with the attribute `constant_lr = True` (SimSiam's predictor)."""
+    constant = set()
+    for module in model.modules():
+        if getattr(module, "constant_lr", False):
+            constant.update(map(id, module.parameters()))
+    members = {}  # (constant, bias or norm, filter) -> parameters
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            filters = args.optimizer == "muon" and parameter.dim() == 4
+            key = id(parameter) in constant, parameter.dim() < 2, filters
+            members.setdefault(key, []).append(parameter)
+    groups = []
+    for key in sorted(members):
+        fixed, excluded, filters = key
+        peak_lr = args.lr_bias if excluded else args.lr
+        if filters:
+            peak_lr = args.lr_filters
+        groups.append({"params": members[key], "peak_lr": peak_lr, "constant": fixed,
+                       "excluded": excluded, "filters": filters})
+    shared = {"lr": args.lr, "weight_decay": args.weight_decay}
+    if args.optimizer == "adam":
+        return torch.optim.Adam(groups, fused=True, **shared)
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, fused=True, **shared)
+    if args.optimizer == "lars":
+        return LARS(groups, **shared)
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    return Muon(groups, dtype=dtype, **shared)
+
+
+# ==== Run ====
+
+
+class Run:
+    """One training: its folder, checkpoints, log and checks.
+
+    total_steps: those of all epochs. folder: its path. rows: a dict per finished epoch."""
+
+    def __init__(self, args, model, optimizer, data):
+        """Raises UserError if the folder cannot be used or the recipe does not fit the images."""
+        self.args, self.model, self.optimizer, self.data = args, model, optimizer, data
+        check_crops(args, data)
+        self.total_steps = args.epochs * data.steps_per_epoch
+        self.rows = []
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=data.device)  # this epoch's
+        self.last_is_good = True  # False after a resume from previous.pt, until the next save
+        self.clock = Clock()
+        self.signals = StopSignals()
+        self.folder, self.lock = open_folder(args)  # the lock lives as long as this object
+        self.finite = FiniteWatch(model, data.device, self.folder)
+
+    def resume(self):
+        """The step to start from: 0, or with --resume that of the last good checkpoint.
+
+        Loads that checkpoint, writes config.json. Raises UserError if it is of another run."""
+        checkpoint = None
+        if self.args.resume:
+            checkpoint = load_last(self.folder)
+            check_resume(self, checkpoint)
+        if rank() == 0:  # only now: a refused --resume leaves config.json as it was
+            config = json.dumps(configuration(self.args, self.data.device), indent=1)
+            write_file(os.path.join(self.folder, "config.json"), config.encode())
+        return restore(self, checkpoint) if self.args.resume else 0
+
+    def guard(self, step):
+        """A context in which a failed matrix decomposition becomes a UserError with a cause."""
+        return self.finite.guard(step)
+
+    @torch.no_grad()
+    def watch(self, step, loss):
+        """Add up the loss [] and note whether all numbers are finite, without waiting."""
+        self.finite.note(step, loss)
+        self.loss_sum += loss.detach()
+
+    def progress(self, step, loss):
+        """Raise UserError if a number was not finite; on a terminal show the status line.
+
+        This waits for the device."""
+        self.finite.check()
+        if rank() == 0 and sys.stdout.isatty():
+            done = step - (step - 1) // self.data.steps_per_epoch * self.data.steps_per_epoch
+            left = format_seconds((self.total_steps - step) * self.clock.epoch_seconds() / done)
+            say(f"\r{self.where(step)}  loss {loss.item():.4f}  {left} left\033[K", end="")
+
+    def save_if_due(self, step):
+        """Inside an epoch: save every --save-every steps; after SIGINT or SIGTERM save and exit."""
+        stop = self.should_stop(step)
+        if stop or (self.args.save_every > 0 and step % self.args.save_every == 0):
+            self.save(step)
+        if stop:
+            self.leave(step)
+
+    def mean_loss(self):
+        """Mean loss of the epoch, a float. Its time for images/s ends here. Waits for the device.
+
+        Raises UserError if a number was not finite, before these weights are measured."""
+        self.finite.check()
+        mean = self.loss_sum.item() / self.data.steps_per_epoch
+        self.training_seconds = self.clock.epoch_seconds()
+        return mean
+
+    def end_epoch(self, step, row):
+        """Complete the epoch's row of metrics.csv, save, print a line. Exit if a signal came."""
+        seconds = self.clock.epoch_seconds()
+        images = self.data.steps_per_epoch * self.args.batch_size
+        row["images_per_s"] = round(images / self.training_seconds, 1)
+        row["seconds"] = round(self.clock.seconds(), 1)
+        self.rows.append(row)
+        self.loss_sum.zero_()
+        self.clock.start_epoch()
+        self.save(step)
+        if rank() == 0:
+            write_metrics(self.folder, self.rows)
+        left = (self.total_steps - step) * seconds / self.data.steps_per_epoch
+        say(f"{clear_line()}{self.where(step)}  {row_in_words(row)}  {format_seconds(left)} left")
+        collapse = collapse_in_words(row, row["dim"]) if "rank" in row else ""
+        if collapse:
+            say(collapse)
+        self.clock.start_epoch()  # images/s of the next epoch do not count this one's checkpoint
+        if self.should_stop(step * self.args.log_every) and step < self.total_steps:
+            self.leave(step)
+
+    def save(self, step):
+        """Write last.pt whole or not at all; the one before is kept as previous.pt.
+
+        Raises UserError if a number was not finite or the disk is full."""
+        self.finite.check()
+        if rank() > 0:
+            return
+        content = {"format": CHECKPOINT_FORMAT, "args": vars(self.args), "step": step,
+                   "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                   "loss_sum": self.loss_sum.cpu(), "rows": self.rows,
+                   "seconds": self.clock.seconds(), "epoch_seconds": self.clock.epoch_seconds(),
+                   "data": self.data.fingerprint}
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        previous = os.path.join(self.folder, "previous.pt") if self.last_is_good else None
+        write_file(os.path.join(self.folder, "last.pt"), buffer.getvalue(), keep_as=previous)
+        self.last_is_good = True
+
+    def save_backbone(self):
+        """Write backbone.pt: the backbone's weights under torchvision's own names."""
+        self.signals.restore()  # all else is saved, so Ctrl-C may end the program at once
+        if rank() == 0:
+            buffer = io.BytesIO()
+            torch.save(self.model.backbone.state_dict(), buffer)
+            write_file(os.path.join(self.folder, "backbone.pt"), buffer.getvalue())
+
+    def close(self, scores):
+        """Print the last lines. scores: kNN accuracies (0 ... 1) by name, empty without labels."""
+        if scores:
+            first, *others = [f"{name} {100 * score:.2f} %" for name, score in scores.items()]
+            test, bank = len(self.data.test), len(self.data.large_bank)
+            say(f"{first}  ({', '.join(others)}; k = 20, cosine, T = 0.07, "
+                f"{test} test images against {bank} training images)")
+        else:
+            say("no labelled training and test images, so no kNN; "
+                "the collapse figures are in metrics.csv")
+        say(f"{self.folder}: config.json metrics.csv last.pt backbone.pt  "
+            f"({format_seconds(self.clock.seconds())})")
+
+    def where(self, step):
+        """`epoch 2/10  step 45/390`"""
+        epoch = (step - 1) // self.data.steps_per_epoch + 1
+        width = len(str(self.args.epochs))
+        return f"epoch {epoch:{width}}/{self.args.epochs}  step {step}/{self.total_steps}"
+
+    def should_stop(self, step):
+        """True after SIGINT or SIGTERM; under torchrun all agree every --log-every steps."""
+        if dist.is_initialized():
+            if step % self.args.log_every:
+                return False
+            self.signals.agree(self.data.device)
+        return self.signals.number != 0
+
+    def leave(self, step):
+        """End the program after a signal."""
+        if dist.is_initialized():
+            dist.barrier()  # until rank 0 has saved: torchrun ends all when the first one leaves
+        out = f" --out {self.args.out}" if self.args.out else ""
+        say(f"{clear_line()}stopped after step {step} of {self.total_steps}; "
+            f"go on with --resume{out}")
+        sys.exit(128 + self.signals.number)
+
+
+class Clock:
+    """Seconds of the run and of its present epoch. After a resume they go on counting."""
+
+    def __init__(self):
+        self.run_before = self.epoch_before = 0.0  # before the resume
+        self.run_started = self.epoch_started = time.monotonic()
+
+    def seconds(self):
+        return self.run_before + time.monotonic() - self.run_started
+
+    def epoch_seconds(self):
+        return self.epoch_before + time.monotonic() - self.epoch_started
+
+    def start_epoch(self):
+        self.epoch_before, self.epoch_started = 0.0, time.monotonic()
+
+
+class FiniteWatch:
+    """The step in which each network's output, the loss and each gradient was first not finite.
+
+    It is noted on the device, without waiting for it."""
+
+    NEVER = 2**31 - 1
+
+    def __init__(self, model, device, folder):
+        """folder: that of the run."""
+        self.folder = folder
+        self.outputs = {}  # of each child of the model, in this step
+        for name, child in model.named_children():
+            self.outputs[name] = []
+            child.register_forward_hook(functools.partial(self.keep, name))
+        self.gradients = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.watched = [f"the output of the {name}" for name in self.outputs] + ["the loss"]
+        self.watched += [f"the gradient of {name}" for name, _ in self.gradients]
+        self.first_bad = torch.full((len(self.watched),), self.NEVER, device=device)
+
+    def keep(self, name, module, _inputs, output):
+        if module.training:
+            self.outputs[name].append(output.detach())
+
+    @torch.no_grad()
+    def note(self, step, loss):
+        """Look at the step's outputs, loss and gradients."""
+        zero = torch.zeros((), device=self.first_bad.device)
+        values = []
+        for outputs in self.outputs.values():
+            values.append(sum((output.float().sum() for output in outputs), zero))
+            outputs.clear()
+        values.append(loss.detach().float())
+        for _, parameter in self.gradients:
+            gradient = parameter.grad
+            values.append(zero if gradient is None else gradient.norm().float())
+        finite = torch.stack(values).isfinite()
+        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=step))
+
+    def check(self, agree=True):
+        """Raise UserError if something was not finite; with `agree` in any process.
+
+        This waits for the device."""
+        if agree and dist.is_initialized():
+            dist.all_reduce(self.first_bad, dist.ReduceOp.MIN)
+        first_bad = self.first_bad.tolist()
+        if min(first_bad) < self.NEVER:
+            what = self.watched[first_bad.index(min(first_bad))]
+            stop_non_finite(min(first_bad), what, self.folder)
+
+    @contextlib.contextmanager
+    def guard(self, step):
+        """Turn a failed eigen-decomposition or Cholesky into the same UserError."""
+        try:
+            yield
+        except torch.linalg.LinAlgError:
+            self.check(agree=False)  # an earlier step; other processes may not have failed here
+            for name, outputs in self.outputs.items():
+                if not all(bool(output.isfinite().all()) for output in outputs):
+                    stop_non_finite(step, f"the output of the {name}", self.folder)
+            stop_non_finite(step, "the whitening", self.folder)
+
+
+def row_in_words(row):
+    """`loss 0.1234  kNN 65.43 %  ...` of a row of metrics.csv."""
+    words = f"loss {row['loss']:.4f}"
+    if row["knn"] != "":
+        words += f"  kNN {100 * row['knn']:5.2f} %"
+    if "rank" in row:
+        words += f"  std*sqrt(d) {row['std_sqrt_d']:.2f}  rank {row['rank_1pct']:.0f}"
+    return f"{words}  {row['images_per_s']:.0f} images/s"
+
+
+def clear_line():
+    """What removes the status line from a terminal."""
+    return "\r\033[K" if sys.stdout.isatty() else ""
+
+
+def format_seconds(seconds):
+    """`3m07s` or `1h02m`."""
+    seconds = int(seconds)
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds // 60 % 60:02d}m"
+    return f"{seconds // 60}m{seconds % 60:02d}s"
+
+
+# ==== Processes, random draws, learning rate ====
+
+
+def distribute(model, args):
+    """The model as the loop calls it: with --compile compiled, and under torchrun with the batch
+    statistics of the global batch and gradients averaged over the processes."""
+    if world_size() > 1:
+        synchronise_batch_norm(model)
+    if args.compile:
+        compile_backbones(model)
+    return model if world_size() == 1 else data_parallel(model)
+
+
+def gather(z):
+    """[n, d] of this process -> [N, d] of the global batch, with gradient, float32 or better."""
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return GatherRows.apply(z) if dist.is_initialized() else z
+
+
+def step_seed(seed, step):
+    """The seed of a step's permutations and partitions, the same in all processes."""
+    # 32 bits, because torch's CPU generator ignores all higher ones
+    return int(np.random.SeedSequence((seed, 3, step)).generate_state(1)[0])
+
+
+def learning_rate(args, step, total_steps, steps_per_epoch):
+    """The factor in [0, 1] of the peak learning rate at `step` (0 ... total_steps - 1).
+
+    Linear warm-up (1 / warmup in the first step), then `cosine` to 0, or `constant`, or `step`:
+    x 0.2 at 50 and again at 25 epochs before the end (W-MSE and CW-RGP code)."""
+    warmup = min(500, total_steps // 10) if args.warmup is None else args.warmup
+    if step < warmup:
+        return (step + 1) / warmup
+    if args.schedule == "cosine":
+        return (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup))) / 2
+    if args.schedule == "step":
+        drops = [total_steps - epochs * steps_per_epoch for epochs in (50, 25)]
+        return 0.2 ** sum(step >= drop > 0 for drop in drops)  # none before the start of the run
+    return 1.0
+
+
+# ==== Augmentation ====
+
+
+@torch.no_grad()
+def augment(images, recipe, views, size, mean, std, seed, step, rank=0, world_size=1):
+    """The random views of a batch: a list of float32 [n, 3, size, size], normalised, channels_last.
+
+    images: uint8 [n, 3, H, W], or a list with a batch of crops per view (by a loader). recipe: a
+    name in RECIPES. mean, std: three numbers each. The draws are a function of (seed, step), on any
+    device. They are those of the global batch of world_size * n images, of which this rank has the
+    rows from rank * n on. Raises ValueError if other sizes are not cropped."""
+    cropped, out = isinstance(images, (list, tuple)), []
+    device = images[0].device
+    mean, std = whole_image(mean, size, device), whole_image(std, size, device)
+    for number_of_view in range(views):
+        batch = images[number_of_view] if cropped else images
+        n, _, height, width = batch.shape
+        view = RECIPES[recipe][number_of_view % len(RECIPES[recipe])]
+        rng = np.random.default_rng((seed, 0, step, number_of_view))
+        params = draw(view, n * world_size, height, width, rng)
+        rows = slice(rank * n, (rank + 1) * n)
+        params = [{key: array[rows] for key, array in p.items()} for p in params]
+        with torch.autocast(batch.device.type, enabled=False):  # resampling needs float32
+            x = apply(view, batch, params, size, cropped)
+        x = x.contiguous(memory_format=torch.channels_last)  # no copy right after a crop
+        out.append(x.sub_(mean).div_(std))
+    return out
+
+
+def whole_image(numbers, size, device):
+    """Three numbers -> float32 [1, 3, size, size], channels_last, which is faster to subtract."""
+    numbers = torch.as_tensor(numbers, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+    return numbers.expand(1, 3, size, size).contiguous(memory_format=torch.channels_last)
+
+
+def draw(view, n, height, width, rng):
+    """Draw the parameters of one view for n images of height x width.
+
+    view: operations as in RECIPES. rng: numpy Generator. Returns a dict of arrays per operation:
+    crop        box [n, 4]: top, left, height, width
+    jitter      on [n]; factor [n, 4] of brightness 0, contrast 1, saturation 2, hue 3; order [n, 4]
+    blur        on [n], sigma [n] in pixels
+    the others  on [n]"""
+    params = []
+    for name, *setting in view:
+        if name == "crop":
+            params.append({"box": draw_boxes(n, height, width, setting[0], setting[1], rng)})
+        elif name == "jitter":
+            *strength, hue, p = setting
+            low = np.array([max(0.0, 1 - s) for s in strength] + [-hue])
+            high = np.array([1 + s for s in strength] + [hue])
+            order = rng.random((n, 4)).argsort(1)
+            factor = rng.uniform(low, high, (n, 4))
+            params.append({"on": rng.random(n) < p, "order": order, "factor": factor})
+        elif name == "blur":
+            on = rng.random(n) < setting[0]
+            params.append({"on": on, "sigma": rng.uniform(setting[1], setting[2], n)})
+        else:
+            params.append({"on": rng.random(n) < setting[0]})
+    return params
+
+
+def draw_boxes(n, height, width, min_area, max_area, rng, ratio=(3 / 4, 4 / 3)):
+    """n crop boxes, int64 [n, 4]: top, left, height, width.
+
+    As torchvision's RandomResizedCrop: the first of ten tries that fits, else a central box."""
+    area = height * width * rng.uniform(min_area, max_area, (10, n))
+    aspect = np.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1]), (10, n)))
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))  # [10, n]
+    fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
+    first, column = fits.argmax(0), np.arange(n)
+    w, h, fits = w[first, column], h[first, column], fits[first, column]  # [n]
+    # If no try fits (rare, or a very long image): as much of the image as the ratio allows.
+    w = np.where(fits, w, min(width, round(height * ratio[1])))
+    h = np.where(fits, h, min(height, round(width / ratio[0])))
+    top, left = rng.random((2, n))
+    top = np.where(fits, np.floor(top * (height - h + 1)), (height - h) // 2)
+    left = np.where(fits, np.floor(left * (width - w + 1)), (width - w) // 2)
+    return np.stack([top, left, h, w], 1).astype(np.int64)
+
+
+def apply(view, images, params, size, cropped=False):
+    """Apply one view's operations with parameters from `draw`: float32 [n, 3, size, size], 0 ... 1.
+
+    images: [n, 3, H, W], uint8 or float in [0, 1]. cropped: leave the crop out (done by a loader).
+    Raises ValueError if the images do not have the size in the end."""
+    if images.dtype == torch.uint8:
+        x = images.float().div_(255)
+    else:
+        x = images.float().clone()  # the operations work in place
+    todo = [(op, p) for op, p in zip(view, params) if not (cropped and op[0] == "crop")]
+    names = [op[0] for op, _ in todo]
+    # A flip commutes with all operations after the crop, so the crop's matrix flips at no cost.
+    mirror = np.zeros(len(x), dtype=bool)
+    if "flip" in names and "crop" in names[: names.index("flip")]:
+        mirror = todo.pop(names.index("flip"))[1]["on"]
+    arrays = [host_arrays(op[0], p, mirror, size) for op, p in todo]
+    for (op, _), tensors in zip(todo, to_device(arrays, x.device)):
+        if op[0] == "crop":
+            x = crop_and_resize(x, *tensors, size, op[3])
+        elif op[0] == "jitter":
+            x = jitter(x, *tensors)
+        elif len(tensors[0]):  # the others change only the rows drawn for them
+            rows, *settings = tensors
+            x.index_copy_(0, rows, change(op[0], x.index_select(0, rows), *settings))
+    if x.shape[2:] != (size, size):
+        raise ValueError(f"images are {x.shape[2]}x{x.shape[3]}, not --image-size {size}, "
+                         "and this recipe has no crop")
+    return x
+
+
+def host_arrays(name, p, mirror, size):
+    """The arrays that one operation needs on the device, from its drawn parameters p.
+
+    All sizes are settled here, in numpy, so that nothing waits for the device. mirror: bool [n],
+    the images whose crop is also flipped."""
+    if name == "crop":
+        top, left, h, w = p["box"].T
+        origin, step = w * mirror, np.where(mirror, -w, w) / size
+        vertical = np.stack([top, top + h, 0 * h, h / size], 1)  # see resize_matrix
+        horizontal = np.stack([left, left + w, origin, step], 1)
+        return [vertical.astype(np.float32), horizontal.astype(np.float32)]
+    if name == "jitter":
+        return jitter_arrays(p)
+    rows = np.flatnonzero(p["on"])
+    return [rows, p["sigma"][rows]] if name == "blur" else [rows]
+
+
+def jitter_arrays(p):
+    """The arguments of `jitter` after x.
+
+    An image has three blends and a shift of hue before, between or after them. Sorted by the place
+    of hue, those without jitter last, the images whose hue is due are one slice of known bounds."""
+    place = np.where(p["on"], (p["order"] == 3).argmax(1), 4)
+    rows = place.argsort(kind="stable")
+    done = rows[: np.count_nonzero(place < 4)]  # the m jittered images
+    order, factor = p["order"][done], p["factor"][done]
+    blend = order[order != 3].reshape(-1, 3)  # [m, 3], which of 0, 1, 2
+    keep = np.take_along_axis(factor, blend, 1)  # [m, 3]
+    to_grey, to_mean = (1 - keep) * (blend == 2), (1 - keep) * (blend == 1)
+    hues = np.split(factor[:, 3], np.searchsorted(place[done], [1, 2, 3]))  # four, by place
+    return [rows, rows.argsort(), keep, to_grey, to_mean, *hues]
+
+
+def to_device(lists, device):
+    """Lists of numpy arrays -> lists of int64 or float32 tensors, in one asynchronous transfer."""
+    flat = [a for arrays in lists for a in arrays]
+    packed = np.concatenate([np.zeros(0)] + [a.reshape(-1) for a in flat])
+    packed = torch.from_numpy(packed.astype(np.float32))  # exact for row numbers below 2^24
+    if device.type == "cuda":
+        packed = packed.pin_memory()  # without it the copy would wait
+    parts = packed.to(device, non_blocking=True).split([a.size for a in flat])
+    tensors = []
+    for part, a in zip(parts, flat):
+        part = part.view(a.shape)
+        tensors.append(part.long() if a.dtype.kind == "i" else part)
+    tensors = iter(tensors)
+    return [[next(tensors) for _ in arrays] for arrays in lists]
+
+
+def crop_and_resize(x, vertical, horizontal, size, interpolation):
+    """Resize the box of each image of x [n, 3, H, W] -> [n, 3, size, size]: Wy x Wx^T.
+
+    Antialiased, as in PIL and torchvision. vertical, horizontal: [n, 4], see resize_matrix."""
+    n, c, height, width = x.shape
+    wx = resize_matrix(horizontal, width, size, interpolation)  # [n, size, W]
+    wy = resize_matrix(vertical, height, size, interpolation)  # [n, size, H]
+    x = torch.bmm(wx, x.reshape(n, c * height, width).mT)  # [n, size, 3 H], no copy
+    x = torch.bmm(wy, x.view(n, size * c, height).mT)  # [n, size, size 3]
+    x = x.view(n, size, size, c).permute(0, 3, 1, 2)  # [n, 3, size, size], channels_last
+    return x.clamp_(0, 1) if interpolation == "bicubic" else x  # bicubic overshoots
+
+
+def resize_matrix(ends, length, size, interpolation):
+    """Interpolation weights [n, size, length] that resize the box [first, last) of each image.
+
+    ends [n, 4]: first, last, origin, step. The centre of output pixel s lies at
+    first + origin + step (s + 1/2). A negative step mirrors."""
+    first, last, origin, step = ends[:, None].unbind(-1)  # [n, 1] each
+    scale = step.abs().clamp_min(1)  # > 1 widens the kernel: antialiasing
+    pixel = torch.arange(length, device=ends.device) + 0.5  # [length]
+    inside = (pixel > first) & (pixel < last)  # [n, length]
+    pixel = torch.where(inside, pixel - first, 1e9)  # weight 0 outside the box
+    centre = origin + step * (torch.arange(size, device=ends.device) + 0.5)  # [n, size]
+    t = pixel[:, None, :].sub(centre[:, :, None]).div_(scale[:, None]).abs_()  # [n, size, length]
+    if interpolation == "bilinear":
+        w = t.neg_().add_(1).clamp_min_(0)  # 1 - |t|
+    else:  # Keys' cubic, a = -1/2. With u = (2 - |t|)+, v = (1 - |t|)+:
+        u = t.neg_().add_(2).clamp_min_(0)  # u^2 (u - 1) / 2 + v^2 (1 - 2 v)
+        outer = (u - 1).mul_(u).mul_(u)
+        v = u.sub_(1).clamp_min_(0)
+        w = (0.5 - v).mul_(v).mul_(v).mul_(4).add_(outer)  # twice the kernel
+    return w.div_(w.sum(-1, keepdim=True))
+
+
+def luma(x):
+    """Grey level with torchvision's weights: [n, 3, ...] -> [n, 1, ...]."""
+    r, g, b = x.split(1, 1)
+    return r.mul(0.2989).add_(g, alpha=0.587).add_(b, alpha=0.114)
+
+
+def jitter(x, rows, back, keep, to_grey, to_mean, *hues):
+    """Brightness, contrast, saturation and hue of x [n, 3, H, W] in each image's own order.
+
+    As torchvision's ColorJitter. jitter_arrays gives the other arguments. The first three are one
+    formula, x <- clamp(f x + (1 - f) y) with y = 0, the mean grey, or the grey of the pixel."""
+    shape = x.shape
+    x = x.flatten(2).index_select(0, rows)  # sorted by the place of hue
+    jittered = x[: len(keep)]  # [m, 3, HW]
+    parts = jittered.split([len(h) for h in hues])
+    # [m, 3] -> [3, m, 1, 1]
+    keep, to_grey, to_mean = (c.t()[:, :, None, None] for c in (keep, to_grey, to_mean))
+    for place in range(4):
+        if len(hues[place]):
+            shift_hue(parts[place], hues[place])
+        if place < 3:
+            grey = luma(jittered)  # [m, 1, HW]
+            mean = grey.mean(-1, keepdim=True) * to_mean[place]
+            shade = grey.mul_(to_grey[place]).add_(mean)
+            jittered.mul_(keep[place]).add_(shade).clamp_(0, 1)
+    return x.index_select(0, back).view(shape)
+
+
+def shift_hue(x, turn):
+    """Rotate the hue of x [n, 3, P] by turn [n] (1 = full circle), in place.
+
+    As torchvision's adjust_hue, but without six cases. With max M, chroma C = M - min and the hue h
+    in sixths of a turn, |h| = 2 + (g + b - r - M) / C with the sign of g - b. A channel of an HSV
+    colour is M - C clamp(2 - d, 0, 1) at distance d, in sixths, from the hue opposite to it."""
+    r, g, b = x.unbind(1)  # [n, P]
+    top = x.amax(1)
+    chroma = top - x.amin(1)
+    hue = (g + b).sub_(r).sub_(top).div_(chroma.clamp_min(1e-20)).add_(2)
+    hue = hue.copysign_(g - b).div_(6)
+    opposite = torch.arange(3, device=x.device).mul(-1 / 3).add(1 / 2) + turn[:, None]  # [n, 3]
+    d = hue[:, None] + opposite[:, :, None]  # [n, 3, P]
+    d = d.sub_(d.round()).abs_().clamp_(1 / 6, 1 / 3)  # distance in turns
+    torch.addcmul((top - 2 * chroma)[:, None], chroma.mul_(6)[:, None], d, out=x)
+
+
+def change(name, x, *settings):
+    """One of the operations that only some images get. x [n, 3, S, S] in [0, 1] -> the same shape.
+
+    settings: sigma [n] of blur. solarize: torchvision's, with threshold 1/2."""
+    if name == "flip":
+        return x.flip(-1)
+    if name == "grey":
+        return luma(x).expand_as(x)
+    if name == "blur":
+        return blur(x, *settings)
+    return torch.where(x >= 0.5, 1 - x, x)  # solarize
+
+
+# ==== Measuring ====
+
+
+@torch.no_grad()
+def extract(network, data, images, precision="fp32", batch_size=None):
+    """network(x) in eval mode for all images -> float32 [N, d] on the data's device.
+
+    images: uint8 [N, 3, H, W] or Files. Under torchrun each process computes a share and gets all.
+    batch_size: by default 500 up to 64 pixels and fewer above, to need less memory than training.
+    """
+    batch_size = batch_size or max(1, min(500, 2**21 // data.size**2))
+    was_training = network.training
+    network.eval()
+    share = -(-len(images) // world_size())  # rounded up
+    index = torch.arange(rank() * share, (rank() + 1) * share)
+    index = index.clamp(max=len(images) - 1)  # the last share is filled up with the last image
+    bf16 = precision == "bf16"
+    outputs = []
+    for x in data.eval_views(images, index, batch_size):
+        with torch.autocast(data.device.type, torch.bfloat16, enabled=bf16):
+            outputs.append(network(x).float())
+    network.train(was_training)
+    return gather(torch.cat(outputs))[: len(images)]
+
+
+def project(projector, h, precision="fp32"):
+    """Z = projector(H) in eval mode: [N, feature_dim] -> float32 [N, d]."""
+    was_training = projector.training
+    projector.eval()
+    bf16 = precision == "bf16"
+    with torch.no_grad(), torch.autocast(h.device.type, torch.bfloat16, enabled=bf16):
+        z = torch.cat([projector(part).float() for part in h.split(1000)])
+    projector.train(was_training)
+    return z
+
+
+def knn_accuracy(bank, bank_labels, queries, query_labels, k=20, temperature=0.07):
+    """Accuracy (0 ... 1) of a vote among the k nearest rows of the bank [N, d] for queries [M, d].
+
+    With a temperature: cosine similarity, and a neighbour votes with weight exp(cos / temperature)
+    (Wu et al. 2018, arXiv 1805.01978). With temperature=None: Euclidean distance, one vote each,
+    and a tie goes to the smallest label (W-MSE code). The labels are int64 [N] and [M]."""
+    k = min(k, len(bank))
+    classes = int(max(bank_labels.max(), query_labels.max())) + 1
+    bank, queries = bank.float(), queries.float()
+    if temperature is not None:
+        bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    squares = bank.square().sum(1)  # [N]
+    correct = 0
+    for rows, labels in zip(queries.split(1000), query_labels.split(1000)):
+        if temperature is None:  # [m, N]: |row|^2 minus the squared distance
+            nearest, index = (2 * rows @ bank.T - squares).topk(k, dim=1)
+            weights = torch.ones_like(nearest)
+        else:
+            nearest, index = (rows @ bank.T).topk(k, dim=1)
+            weights = ((nearest - nearest[:, :1]) / temperature).exp()  # [m, k]
+        votes = torch.zeros(len(rows), classes, device=rows.device)
+        votes.scatter_add_(1, bank_labels[index], weights)
+        correct += (votes.argmax(1) == labels).sum()  # argmax: the first of equal maxima
+    return float(correct) / len(queries)
+
+
+def collapse_metrics(z, eps=1e-4):
+    """How much of its space a set of embeddings z [N, d] fills: a dict of floats, from float64.
+
+    dim             dimensions that N rows can fill, min(d, N - 1)
+    std_sqrt_d      standard deviation of the l2-normalised rows, mean over the channels, times
+                    sqrt(d): 1 if isotropic, 0 if constant (SimSiam)
+    rank            singular values s of centred z above float32's resolution of z itself,
+                    max(N, d) * 2^-23 * the largest of z
+    rank_1pct       singular values above a hundredth of the largest
+    stable_rank     (sum of s) / s_1, the "stable-rank" of the CW-RGP paper (Definition 1)
+    stable_rank_sq  (sum of s^2) / s_1^2, the usual stable rank
+    rankme          exp(entropy of s / sum s) of z, not centred (Garrido et al. 2023,
+                    arXiv 2210.02885): 1 if constant
+    corr            mean absolute correlation of two channels; a constant channel counts as 1
+    entropy         1/2 log det(2 pi e (covariance + eps I)), a Gaussian's entropy, in nats
+
+    Raises UserError if z is not finite."""
+    z = z.detach().double().cpu()
+    check(z.isfinite().all(), "the network's output in eval mode is not finite: the weights "
+          "diverged; try a smaller --lr or a longer --warmup")
+    n, d = z.shape
+    std = F.normalize(z, dim=1).std(0, unbiased=False)
+    centred = z - z.mean(0)
+    s = torch.linalg.svdvals(centred)
+    p = torch.linalg.svdvals(z)
+    s = torch.where(s > max(n, d) * 2.0**-23 * p[0], s, 0.0)  # the rest is rounding, not rank
+    largest = s[0].clamp_min(1e-300)
+    p = p / p.sum().clamp_min(1e-300) + 1e-7
+    covariance = centred.T @ centred / max(1, n - 1)
+    regular = covariance + eps * torch.eye(d, dtype=z.dtype)
+    figures = {
+        "dim": min(d, max(1, n - 1)),
+        "std_sqrt_d": std.mean() * math.sqrt(d),
+        "rank": (s > 0).sum(),
+        "rank_1pct": (s > 0.01 * largest).sum(),
+        "stable_rank": s.sum() / largest,
+        "stable_rank_sq": (s / largest).square().sum(),
+        "rankme": (-(p * p.log()).sum()).exp(),
+        "corr": mean_correlation(covariance),
+        "entropy": 0.5 * torch.linalg.slogdet(2 * math.pi * math.e * regular)[1],
+    }
+    return {name: float(value) for name, value in figures.items()}
+
+
+def mean_correlation(covariance):
+    """Mean absolute correlation of two different channels, from their covariance [d, d]."""
+    d = len(covariance)
+    std = covariance.diagonal().sqrt()
+    correlation = (covariance / (std[:, None] * std).clamp_min(1e-300)).abs()
+    live = std > 1e-7 * std.max().clamp_min(1e-300)  # not constant
+    correlation = torch.where(live[:, None] & live, correlation, 1.0)
+    return (correlation.sum() - correlation.diagonal().sum()) / max(1, d * (d - 1))
+
+
+def collapse_in_words(figures, dim):
+    """A sentence if the figures of collapse_metrics show a collapse, else an empty string.
+
+    The limits separate the nine default runs on `patterns` (two seeds: std x sqrt(d) at least 0.60,
+    stable rank 1.10, rank 5) from those without what prevents collapse (below 0.1, or at most 1.03,
+    or at most 4)."""
+    if figures["std_sqrt_d"] < 0.1:
+        return ("COLLAPSE: all embeddings are nearly one point "
+                f"(std x sqrt(d) = {figures['std_sqrt_d']:.3f}, healthy: near 1)")
+    if figures["stable_rank_sq"] < 1.1 or figures["rank_1pct"] < min(5, dim / 2):
+        return (f"DIMENSIONAL COLLAPSE: the embeddings fill few of their {dim:.0f} dimensions "
+                f"(rank {figures['rank_1pct']:.0f}, stable rank {figures['stable_rank_sq']:.2f})")
+    return ""
+
+
 # ==============================================================================
-# Command line: flags from Args, checks, and values to propose
+# Part II: everything else. You may stop reading here.
 # ==============================================================================
+
+# ==== Command line: flags from Args, checks, and sizes to propose ====
 
 # The first flag of each group of --help. The method's own flags come before them all.
 GROUPS = {"dataset": "images and views", "backbone": "network", "epochs": "training",
@@ -416,55 +1435,131 @@ def candidates(args, name, sizes):
     return sorted(found - {now}, key=lambda v: abs(math.log(v / now)))
 
 
-# ==============================================================================
-# 3. The machine: device, precision, torchrun
-# ==============================================================================
+# ==== Messages and errors ====
 
 
-def world_size():
-    """Processes that torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+class UserError(Exception):
+    """A mistake that the user can fix. `main` prints it as one line and exits with status 2."""
 
 
-def rank():
-    """This process's number among them; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
+def check(condition, message):
+    """Raise UserError(message) unless `condition` holds.
+
+    The message names the flag or file, says what is wrong, and gives a value that works."""
+    if not condition:
+        raise UserError(message)
 
 
-def set_up(args):
-    """Choose the device and join the other processes. Returns a completed copy of args and the torch.device. Raises UserError."""
-    check(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU that this torch can use; try --device cpu")
-    cuda = args.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        gpus = torch.cuda.device_count()
-        check(device.index < gpus, f"torchrun started more processes than there are GPUs; try --nproc_per_node={gpus}")
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # all batches have one size
-        torch.set_float32_matmul_precision("highest")  # whitening in full fp32 whatever the environment says; convolutions may use TF32 (torch's default)
-    if world_size() > 1 and not dist.is_initialized():
-        patience = datetime.timedelta(hours=3)  # while rank 0 downloads; torchrun ends all when one ends
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=patience)
-    return completed(args, device), device
+def say(text, end="\n"):
+    """Print on rank 0."""
+    if rank() == 0:
+        with ignore_broken_pipe(sys.stdout):
+            print(text, end=end, flush=True)
 
 
-def has_fast_bf16(device):
-    """True where bf16 is computed, not emulated: CUDA from Ampere on, x86 with AVX512-BF16 or AMX (Linux tells)."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+def warn(text):
+    """Print one line on stderr, on rank 0. The run goes on."""
+    if rank() == 0:
+        with ignore_broken_pipe(sys.stderr):
+            print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def ignore_broken_pipe(stream):
+    """Go on if nobody reads the output any more (`| head`)."""
     try:
-        with open("/proc/cpuinfo") as file:
-            flags = file.read()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def main(function, parse):
+    """Call function(parse()) and exit. An expected error is one line on stderr and status 2."""
+    status, message = 2, ""
+    try:
+        function(parse())
+        status = 0
+    except UserError as error:
+        message = f"error: {error}"
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"
+    except SystemExit as leave:  # after a signal, or by argparse (--help)
+        status = leave.code or 0
+    except (MemoryError, RuntimeError) as error:
+        words = explanation(error)
+        if not words:
+            raise
+        message = f"error: {words}"
+    if message:
+        if rank() > 0:
+            time.sleep(3)  # the same error on rank 0 ends this process before it repeats the line
+        with ignore_broken_pipe(sys.stderr):
+            name = os.path.basename(sys.argv[0])
+            print(f"{name}: {message}", file=sys.stderr, flush=True)
+    with ignore_broken_pipe(sys.stdout):
+        sys.stdout.flush()
+    if dist.is_initialized() and status:
+        os._exit(status)  # sys.exit would wait for pending communication, perhaps for ever
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(status)
+
+
+def explanation(error):
+    """One line about a MemoryError or RuntimeError that is not a bug, else an empty string."""
+    words = " ".join(str(error).split())
+
+    def mentions(*parts):
+        return any(part in words for part in parts)
+
+    if isinstance(error, torch.cuda.OutOfMemoryError) or mentions("CUDA error: out of memory"):
+        return ("out of GPU memory; try a smaller --batch-size or --precision bf16, "
+                "or --stream if the images of a folder fill it")
+    if isinstance(error, MemoryError) or mentions("can't allocate", "not enough memory"):
+        return "out of memory; try a smaller --batch-size, --image-size or --proj-hidden"
+    lost = mentions("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL")
+    if world_size() > 1 and lost:
+        return (f"process {rank()} lost another process, whose own message says why; "
+                "go on with --resume")
+    if words.startswith("DataLoader worker"):
+        return ("a loader process died, perhaps because it ran out of (shared) memory; "
+                "try a smaller --num-workers or --batch-size, and go on with --resume")
+    compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+    if compiler or mentions("torch.compile"):
+        return f"--compile does not work here ({words[:120]}); try it without --compile"
+    return ""
+
+
+# ==== Several processes ====
+
+
+def set_up_gpu():
+    """This process's GPU as a torch.device. Raises UserError if there are fewer than processes."""
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    gpus = torch.cuda.device_count()
+    check(device.index < gpus, "torchrun started more processes than there are GPUs; "
+          f"try --nproc_per_node={gpus}")
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True  # all batches have the same size
+    # Whitening in full fp32, whatever the environment says. Convolutions may use TF32.
+    torch.set_float32_matmul_precision("highest")
+    return device
+
+
+def join_processes(device):
+    """Join the other processes that torchrun started."""
+    cuda = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        device_id=device if cuda else None,
+        timeout=datetime.timedelta(hours=3))  # rank 0 may download; torchrun ends all if one ends
 
 
 class GatherRows(torch.autograd.Function):
-    """[n, d] on each of W processes -> [W n, d] on all, rows in rank order.
+    """[n, d] on each of W processes -> [W n, d] on all of them, rows in the order of the ranks.
 
-    Each process computes the same loss of the gathered rows. Backward sums the W equal gradients of that loss, and
-    DistributedDataParallel then averages the weights' gradients over the W processes: sum / W = the gradient of one loss."""
+    All compute the same loss from these rows. Backward adds up the W equal gradients, and
+    DistributedDataParallel averages those of the weights: sum / W is the gradient of one loss."""
 
     @staticmethod
     def forward(ctx, z):
@@ -476,43 +1571,36 @@ class GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)  # sum over the processes
+        dist.all_reduce(gradient)  # the sum over the processes
         return gradient.chunk(world_size())[rank()]
 
 
-def gather(z):
-    """[n, d] of this process -> [N, d] of the global batch, with gradient, in float32 or better."""
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    return GatherRows.apply(z) if dist.is_initialized() else z
-
-
 class SumOverRanks(torch.autograd.Function):
-    """Sum of a tensor over the processes; the gradient of a sum used everywhere is the sum of the gradients."""
+    """The sum of a tensor over the processes. Its gradient is the sum of their gradients."""
 
     @staticmethod
     def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
+        return all_reduced(x)
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient
+        return all_reduced(gradient)
+
+
+def all_reduced(x):
+    """The sum of a tensor over the processes, without gradient."""
+    x = x.detach().clone()
+    dist.all_reduce(x)
+    return x
 
 
 def mean_over_ranks(x):
-    """Mean of a tensor over the processes, without gradient; x itself in one process."""
-    if not dist.is_initialized():
-        return x
-    x = x.detach().clone()
-    dist.all_reduce(x)
-    return x / world_size()
+    """Mean of a tensor over the processes, without gradient; x itself if there is one process."""
+    return all_reduced(x) / world_size() if dist.is_initialized() else x
 
 
 class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm with the statistics of the global batch, on any device (torch.nn.SyncBatchNorm refuses CPUs)."""
+    """Batch norm of [n, c, ...] by the global batch. torch.nn.SyncBatchNorm refuses CPUs."""
 
     def _check_input_dim(self, x):
         pass
@@ -521,314 +1609,276 @@ class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return super().forward(x)
         axes = [0, *range(2, x.dim())]  # all but the channels
-        shape = [1, -1] + [1] * (x.dim() - 2)
+        shape = [1, -1, *(1 for _ in axes[1:])]
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
         count = x.numel() // x.shape[1] * world_size()
         mean = SumOverRanks.apply(exact.sum(axes)) / count
         centred = exact - mean.view(shape)
         variance = SumOverRanks.apply(centred.square().sum(axes)) / count
         if self.track_running_stats:
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), self.momentum)
+            unbiased = variance.detach() * count / (count - 1)
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         out = centred * torch.rsqrt(variance.view(shape) + self.eps)
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)
         return out.to(x.dtype)
 
 
-def step_seed(seed, step):
-    """Seed of every random draw of a step that is not an augmentation: permutations and partitions, alike in all processes."""
-    return int(np.random.SeedSequence((seed, 3, step)).generate_state(1)[0])  # 32 bits: torch's CPU generator drops what is above
-
-
 def synchronise_batch_norm(model):
-    """Replace plain batch norms, in place, by ones with the statistics of the global batch; parameters and buffers stay."""
+    """Replace plain batch norms, in place, by those of the global batch; the parameters stay."""
     for name, child in model.named_children():
         if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
             kind = nn.SyncBatchNorm if next(model.parameters()).is_cuda else CPUSyncBatchNorm
-            new = kind(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
+            new = kind(child.num_features, child.eps, child.momentum, child.affine,
+                       child.track_running_stats)
             new.weight, new.bias = child.weight, child.bias
-            new.running_mean, new.running_var, new.num_batches_tracked = child.running_mean, child.running_var, child.num_batches_tracked
+            new.running_mean, new.running_var = child.running_mean, child.running_var
+            new.num_batches_tracked = child.num_batches_tracked
             setattr(model, name, new)
         else:
             synchronise_batch_norm(child)
 
 
-def distribute(model, args):
-    """The model as the loop calls it: compiled with --compile, and under torchrun with global batch statistics and averaged gradients."""
-    if world_size() > 1:
-        synchronise_batch_norm(model)
-    if args.compile:
-        for name, module in model.named_children():
-            if name.endswith("backbone"):  # the slow one of MoCo and BYOL too
-                module.forward = torch.compile(module.forward)  # .forward: the names in the checkpoint stay
-    if world_size() == 1:
-        return model
-    ddp = nn.parallel.DistributedDataParallel
-    new_name = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters  # torch 2.14 renamed the flag
-    return ddp(model, **{"forward_sync_buffers" if new_name else "broadcast_buffers": False})  # the buffers are equal as they are
+def compile_backbones(model):
+    """torch.compile the backbones of a model, that of MoCo's and BYOL's slow copy too."""
+    for name, module in model.named_children():
+        if name.endswith("backbone"):
+            module.forward = torch.compile(module.forward)  # so its names in a checkpoint stay
 
 
-# ==============================================================================
-# 4. Data: uint8 images, on the device where they fit
-# ==============================================================================
+def data_parallel(model):
+    """The model in DistributedDataParallel, without its broadcast of the (equal) buffers."""
+    ddp, flag = nn.parallel.DistributedDataParallel, "forward_sync_buffers"
+    if flag not in inspect.signature(ddp.__init__).parameters:
+        flag = "broadcast_buffers"  # its name before torch 2.14
+    return ddp(model, **{flag: False})
 
-# Mean and standard deviation of the colours, as in the W-MSE code. Other data sets: measured on the training images.
+
+# ==== Data sets by name ====
+
+# Mean and standard deviation of the colours, from the W-MSE code. Otherwise they are measured.
 COLOUR_STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "stl10": ((0.43, 0.42, 0.39), (0.27, 0.26, 0.27)),
     "tinyimagenet": ((0.480, 0.448, 0.398), (0.277, 0.269, 0.282)),
 }
-DEFAULT_IMAGE_SIZE = {"patterns": 32, "cifar10": 32, "cifar100": 32, "stl10": 64, "tinyimagenet": 64}
 TINYIMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
 
-class Data:
-    """A data set, ready for training and measuring.
-
-    train                         images to train on: uint8 [N, 3, H, W] on the device, or `Files` where they do not fit in memory
-    labelled_train, train_labels  the labelled ones among them (all but for STL-10) and their labels, int64 [N]
-    test, test_labels             test images, the training images where there are none
-    labelled                      True if training and test images have labels, so that kNN means something
-    bank, bank_labels, queries, query_labels   at most 5000 training and 1000 test images, evenly spaced, to watch a run by
-    large_bank, large_bank_labels              at most 100,000 training images, for the kNN at its end (more would fill a GPU with features)
-    size, must_be_cropped         side of a view in pixels; whether images in memory are larger
-    mean, std                     of the colours, [3, 1, 1] on the device
-    steps_per_epoch, fingerprint, class_names"""
-
-    def __init__(self, args, device, train, labels, test, test_labels, class_names, unlabeled=None):
-        self.args, self.device, self.size, self.class_names = args, device, args.image_size, class_names
-        self.fingerprint = f"{len(train)} training images"
-        self.train = place(train if unlabeled is None else np.concatenate([train, unlabeled]), device)
-        self.labelled_train = self.train if unlabeled is None else self.train[: len(train)]
-        self.train_labels = None if labels is None else torch.as_tensor(labels, device=device).long()
-        self.test = self.labelled_train if test is None else place(test, device)
-        self.test_labels = None if test is None or test_labels is None else torch.as_tensor(test_labels, device=device).long()
-        self.labelled = self.train_labels is not None and self.test_labels is not None
-        self.bank, self.bank_labels = evenly_spaced(self.labelled_train, self.train_labels, 5000)
-        self.queries, self.query_labels = evenly_spaced(self.test, self.test_labels, 1000)
-        self.large_bank, self.large_bank_labels = evenly_spaced(self.labelled_train, self.train_labels, 100_000)
-        statistics = COLOUR_STATISTICS.get(args.dataset) or colour_statistics(self.train, args.num_workers)
-        self.mean, self.std = (torch.tensor(numbers, dtype=torch.float32, device=device).view(3, 1, 1) for numbers in statistics)
-        self.steps_per_epoch = len(self.train) // args.batch_size
-        self.must_be_cropped = not isinstance(self.train, Files) and self.train.shape[2:] != (self.size, self.size)
-        check(self.steps_per_epoch > 0, f"--batch-size {args.batch_size} is larger than the data set of {len(self.train)} images; try "
-              f"--batch-size {2 ** int(math.log2(max(2, len(self.train))))}")
-
-    def batches(self, epoch, first=0):
-        """This process's rows of each global batch of the epoch, from batch `first` on: uint8 [n, 3, H, W].
-
-        The order is a function of (seed, epoch); the last, incomplete batch is left out. From disk: a list of cropped views."""
-        order = np.random.default_rng((self.args.seed, 1, epoch)).permutation(len(self.train))
-        order = torch.from_numpy(order[: self.steps_per_epoch * self.args.batch_size]).view(self.steps_per_epoch, world_size(), -1)
-        if isinstance(self.train, Files):
-            yield from self.train.crops(order[first:, rank()], self.args, epoch * self.steps_per_epoch + first, self.device)
-        else:
-            for index in order[first:, rank()].to(self.device, non_blocking=True):
-                yield self.train[index]
-
-    def augment(self, batch, step):
-        """The views of a batch: a list of float32 [n, 3, size, size], every sample with its own draw from (seed, step)."""
-        args = self.args
-        return augment(batch, args.augment, args.views, self.size, self.mean, self.std, args.seed, step, rank(), world_size())
-
-    def eval_views(self, images, index, batch_size):
-        """images[index] without randomness, normalised, a batch at a time: float32 [n, 3, size, size]."""
-        if isinstance(images, Files):
-            parts = images.centres(index, batch_size, self.args.num_workers)
-        else:
-            parts = (images[i] for i in index.split(batch_size))
-        for x in parts:
-            x = centre_view(x.to(self.device).float() / 255, self.size)
-            yield ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-
-
-def place(images, device):
-    return images if images is None or isinstance(images, Files) else torch.as_tensor(images).to(device).contiguous()
-
-
-def evenly_spaced(images, labels, count):
-    """At most `count` of the images, evenly spaced, and their labels; all of them uncopied where they are no more."""
-    if len(images) <= count:
-        return images, labels
-    index = torch.linspace(0, len(images) - 1, count).long()
-    part = Files([images.paths[i] for i in index], images.size, images.side) if isinstance(images, Files) else images[index.to(images.device)]
-    return part, None if labels is None else labels[index.to(labels.device)]
-
-
-def centre_view(x, size):
-    """[n, 3, H, W] in 0 ... 1 -> [n, 3, size, size]: the middle 7/8 of a larger image (the 256 -> 224 convention), resized with antialiasing."""
-    height, width = x.shape[-2:]
-    if (height, width) != (size, size):
-        side = round(min(height, width) * 7 / 8) if min(height, width) > size else min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        x = F.interpolate(x[:, :, top:top + side, left:left + side], (size, size), mode="bilinear", antialias=True)
-    return x
-
-
-def colour_statistics(images, num_workers=0):
-    """Mean and standard deviation per channel, in 0 ... 1, of at most 5000 evenly spaced images."""
-    index = torch.arange(0, len(images), -(-len(images) // 5000))
-    parts = images.centres(index, 100, num_workers) if isinstance(images, Files) else (images[i.to(images.device)] for i in index.split(100))
-    sums = [(x.mean((0, 2, 3)) * len(x), x.square().mean((0, 2, 3)) * len(x)) for x in (part.double() / 255 for part in parts)]
-    mean, square = (sum(column) / len(index) for column in zip(*sums))
-    return mean.tolist(), (square - mean.square()).clamp_min(1e-6).sqrt().tolist()
-
-
-def load_data(args, device):
-    """Read or draw the data set that the flags name; sets args.image_size where the flag was not given. Returns Data, raises UserError."""
-    args.image_size = args.image_size or DEFAULT_IMAGE_SIZE.get(args.dataset)
-    if args.dataset == "patterns":
-        train, labels, test, test_labels = make_patterns()
-        return Data(args, device, train, labels, test, test_labels, PATTERN_CLASSES)
-    if args.dataset == "folder":
-        return load_folder(args, device, args.data_dir)
+def load_by_name(args, device):
+    """A data set by its name as Data, downloaded if need be. Raises UserError if that fails."""
     if rank() > 0 and dist.is_initialized():
-        dist.barrier()  # let rank 0 download; if it fails, torchrun ends the others
-    data = load_tinyimagenet(args, device) if args.dataset == "tinyimagenet" else load_torchvision(args, device)
+        dist.barrier()  # rank 0 downloads first; if it fails, torchrun ends the others
+    read = load_tinyimagenet if args.dataset == "tinyimagenet" else load_torchvision
+    data = read(args, device)
     if rank() == 0 and dist.is_initialized():
         dist.barrier()
     return data
 
 
 def load_torchvision(args, device):
-    """cifar10, cifar100, stl10 by torchvision's own classes: read from --data-dir, or downloaded to it."""
-    kind, archive = {"cifar10": (torchvision.datasets.CIFAR10, "cifar-10-python.tar.gz"),
-                     "cifar100": (torchvision.datasets.CIFAR100, "cifar-100-python.tar.gz"),
-                     "stl10": (torchvision.datasets.STL10, "stl10_binary.tar.gz")}[args.dataset]
-    splits = [{"split": name} for name in ("train", "test", "unlabeled")] if args.dataset == "stl10" else [{"train": True}, {"train": False}]
-    parts = [local_or_downloaded(args, archive, lambda download: kind(args.data_dir, download=download, **split)) for split in splits]
-    images = [part.data if args.dataset == "stl10" else part.data.transpose(0, 3, 1, 2) for part in parts]  # [N, 3, H, W] uint8
-    labels = [part.labels if args.dataset == "stl10" else part.targets for part in parts]
-    return Data(args, device, images[0], labels[0], images[1], labels[1], parts[0].classes, unlabeled=images[2] if args.dataset == "stl10" else None)
+    """cifar10, cifar100 or stl10 as Data, by torchvision's own classes."""
+    kind, archive = {
+        "cifar10": (torchvision.datasets.CIFAR10, "cifar-10-python.tar.gz"),
+        "cifar100": (torchvision.datasets.CIFAR100, "cifar-100-python.tar.gz"),
+        "stl10": (torchvision.datasets.STL10, "stl10_binary.tar.gz"),
+    }[args.dataset]
+    splits = [{"train": True}, {"train": False}]
+    if args.dataset == "stl10":
+        splits = [{"split": "train"}, {"split": "test"}, {"split": "unlabeled"}]
+    parts = []
+    for split in splits:
+        open_split = functools.partial(kind, args.data_dir, **split)
+        parts.append(local_or_downloaded(args, archive, open_split))
+    train, test = parts[:2]
+    if args.dataset == "stl10":
+        return Data(args, device, train.data, train.labels, test.data, test.labels, train.classes,
+                    unlabeled=parts[2].data)
+    images = [part.data.transpose(0, 3, 1, 2) for part in parts]  # -> [N, 3, 32, 32]
+    return Data(args, device, images[0], train.targets, images[1], test.targets, train.classes)
 
 
 def local_or_downloaded(args, archive, open_dataset):
-    """open_dataset(download=False), and if the data is not there open_dataset(download=True); a failure is one line."""
+    """open_dataset(download=False), or with True if the data is not there.
+
+    Raises UserError, which names the archive to download by hand, if that fails."""
     try:
-        with contextlib.suppress(RuntimeError):  # torchvision's word for "not found or corrupted"
-            return open_dataset(False)
+        with contextlib.suppress(RuntimeError):  # torchvision: "not found or corrupted"
+            return open_dataset(download=False)
         say(f"{args.dataset}: not in {args.data_dir}, downloading it")
-        return open_dataset(True)
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, http.client.HTTPException) as error:
+        return open_dataset(download=True)
+    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile,
+            http.client.HTTPException) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"--dataset {args.dataset}: no complete copy in --data-dir {args.data_dir} and the download failed ({reason}); "
-                        f"put {archive} there yourself, or train offline with --dataset patterns") from error
+        raise UserError(
+            f"--dataset {args.dataset}: no complete copy in --data-dir {args.data_dir} and the "
+            f"download failed ({reason}); put {archive} there yourself, "
+            "or train offline with --dataset patterns") from error
 
 
 def load_tinyimagenet(args, device):
-    """The official archive's layout: train/<wnid>/images/*, val/images/* with val/val_annotations.txt."""
+    """Tiny ImageNet as Data: train/<wnid>/images/*, and val/images/* with their annotations."""
     root = os.path.join(args.data_dir, "tiny-imagenet-200")
+    annotations = os.path.join(root, "val", "val_annotations.txt")
 
     def open_folder(download):
         if download:
             archive = os.path.join(args.data_dir, os.path.basename(TINYIMAGENET_URL))
             if os.path.isfile(archive) and not zipfile.is_zipfile(archive):
                 os.remove(archive)  # cut short by an interrupted download
-            torchvision.datasets.utils.download_and_extract_archive(TINYIMAGENET_URL, args.data_dir)
-        if not os.path.isfile(os.path.join(root, "val", "val_annotations.txt")):
-            raise RuntimeError(f"no {root}/val/val_annotations.txt")
+            fetch = torchvision.datasets.utils.download_and_extract_archive
+            fetch(TINYIMAGENET_URL, args.data_dir)
+        if not os.path.isfile(annotations):
+            raise RuntimeError(f"no {annotations}")
 
     local_or_downloaded(args, "tiny-imagenet-200.zip", open_folder)
     train, labels, class_names = list_images(os.path.join(root, "train"))
-    with open(os.path.join(root, "val", "val_annotations.txt")) as file:
+    with open(annotations) as file:
         rows = [line.split("\t")[:2] for line in file if line.strip()]
-    known = [(name, class_names.index(wnid)) for name, wnid in rows if wnid in class_names]
-    test = [os.path.join(root, "val", "images", name) for name, _ in known]
-    return data_from_files(args, device, train, labels, test, [label for _, label in known], class_names)
-
-
-def load_folder(args, device, root):
-    """Anyone's images: DIR/train/<class>/* with DIR/test or DIR/val, DIR/<class>/*, or a flat folder without labels."""
-    check(os.path.isdir(root), f"--data-dir {root} is not a folder; try the folder that holds your images")
-    train_root = os.path.join(root, "train") if os.path.isdir(os.path.join(root, "train")) else root
-    train, labels, class_names = list_images(train_root)
-    check(train, f"--data-dir {root}: no images in {train_root} (looked for "
-          f"{', '.join(torchvision.datasets.folder.IMG_EXTENSIONS[:5])} ...); try the folder that holds your images")
-    check(len(train) > 1, f"--data-dir {root}: one image is too few; try a folder with at least some hundreds")
-    check(len(class_names) != 1, f"--data-dir {root}: only one class, {(class_names or [''])[0]!r}, so labels measure nothing; "
-          f"put the images straight into {train_root} to train without labels")
-    test_root = next((p for p in (os.path.join(root, name) for name in ("test", "val")) if train_root != root and os.path.isdir(p)), None)
-    test, test_labels = None, None
-    if test_root:
-        test, local_labels, test_classes = list_images(test_root)
-        if class_names and test_classes:
-            strangers = sorted(set(test_classes) - set(class_names))
-            check(not strangers, f"--data-dir {root}: {test_root}/{(strangers or [''])[0]} has no counterpart in {train_root}")
-            test_labels = [class_names.index(test_classes[label]) for label in local_labels]
-        test = test or None
+    test, test_labels = [], []
+    for name, wnid in rows:
+        if wnid in class_names:
+            test.append(os.path.join(root, "val", "images", name))
+            test_labels.append(class_names.index(wnid))
     return data_from_files(args, device, train, labels, test, test_labels, class_names)
 
 
+# ==== Folders of images ====
+
+
+def load_folder(args, device, root):
+    """Anyone's images as Data: train/<class>/* with test or val, or <class>/*, or * without labels.
+
+    Raises UserError if there are too few images or classes."""
+    check(os.path.isdir(root),
+          f"--data-dir {root} is not a folder; try the folder that holds your images")
+    train_root = os.path.join(root, "train")
+    if not os.path.isdir(train_root):
+        train_root = root
+    train, labels, class_names = list_images(train_root)
+    extensions = ", ".join(torchvision.datasets.folder.IMG_EXTENSIONS[:5])
+    check(train, f"--data-dir {root}: no images in {train_root} (looked for {extensions} ...); "
+          "try the folder that holds your images")
+    check(len(train) > 1,
+          f"--data-dir {root}: one image is too few; try a folder with at least some hundreds")
+    check(len(class_names) != 1,
+          f"--data-dir {root}: only one class, {', '.join(map(repr, class_names))}, so labels "
+          f"measure nothing; put the images straight into {train_root} to train without labels")
+    test, test_labels = None, None
+    if train_root != root:
+        test, test_labels = list_test_images(root, train_root, class_names)
+    return data_from_files(args, device, train, labels, test, test_labels, class_names)
+
+
+def list_test_images(root, train_root, class_names):
+    """(paths, labels) of root/test, or of root/val, or (None, None) if there are none.
+
+    labels are numbers of training classes, or None if either part has none. Raises UserError if
+    there is a class without training images."""
+    test_root = os.path.join(root, "test")
+    if not os.path.isdir(test_root):
+        test_root = os.path.join(root, "val")
+    if not os.path.isdir(test_root):
+        return None, None
+    paths, labels, test_classes = list_images(test_root)
+    if not class_names or not test_classes:
+        return paths or None, None
+    for name in test_classes:
+        check(name in class_names,
+              f"--data-dir {root}: {test_root}/{name} has no counterpart in {train_root}; "
+              "remove it, or add training images of it")
+    return paths, [class_names.index(test_classes[label]) for label in labels]
+
+
 def list_images(root):
-    """(paths, labels, class_names) of the images below root in sorted order; labels None and no names if root holds images itself."""
-    extensions = torchvision.datasets.folder.IMG_EXTENSIONS
-    paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names
-                   if name.lower().endswith(extensions) and not name.startswith("."))
-    tops = [os.path.relpath(path, root).split(os.sep) for path in paths]
-    if any(len(parts) == 1 for parts in tops):
+    """(paths, labels, class_names) of the images below root, sorted by path.
+
+    The class is the folder right below root. If root holds images itself, labels is None."""
+    paths = []
+    for folder, _, names in os.walk(root, followlinks=True):
+        for name in names:
+            is_image = name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)
+            if is_image and not name.startswith("."):
+                paths.append(os.path.join(folder, name))
+    paths.sort()
+    parts = [os.path.relpath(path, root).split(os.sep) for path in paths]
+    if any(len(names) == 1 for names in parts):
         return paths, None, []
-    class_names = sorted({parts[0] for parts in tops})
+    class_names = sorted({names[0] for names in parts})
     number_of = {name: i for i, name in enumerate(class_names)}
-    return paths, [number_of[parts[0]] for parts in tops], class_names
+    return paths, [number_of[names[0]] for names in parts], class_names
 
 
-MEMORY_LIMIT = 6 * 2**30  # bytes of images kept on a GPU, or by all processes of a machine without; more, or with --stream, are read from disk as needed
+# Bytes of images that are kept on a GPU, or without one by all processes of a machine together.
+MEMORY_LIMIT = 6 * 2**30
 
 
 def data_from_files(args, device, train, labels, test, test_labels, class_names):
-    """Data from lists of files: decoded once into memory where they fit, else read from disk by workers as training goes on."""
+    """Data from lists of paths, decoded once into memory if they fit there.
+
+    Otherwise they are Files. Sets args.image_size if the flag was not given. Raises UserError if no
+    image can be read or one is too small."""
     first = next((path for path in train if read_image(path) is not None), None)
-    check(first is not None, f"--data-dir {args.data_dir}: none of the {len(train)} files can be read as an image; try another --data-dir")
+    check(first is not None, f"--data-dir {args.data_dir}: none of the {len(train)} files can be "
+          "read as an image; try another --data-dir")
     shorter = check_large_enough(first, read_image(first))
     args.image_size = args.image_size or min(64, shorter)
     side = args.image_size if shorter <= args.image_size else math.ceil(args.image_size * 8 / 7)
-    copies = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process keeps all images
+    copies = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process keeps all images
+    if device.type == "cuda":
+        copies = 1
     size = 3 * side**2 * (len(train) + len(test or [])) * copies
+    names = [os.path.relpath(path, args.data_dir) for path in train]
+    fingerprint = f"{len(train)} files, {names_crc(names)}"
     stream = args.stream or size > MEMORY_LIMIT
-    fingerprint = f"{len(train)} files, {names_crc(os.path.relpath(path, args.data_dir) for path in train)}"
     if stream:
-        train, test = Files(train, args.image_size, side), test and Files(test, args.image_size, side)
+        train = Files(train, args.image_size, side)
+        test = test and Files(test, args.image_size, side)
     else:
         train, labels = decode(train, labels, side)
-        check(len(train) > 1, f"--data-dir {args.data_dir}: fewer than two readable images")
+        check(len(train) > 1, f"--data-dir {args.data_dir}: fewer than two readable images; "
+              "try another --data-dir")
         if test:
             test, test_labels = decode(test, test_labels, side)
-            test, test_labels = (test, test_labels) if len(test) else (None, None)
+            if len(test) == 0:
+                test, test_labels = None, None
     data = Data(args, device, train, labels, test, test_labels, class_names)
     data.fingerprint = fingerprint if stream else f"{len(data.train)} readable of {fingerprint}"
     return data
 
 
 def names_crc(names):
-    """A short fingerprint of a list of file names."""
-    return f"{zlib.crc32(chr(10).join(names).replace(os.sep, '/').encode(errors='surrogateescape')):08x}"
+    """A short fingerprint of a list of file names, the same on every system."""
+    text = "\n".join(names).replace(os.sep, "/")
+    return f"{zlib.crc32(text.encode(errors='surrogateescape')):08x}"
 
 
 def read_image(path):
-    """The image as RGB uint8 [3, H, W] (grey, palette, RGBA, CMYK and 16 bits are converted), or None if it cannot be read."""
+    """An image of any kind as RGB uint8 [3, H, W], or None if it cannot be read."""
     try:
         with open(path, "rb") as file:
             image = Image.open(file)
-            if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion cuts off what is above 255
-                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            if image.mode.startswith("I"):  # 16 bits: Pillow itself would clip at 255
+                high = np.asarray(image).astype(np.int64) >> 8
+                image = Image.fromarray(high.clip(0, 255).astype(np.uint8))
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's ways to say that a file is broken
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's
         return None
 
 
 def check_large_enough(path, image):
-    """The shorter side of an image [3, H, W] in pixels, at least 8. Raises UserError."""
+    """The shorter side of an image [3, H, W] in pixels. Raises UserError if it is below 8."""
     shorter = min(image.shape[1:])
-    check(shorter >= 8, f"{path} is {image.shape[2]}x{image.shape[1]} pixels, too small to learn from; remove images below 8x8")
+    check(shorter >= 8, f"{path} is {image.shape[2]}x{image.shape[1]} pixels, too small to learn "
+          "from; remove images below 8x8")
     return shorter
 
 
 def to_square(image, side):
-    """uint8 [3, H, W] -> [3, side, side]: shorter edge resized to `side` with antialiasing, then the centre."""
+    """Resize the shorter edge to `side`, take the centre: uint8 [3, H, W] -> [3, side, side]."""
     if tuple(image.shape[1:]) == (side, side):
         return image
     image = functional.resize(image, side, antialias=True)
@@ -836,8 +1886,11 @@ def to_square(image, side):
 
 
 def decode(paths, labels, side):
-    """All images in memory: uint8 [N, 3, side, side] and their labels. Broken files are skipped, counted and named."""
-    images, kept, broken = torch.empty(len(paths), 3, side, side, dtype=torch.uint8), [], []
+    """All images in memory: uint8 [N, 3, side, side] and their labels.
+
+    Broken files are skipped, counted and named. Raises UserError if an image is too small."""
+    images = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
+    kept, broken = [], []
     for i, path in enumerate(paths):
         image = read_image(path)
         if image is None:
@@ -847,51 +1900,66 @@ def decode(paths, labels, side):
         images[len(kept)] = to_square(image, side)
         kept.append(i)
     if broken:
-        warn(f"skipped {len(broken)} of {len(paths)} files that cannot be read as images: {', '.join(broken[:3])}{' ...' if len(broken) > 3 else ''}")
+        names = ", ".join(broken[:3]) + (" ..." if len(broken) > 3 else "")
+        warn(f"skipped {len(broken)} of {len(paths)} files that cannot be read as images: {names}")
     return images[: len(kept)], None if labels is None else [labels[i] for i in kept]
 
 
+# ==== Streaming ====
+
+
 class Files:
-    """Images on disk, decoded and cropped by loader processes; the rest of the augmentation stays batched on the device."""
+    """Images on the disk, decoded and cropped by loader processes."""
 
     def __init__(self, paths, size, side):
-        self.paths, self.size, self.side = paths, size, side  # side: of the centre squares for measuring, as in memory
+        """size: of a view; side: of the centre squares for measuring, as in memory; in pixels."""
+        self.paths, self.size, self.side = paths, size, side
 
     def __len__(self):
         return len(self.paths)
 
     def crops(self, batches, args, first_step, device):
-        """For each row of `batches` [steps, n] a list of views uint8 [n, 3, size, size], cropped by draws from (seed, step, view, sample)."""
-        tasks = ([(first_step + i, rank() * len(row) + j, k) for j, k in enumerate(row.tolist())] for i, row in enumerate(batches))
+        """For each row of `batches` [steps, n] a list of views, uint8 [n, 3, size, size].
+
+        The crop is drawn from (seed, step, view, row of the global batch)."""
         recipe = [RECIPES[args.augment][v % len(RECIPES[args.augment])] for v in range(args.views)]
-        dataset = _CropTask(self.paths, self.size, recipe, args.seed)
-        loader = torch.utils.data.DataLoader(dataset, batch_sampler=tasks, num_workers=args.num_workers, pin_memory=device.type == "cuda",
-                                             worker_init_fn=leave_signals_to_the_main_process)
-        for views in in_one_line(loader):
+        dataset = CropTask(self.paths, self.size, recipe, args.seed)
+        for views in read_batches(dataset, batch_sampler=crop_tasks(batches, first_step),
+                                  num_workers=args.num_workers, pin_memory=device.type == "cuda"):
             yield [view.to(device, non_blocking=True) for view in views]
 
     def centres(self, index, batch_size, num_workers):
-        """uint8 [n, 3, side, side] centre squares of the images `index`, for measuring."""
-        dataset = _CentreTask(self.paths, self.side)
-        yield from in_one_line(torch.utils.data.DataLoader(dataset, batch_size, sampler=index.tolist(), num_workers=num_workers,
-                                                           worker_init_fn=leave_signals_to_the_main_process))
+        """Centre squares of the images `index` for measuring: yields uint8 [n, 3, side, side]."""
+        yield from read_batches(CentreTask(self.paths, self.side), batch_size=batch_size,
+                                sampler=index.tolist(), num_workers=num_workers)
+
+
+def crop_tasks(batches, first_step):
+    """For each row of `batches` [steps, n]: [(step, row of the global batch, image), ...]."""
+    for step, images in enumerate(batches.tolist(), first_step):
+        first = rank() * len(images)
+        yield [(step, first + i, image) for i, image in enumerate(images)]
 
 
 def leave_signals_to_the_main_process(_worker):
-    """Ctrl-C and torchrun's SIGTERM reach the loader's processes too: they go on until the main process has saved, or for five seconds."""
+    """Let a loader process outlive Ctrl-C, and SIGTERM by five seconds, until the run is saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: threading.Timer(5, os._exit, (0,)).start())
 
 
-def in_one_line(loader):
-    """The loader's batches; what a worker process wants to tell the user comes back without its traceback."""
+def read_batches(dataset, **settings):
+    """The batches of a DataLoader. A UserError of a loader process comes without a traceback."""
     try:
-        yield from loader
+        yield from torch.utils.data.DataLoader(
+            dataset, worker_init_fn=leave_signals_to_the_main_process, **settings)
     except UserError as error:
-        raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
+        last_line = str(error).strip().splitlines()[-1]
+        raise UserError(last_line.split("UserError: ")[-1]) from None
 
 
-class _CropTask(torch.utils.data.Dataset):
+class CropTask(torch.utils.data.Dataset):
+    """An item of crop_tasks -> the cropped views of its image."""
+
     def __init__(self, paths, size, recipe, seed):
         self.paths, self.size, self.recipe, self.seed = paths, size, recipe, seed
 
@@ -907,15 +1975,18 @@ class _CropTask(torch.utils.data.Dataset):
 
 
 def crop_one(image, crop, size, rng):
-    """A random crop of one image, uint8 [3, H, W] -> [3, size, size], by the recipe's crop; without one the centre."""
+    """A random crop, or the centre if crop is None: uint8 [3, H, W] -> [3, size, size]."""
     if crop is None:
         return to_square(image, size)
     top, left, height, width = draw_boxes(1, *image.shape[1:], crop[1], crop[2], rng)[0].tolist()
     interpolation = torchvision.transforms.InterpolationMode(crop[3])
-    return functional.resized_crop(image, top, left, height, width, [size, size], interpolation, antialias=True)
+    return functional.resized_crop(image, top, left, height, width, [size, size], interpolation,
+                                   antialias=True)
 
 
-class _CentreTask(torch.utils.data.Dataset):
+class CentreTask(torch.utils.data.Dataset):
+    """An image's index -> its centre square."""
+
     def __init__(self, paths, side):
         self.paths, self.side = paths, side
 
@@ -927,100 +1998,57 @@ class _CentreTask(torch.utils.data.Dataset):
 
 
 def read_or_next(paths, index):
-    """Image `index`; in place of one that cannot be read the next one, with a warning that names it. A vanished file raises UserError."""
+    """Image `index`, uint8 [3, H, W]. If it cannot be read, warn and take the next one.
+
+    Raises UserError if the file has vanished or no file can be read."""
     for i in range(index, index + len(paths)):
         path = paths[i % len(paths)]
         image = read_image(path)
         if image is not None:
             return image
-        check(os.path.exists(path), f"{path} vanished; put it back and go on with --resume, or train afresh with another --out")
+        check(os.path.exists(path), f"{path} vanished; put it back and go on with --resume, "
+              "or train afresh with another --out")
         warn(f"{path} cannot be read as an image; the next one takes its place")
-    raise UserError("none of the image files can be read; see --data-dir")
+    raise UserError("none of the image files can be read; try another --data-dir")
 
 
-PATTERN_CLASSES = ["stripes", "checks", "dots", "bricks", "zigzag", "grid", "rings", "triangles", "weave", "crosses"]
-
-
-def make_patterns(seed=0, train=10_000, test=2_000):
-    """(train_images uint8 [N, 3, 32, 32], train_labels int64 [N], test_images, test_labels): textures in two colours.
-
-    Nothing but the texture tells the class: period, phase, tilt, warp, light and noise are drawn alike for all classes, and half
-    of every image is ink. All images have nearly the same two colours, and the light changes several times across an image, on
-    purpose: what is an *image's* own and survives the augmentation (a hue, or one bright side) can be learned in place of any
-    texture. BYOL did: where the light changed slowly, its features foretold how
-    fast (R^2 = 0.9, a linear fit) and no more of the class than untrained ones."""
-    rng, n = np.random.default_rng(seed), train + test
-    labels = np.arange(n) % 10  # balanced; shuffled below, each split by itself
-    labels = np.concatenate([labels[:train][np.argsort(rng.random(train))], labels[train:][np.argsort(rng.random(test))]])
-    images = np.empty((n, 3, 32, 32), np.uint8)
-    x = np.arange(32) / 16 - 31 / 32  # pixel centres, in (-1, 1)
-    y = x[:, None]
-    wave = lambda t: np.abs(t - np.rint(t))  # distance to the nearest integer: 0 ... 0.5
-    for k in range(10):
-        mine = np.flatnonzero(labels == k)
-        draw = lambda low, high, *shape: low + (high - low) * rng.random((len(mine), *(shape or (1, 1))))
-        # Coordinates (u, v) that count periods: bent by a smooth warp, turned by a tilt, scaled and shifted.
-        px = x + draw(.1, .2) * np.sin(draw(2, 4) * y + draw(0, 6.3))
-        py = y + draw(.1, .2) * np.sin(draw(2, 4) * x + draw(0, 6.3))
-        tilt, scale = draw(-.3, .3) * (11 if k == 0 else 1), draw(2.2, 3)  # radians (stripes lie at any angle); periods in 16 pixels
-        u = scale * (px * np.cos(tilt) - py * np.sin(tilt)) + draw(0, 8)
-        v = scale * (px * np.sin(tilt) + py * np.cos(tilt)) + draw(0, 8)
-        row, column = np.floor(v), np.floor(u)
-        a, b, c, d = wave(u), wave(v), wave(u + row / 2), v - row  # c: every second row is shifted; d: 0 ... 1 in a row
-        g = (lambda: 1.5 * wave(1.5 * v),  # stripes
-             lambda: 4 * (a - .25) * (b - .25),  # checks
-             lambda: np.hypot(c, d - .5),  # dots
-             lambda: np.minimum(wave(.7 * u + np.floor(1.4 * v) / 2), wave(1.4 * v)),  # bricks
-             lambda: wave(v + 1.2 * a),  # zigzag
-             lambda: np.minimum(a, b),  # grid
-             lambda: np.abs(np.hypot(a, b) - .33),  # rings
-             lambda: d / 2 - a,  # triangles
-             lambda: np.where((row + column) % 2 == 0, wave(2 * u + .25), wave(2 * v + .25)) / 2,  # weave
-             lambda: np.maximum(np.minimum(a, b) - .12, np.maximum(a, b) - .36))[k]()  # crosses
-        g = (g - np.median(g, (1, 2), keepdims=True)) * np.where(draw(0, 1) < .5, 1, -1)  # ink where g > 0: half of the image
-        ink = np.clip(.5 + 16 / scale * g, 0, 1)[:, None]  # edges one pixel wide
-        dark = draw(.29, .31, 1, 1, 1) + np.reshape([-.05, 0, .05], (3, 1, 1))  # bluish
-        light = dark + draw(.37, .38, 1, 1, 1) + np.reshape([.1, .02, -.1], (3, 1, 1))  # yellowish
-        image = dark + ink * (light - dark)
-        for t in (x, y):  # uneven light
-            image += .12 * np.sin(draw(5, 8, 1, 1, 1) * t + draw(0, 6.3, 1, 1, 1))
-        image += draw(-.06, .06, 3, 32, 32)  # pixel noise
-        images[mine] = np.rint(255 * np.clip(image, 0, 1))
-    return images[:train], labels[:train], images[train:], labels[train:]
-
-
-# ==============================================================================
-# 5. Augmentation: a whole batch at once, on the device, every sample with its own draw
-# ==============================================================================
+# ==== Recipes of augmentation ====
 
 FLIP = ("flip", 0.5)  # probability
-CROP = ("crop", 0.2, 1.0, "bilinear")  # least and greatest share of the area, interpolation
+CROP = ("crop", 0.2, 1.0, "bilinear")  # smallest and largest share of the area, interpolation
 WIDE_CROP = ("crop", 0.08, 1.0, "bilinear")
 BICUBIC_CROP = ("crop", 0.2, 1.0, "bicubic")
 WIDE_BICUBIC_CROP = ("crop", 0.08, 1.0, "bicubic")
-BLUR = ("blur", 0.5, 0.1, 2.0)  # probability, least and greatest sigma in pixels
+BLUR = ("blur", 0.5, 0.1, 2.0)  # probability, smallest and largest sigma in pixels
 JITTER = ("jitter", 0.4, 0.4, 0.4, 0.1, 0.8)  # brightness, contrast, saturation, hue; probability
 SOFT_JITTER = ("jitter", 0.4, 0.4, 0.2, 0.1, 0.8)
+GREY = ("grey", 0.2)  # probability
 
-# name -> views -> operations in the order in which they are applied. A view beyond the listed ones starts again at the
-# first: symmetric recipes list one view, BYOL's two alternate.
+# name -> views -> operations, in order. Further views start again at the first listed one, so the
+# views of most recipes are alike and BYOL's alternate.
 RECIPES = {
-    # W-MSE, CW-RGP (htdt/self-supervised): colours are changed before the crop (streamed images are cropped as they are read)
+    # W-MSE, CW-RGP (htdt/self-supervised). Colours are changed before the crop; streamed images are
+    # cropped as they are read.
     "w-mse": [(JITTER, ("grey", 0.1), BICUBIC_CROP, FLIP)],
-    # MoCo v2 2003.04297, SimSiam 2011.10566; v1 1911.05722; the MoCo authors' CIFAR-10 demo
-    "moco-v2": [(CROP, JITTER, ("grey", 0.2), BLUR, FLIP)],
-    "moco-v1": [(CROP, ("grey", 0.2), ("jitter", 0.4, 0.4, 0.4, 0.4, 1.0), FLIP)],
-    "moco-cifar": [(WIDE_CROP, FLIP, JITTER, ("grey", 0.2))],
+    # MoCo v2 2003.04297, SimSiam 2011.10566
+    "moco-v2": [(CROP, JITTER, GREY, BLUR, FLIP)],
+    # MoCo v1 1911.05722
+    "moco-v1": [(CROP, GREY, ("jitter", 0.4, 0.4, 0.4, 0.4, 1.0), FLIP)],
+    # the MoCo authors' CIFAR-10 demo
+    "moco-cifar": [(WIDE_CROP, FLIP, JITTER, GREY)],
     # SimSiam App. D, Shuffled-DBN: MoCo v2 without blur
-    "simsiam-cifar": [(CROP, JITTER, ("grey", 0.2), FLIP)],
-    # SimCLR 2002.05709 App. A and google-research/simclr: colour strength 1 with blur; on CIFAR-10 strength 1/2 without
-    "simclr": [(WIDE_BICUBIC_CROP, FLIP, ("jitter", 0.8, 0.8, 0.8, 0.2, 0.8), ("grey", 0.2), BLUR)],
-    "simclr-cifar": [(WIDE_BICUBIC_CROP, FLIP, JITTER, ("grey", 0.2))],
-    # BYOL 2006.07733 App. B, Barlow Twins, VICReg: the two views differ in blur and solarisation
-    "byol": [(WIDE_BICUBIC_CROP, FLIP, SOFT_JITTER, ("grey", 0.2), ("blur", 1.0, 0.1, 2.0), ("solarize", 0.0)),
-             (WIDE_BICUBIC_CROP, FLIP, SOFT_JITTER, ("grey", 0.2), ("blur", 0.1, 0.1, 2.0), ("solarize", 0.2))],
+    "simsiam-cifar": [(CROP, JITTER, GREY, FLIP)],
+    # SimCLR 2002.05709 App. A, google-research/simclr: colour strength 1 with blur
+    "simclr": [(WIDE_BICUBIC_CROP, FLIP, ("jitter", 0.8, 0.8, 0.8, 0.2, 0.8), GREY, BLUR)],
+    # the same on CIFAR-10: colour strength 1/2 without blur
+    "simclr-cifar": [(WIDE_BICUBIC_CROP, FLIP, JITTER, GREY)],
+    # BYOL 2006.07733 App. B, Barlow Twins, VICReg: the views differ in blur and solarisation
+    "byol": [
+        (WIDE_BICUBIC_CROP, FLIP, SOFT_JITTER, GREY, ("blur", 1.0, 0.1, 2.0), ("solarize", 0.0)),
+        (WIDE_BICUBIC_CROP, FLIP, SOFT_JITTER, GREY, ("blur", 0.1, 0.1, 2.0), ("solarize", 0.2)),
+    ],
     # VICReg on CIFAR-10 (vturrisi/solo-learn)
-    "vicreg-cifar": [(BICUBIC_CROP, SOFT_JITTER, ("grey", 0.2), ("solarize", 0.1), FLIP)],
+    "vicreg-cifar": [(BICUBIC_CROP, SOFT_JITTER, GREY, ("solarize", 0.1), FLIP)],
     # ours, for runs of minutes: W-MSE's with larger crops, an easier task
     "short": [(JITTER, ("grey", 0.1), ("crop", 0.35, 1.0, "bicubic"), FLIP)],
     "crop-flip": [(CROP, FLIP)],
@@ -1028,246 +2056,53 @@ RECIPES = {
 }
 
 
-def draw(view, n, height, width, rng):
-    """Draw the parameters of one view for n images of height x width: a list with one dict of arrays [n, ...] per operation.
-
-    crop {box [n, 4]: top, left, height, width}; jitter {on [n], order [n, 4], factor [n, 4]} with brightness 0, contrast 1,
-    saturation 2, hue 3; blur {on, sigma}; grey, flip, solarize {on}. `rng` is a numpy Generator.
-    """
-    params = []
-    for name, *setting in view:
-        if name == "crop":
-            params.append({"box": draw_boxes(n, height, width, setting[0], setting[1], rng)})
-        elif name == "jitter":
-            *strength, hue, p = setting
-            low = np.array([max(0.0, 1 - s) for s in strength] + [-hue])
-            high = np.array([1 + s for s in strength] + [hue])
-            order, factor = rng.random((n, 4)).argsort(1), rng.uniform(low, high, (n, 4))
-            params.append({"on": rng.random(n) < p, "order": order, "factor": factor})
-        elif name == "blur":
-            params.append({"on": rng.random(n) < setting[0], "sigma": rng.uniform(setting[1], setting[2], n)})
-        else:
-            params.append({"on": rng.random(n) < setting[0]})
-    return params
-
-
-def draw_boxes(n, height, width, min_area, max_area, rng, ratio=(3 / 4, 4 / 3)):
-    """n crop boxes, int [n, 4], by torchvision's RandomResizedCrop: the first of ten tries that fits, else a central box."""
-    area = height * width * rng.uniform(min_area, max_area, (10, n))
-    aspect = np.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1]), (10, n)))
-    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))  # [10, n]
-    fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
-    first, column = fits.argmax(0), np.arange(n)
-    w, h, fits = w[first, column], h[first, column], fits[first, column]  # [n]
-    # no try fits (rare, or a very long image): as much of the image as the ratio allows
-    w = np.where(fits, w, min(width, round(height * ratio[1])))
-    h = np.where(fits, h, min(height, round(width / ratio[0])))
-    top, left = rng.random((2, n))
-    top = np.where(fits, np.floor(top * (height - h + 1)), (height - h) // 2)
-    left = np.where(fits, np.floor(left * (width - w + 1)), (width - w) // 2)
-    return np.stack([top, left, h, w], 1).astype(np.int64)
-
-
-def apply(view, images, params, size, cropped=False):
-    """Apply one view's operations with the given `draw`n parameters. -> float32 [n, 3, size, size] in [0, 1].
-
-    images: uint8, or float in [0, 1], [n, 3, H, W]. cropped=True leaves the crop out (a streaming loader has cropped already).
-    """
-    x = images.float().div_(255) if images.dtype == torch.uint8 else images.float().clone()  # the operations work in place
-    todo = [(op, p) for op, p in zip(view, params) if not (cropped and op[0] == "crop")]
-    names = [op[0] for op, _ in todo]
-    # A flip after the crop commutes with all that lies between (blur is symmetric), so the crop's matrix does it for free.
-    mirror = np.zeros(len(x), dtype=bool)
-    if "flip" in names and "crop" in names[: names.index("flip")]:
-        mirror = todo.pop(names.index("flip"))[1]["on"]
-    arrays = to_device([host_arrays(op[0], p, mirror, size) for op, p in todo], x.device)
-    for (op, _), tensors in zip(todo, arrays):
-        if op[0] == "crop":
-            x = crop_and_resize(x, *tensors, size, op[3])
-        elif op[0] == "jitter":
-            x = jitter(x, *tensors)
-        elif len(tensors[0]):  # the others change only the rows drawn for them
-            rows, *rest = tensors
-            x.index_copy_(0, rows, ROW_OPERATIONS[op[0]](x.index_select(0, rows), *rest))
-    if x.shape[2:] != (size, size):
-        raise ValueError(f"images are {x.shape[2]}x{x.shape[3]}, not --image-size {size}, and this recipe has no crop")
-    return x
-
-
-def host_arrays(name, p, mirror, size):
-    """What one operation needs on the device, from its drawn parameters. All data-dependent sizes are settled here, in numpy."""
-    if name == "crop":
-        top, left, h, w = p["box"].T
-        ends = [np.stack([top, top + h, 0 * h, h / size], 1),  # first, last + 1, origin, step
-                np.stack([left, left + w, w * mirror, np.where(mirror, -w, w) / size], 1)]
-        return [e.astype(np.float32) for e in ends]
-    if name == "jitter":
-        # Three blends per sample, and hue before, between or after them. With the samples sorted by hue's place in their order
-        # (un-jittered ones last), the samples whose hue is due are one slice of known bounds.
-        place = np.where(p["on"], (p["order"] == 3).argmax(1), 4)
-        rows = place.argsort(kind="stable")
-        done = rows[: np.count_nonzero(place < 4)]  # the m jittered samples
-        order, factor = p["order"][done], p["factor"][done]
-        blend = order[order != 3].reshape(-1, 3)  # [m, 3] which of 0, 1, 2
-        keep = np.take_along_axis(factor, blend, 1)  # [m, 3]
-        hues = np.split(factor[:, 3], np.searchsorted(place[done], [1, 2, 3]))  # 4 x [rows of this place]
-        return [rows, rows.argsort(), keep, (1 - keep) * (blend == 2), (1 - keep) * (blend == 1), *hues]
-    rows = np.flatnonzero(p["on"])
-    return [rows, p["sigma"][rows]] if name == "blur" else [rows]
-
-
-def to_device(lists, device):
-    """Lists of numpy arrays -> lists of tensors (int64, float32), in one asynchronous transfer."""
-    flat = [a for arrays in lists for a in arrays]
-    packed = np.concatenate([np.zeros(0)] + [a.reshape(-1) for a in flat]).astype(np.float32)  # row numbers < 2^24 are exact
-    packed = torch.from_numpy(packed)
-    packed = packed.pin_memory() if device.type == "cuda" else packed  # only from pinned memory is the copy asynchronous
-    parts = packed.to(device, non_blocking=True).split([a.size for a in flat])
-    parts = iter([t.view(a.shape).long() if a.dtype.kind == "i" else t.view(a.shape) for t, a in zip(parts, flat)])
-    return [[next(parts) for _ in arrays] for arrays in lists]
-
-
-def crop_and_resize(x, vertical, horizontal, size, interpolation):
-    """Resize each sample's box to size x size, antialiased as in PIL and torchvision: out = Wy x Wx^T.  x [n, 3, H, W]"""
-    n, c, height, width = x.shape
-    wx = resize_matrix(horizontal, width, size, interpolation)  # [n, size, W]
-    wy = resize_matrix(vertical, height, size, interpolation)  # [n, size, H]
-    x = torch.bmm(wx, x.reshape(n, c * height, width).mT)  # [n, size, 3 H]: no copy
-    x = torch.bmm(wy, x.view(n, size * c, height).mT).view(n, size, size, c).permute(0, 3, 1, 2)  # [n, 3, size, size], channels_last
-    return x.clamp_(0, 1) if interpolation == "bicubic" else x  # bicubic overshoots
-
-
-def resize_matrix(ends, length, size, interpolation):
-    """Rows of interpolation weights [n, size, length]. ends [n, 4]: the box is [first, last); output pixel s has its centre at
-    first + origin + step (s + 1/2), where a negative step mirrors."""
-    first, last, origin, step = ends[:, None].unbind(-1)  # [n, 1] each
-    scale = step.abs().clamp_min(1)  # > 1 widens: antialias
-    pixel = torch.arange(length, device=ends.device) + 0.5  # [length]
-    inside = (pixel > first) & (pixel < last)  # [n, length]
-    pixel = torch.where(inside, pixel - first, 1e9)  # none looks outside its box
-    centre = origin + step * (torch.arange(size, device=ends.device) + 0.5)  # [n, size]
-    t = pixel[:, None, :].sub(centre[:, :, None]).div_(scale[:, None]).abs_()  # [n, size, length]
-    if interpolation == "bilinear":
-        w = t.neg_().add_(1).clamp_min_(0)  # 1 - |t|
-    else:  # Keys' cubic, a = -1/2: with u = (2 - |t|)+ and v = (1 - |t|)+ it is u^2 (u - 1) / 2 + v^2 (1 - 2 v)
-        u = t.neg_().add_(2).clamp_min_(0)
-        outer = (u - 1).mul_(u).mul_(u)
-        v = u.sub_(1).clamp_min_(0)
-        w = (0.5 - v).mul_(v).mul_(v).mul_(4).add_(outer)  # twice the kernel
-    return w.div_(w.sum(-1, keepdim=True))
-
-
-def luma(x):
-    """Grey level with torchvision's weights. x [n, 3, ...] -> [n, 1, ...]"""
-    r, g, b = x.split(1, 1)
-    return r.mul(0.2989).add_(g, alpha=0.587).add_(b, alpha=0.114)
-
-
-def jitter(x, rows, back, keep, to_grey, to_mean, *hues):
-    """Brightness, contrast, saturation and hue of x [n, 3, H, W] in each sample's own order (arguments: host_arrays).
-
-    The first three are one formula, x <- clamp(f x + (1 - f) y), with y = 0, the mean grey, or the pixel's grey.
-    """
-    shape, x = x.shape, x.flatten(2).index_select(0, rows)  # sorted by the place of hue
-    jittered = x[: len(keep)]  # [m, 3, HW]
-    parts = jittered.split([len(h) for h in hues])
-    keep, to_grey, to_mean = (c.t()[:, :, None, None] for c in (keep, to_grey, to_mean))  # [3 rounds, m, 1, 1]
-    for place in range(4):
-        if len(hues[place]):
-            shift_hue(parts[place], hues[place])
-        if place < 3:
-            grey = luma(jittered)  # [m, 1, HW]
-            mean = grey.mean(-1, keepdim=True) * to_mean[place]
-            jittered.mul_(keep[place]).add_(grey.mul_(to_grey[place]).add_(mean)).clamp_(0, 1)
-    return x.index_select(0, back).view(shape)
-
-
-def shift_hue(x, turn):
-    """Rotate the hue of x [n, 3, P] by turn [n] (1 = full circle), in place: adjust_hue without its six-fold case distinction.
-
-    With max M, chroma C = M - min and hue h in sixths of a turn, |h| = 2 + (g + b - r - M) / C with the sign of g - b; and
-    channel c of an HSV colour is M - C clamp(2 - d, 0, 1), d its distance in sixths from the hue opposite to c.
-    """
-    r, g, b = x.unbind(1)  # [n, P]
-    top = x.amax(1)
-    chroma = top - x.amin(1)
-    hue = (g + b).sub_(r).sub_(top).div_(chroma.clamp_min(1e-20)).add_(2).copysign_(g - b).div_(6)
-    opposite = torch.arange(3, device=x.device).mul(-1 / 3).add(1 / 2) + turn[:, None]  # [n, 3]
-    d = hue[:, None] + opposite[:, :, None]  # [n, 3, P]
-    d = d.sub_(d.round()).abs_().clamp_(1 / 6, 1 / 3)  # distance in turns
-    torch.addcmul((top - 2 * chroma)[:, None], chroma.mul_(6)[:, None], d, out=x)
+def check_crops(args, data):
+    """Raise UserError if the images are larger than a view and the recipe does not crop them."""
+    crops = all(any(op[0] == "crop" for op in view) for view in RECIPES[args.augment])
+    check(crops or not data.must_be_cropped,
+          f"--augment {args.augment} does not crop, and the images are larger than "
+          f"--image-size {data.size}; try --augment crop-flip")
 
 
 def blur(x, sigma):
-    """Gaussian blur of x [n, 3, S, S] with sigma [n] in pixels: reflected borders, odd kernel of 10 % of the side (SimCLR).
+    """Gaussian blur of x [n, 3, S, S] with sigma [n] in pixels, as in SimCLR's code.
 
-    MoCo's and Barlow Twins' code blurs with Pillow, which does not cut the kernel: the same at 224 pixels; at 32 pixels a sigma of
-    2 acts like 0.8 here."""
+    Reflected borders, odd kernel of 10 % of the side. The code of MoCo and Barlow Twins uses
+    Pillow, which does not cut the kernel: the same at 224 pixels, but at 32 a sigma of 2 acts like
+    0.8 here."""
     side = x.shape[-1]
     radius = (side // 10) // 2
     t = torch.arange(radius + 2, device=x.device)
-    kernel = torch.exp(-0.5 * (t / sigma[:, None]) ** 2) * (t <= radius)  # [n, radius + 2], ends in 0
-    kernel = kernel / (2 * kernel.sum(1, keepdim=True) - kernel[:, :1])
-    i, j = torch.arange(side, device=x.device)[:, None], torch.arange(side, device=x.device)
-    # pixel i sees pixel j directly, mirrored at the first edge, and mirrored at the last edge (the edge itself is not repeated)
-    paths = [(i - j).abs(), torch.where(j > 0, i + j, side), torch.where(j < side - 1, 2 * (side - 1) - i - j, side)]
-    band = sum(kernel[:, path.clamp_max(radius + 1)] for path in paths)  # [n, S, S]
+    kernel = torch.exp(-0.5 * (t / sigma[:, None]) ** 2) * (t <= radius)  # [n, radius + 2]
+    kernel = kernel / (2 * kernel.sum(1, keepdim=True) - kernel[:, :1])  # its last entry is 0
+    i = torch.arange(side, device=x.device)[:, None]
+    j = torch.arange(side, device=x.device)
+    # Pixel i sees pixel j directly and mirrored at both edges, whose pixels are not repeated.
+    direct = (i - j).abs()
+    first = torch.where(j > 0, i + j, side)
+    last = torch.where(j < side - 1, 2 * (side - 1) - i - j, side)
+    band = sum(kernel[:, path.clamp_max(radius + 1)] for path in (direct, first, last))  # [n, S, S]
     return torch.matmul(band[:, None], torch.matmul(x, band.mT[:, None]))
 
 
-ROW_OPERATIONS = {
-    "flip": lambda x: x.flip(-1),
-    "grey": lambda x: luma(x).expand_as(x),
-    "blur": blur,
-    "solarize": lambda x: torch.where(x >= 0.5, 1 - x, x),
-}
-
-
-@torch.no_grad()
-def augment(images, recipe, views, size, mean, std, seed, step, rank=0, world_size=1):
-    """Views of one batch: a list of float32 [n, 3, size, size], normalised, channels_last.
-
-    images: uint8 [n, 3, H, W], or a list with one batch of crops per view (from a loader that has cropped already); mean, std: three
-    numbers each (tensors on the device cost no transfer). The draws are those of the global batch of world_size * n images, of
-    which this rank holds rows rank * n onwards: N ranks see what one process would, and (seed, step) alone decides, so that a
-    resumed run goes on exactly, on any device."""
-    cropped, out = isinstance(images, (list, tuple)), []
-    # Three numbers at a time are slow to subtract: a whole picture of each, [1, 3, size, size], in the order of the views' memory.
-    mean, std = (torch.as_tensor(v, dtype=torch.float32, device=images[0].device).view(1, 3, 1, 1).expand(1, 3, size, size)
-                 .contiguous(memory_format=torch.channels_last) for v in (mean, std))
-    for number_of_view in range(views):
-        batch = images[number_of_view] if cropped else images
-        n, _, height, width = batch.shape
-        view = RECIPES[recipe][number_of_view % len(RECIPES[recipe])]
-        params = draw(view, n * world_size, height, width, np.random.default_rng((seed, 0, step, number_of_view)))
-        params = [{key: array[rank * n : (rank + 1) * n] for key, array in p.items()} for p in params]
-        with torch.autocast(batch.device.type, enabled=False):  # resampling needs float32
-            x = apply(view, batch, params, size, cropped)
-        out.append(x.contiguous(memory_format=torch.channels_last).sub_(mean).div_(std))  # right after a crop: no copy
-    return out
-
-
-# ==============================================================================
-# 6. Backbones
-# ==============================================================================
+# ==== ResNets, LARS, Muon ====
 
 
 def resnet_names():
     """torchvision's ResNets by name."""
-    return [name for name in torchvision.models.list_models() if name.startswith("resnet") and name[6:].isdigit()]
+    models = torchvision.models.list_models()
+    return [name for name in models if name.startswith("resnet") and name[6:].isdigit()]
 
 
-def build_backbone(name, image_size, width=32):
-    """(network, feature_dim): H = network(x) is [N, feature_dim], the output of average pooling.
+def build_resnet(name, image_size):
+    """(network, feature_dim) of torchvision's ResNet `name`. Raises UserError if there is none.
 
-    `tiny`: 2x2 stride-2 stem of w channels, four 3x3 convolutions (3w with stride 2, 3w, pool, 6w, 8w), each with batch norm and ReLU,
-    then the mean of each quarter of the picture (32w features). All others: the mean of the whole picture.
-    A ResNet has torchvision's own parameter names and zero-initialised last batch norms (SimSiam, Barlow, VICReg, CW-RGP code).
-    Its stem (SimCLR appendix B.9, W-MSE code): up to 32 pixels 3x3 stride 1 without pooling; up to 64 pixels 3x3 with pooling. Its weights
-    are drawn like those of the other convolutions (W-MSE code: PyTorch's default)."""
-    if name == "tiny":
-        return Tiny(width), 32 * width
-    check(name in resnet_names(), f"--backbone {name} is unknown; try tiny, {', '.join(resnet_names()[:5])}")
+    Parameters have torchvision's names. The last batch norm of a block starts at zero (SimSiam,
+    Barlow Twins, VICReg, CW-RGP code). The stem is SimCLR's (appendix B.9) and the W-MSE code's: up
+    to 32 pixels 3x3 with stride 1 without pooling, up to 64 with pooling. Its weights are drawn as
+    those of the other convolutions (W-MSE code: PyTorch's default)."""
+    check(name in resnet_names(),
+          f"--backbone {name} is unknown; try tiny, {', '.join(resnet_names()[:5])}")
     network = torchvision.models.get_model(name, weights=None, zero_init_residual=True)
     if image_size <= 64:
         network.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
@@ -1279,88 +2114,21 @@ def build_backbone(name, image_size, width=32):
     return network, feature_dim
 
 
-class Tiny(nn.Module):
-    """A plain network for CPUs: [N, 3, S, S] -> [N, 32 width], most of its work in few pixels and many channels.
-
-    On CIFAR-10 it learned more per minute than a small ResNet, and than networks with more convolutions at higher resolution. The
-    means of the quarters of the picture, not of the whole, cost the network nothing; there a linear layer read 3 to 4 % more from them."""
-
-    def __init__(self, width):
-        super().__init__()
-
-        def block(inputs, outputs, kernel=3, stride=1, padding=1):
-            return [nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-
-        w = width
-        self.layers = nn.Sequential(
-            *block(3, w, kernel=2, stride=2, padding=0),                            # [N, 32, S/2, S/2]
-            *block(w, 3 * w, stride=2), *block(3 * w, 3 * w), nn.MaxPool2d(2),      # [N, 96, S/8, S/8]
-            *block(3 * w, 6 * w), *block(6 * w, 8 * w),                             # [N, 256, S/8, S/8]
-            nn.AdaptiveAvgPool2d(2), nn.Flatten())                                  # [N, 1024]: 256 channels of 2 x 2 quarters
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x):
-        return self.layers(x)
-
-
-# ==============================================================================
-# 7. Optimisation
-# ==============================================================================
-
-
-def learning_rate(args, step, total_steps, steps_per_epoch):
-    """Factor in [0, 1] of the peak learning rate at `step` (0 ... total_steps - 1): a pure function, so resume is exact.
-
-    Linear warm-up (the first step has 1 / warmup), then `cosine` to 0, or `step`: x 0.2 at 50 and again at 25 epochs before
-    the end (W-MSE and CW-RGP code), or `constant`."""
-    warmup = min(500, total_steps // 10) if args.warmup is None else args.warmup
-    if step < warmup:
-        return (step + 1) / warmup
-    if args.schedule == "cosine":
-        return (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup))) / 2
-    if args.schedule == "step":
-        drops = (total_steps - epochs * steps_per_epoch for epochs in (50, 25))
-        return 0.2 ** sum(step >= drop > 0 for drop in drops)  # a drop before the start does not count
-    return 1.0
-
-
-def build_optimizer(model, args):
-    """Adam, SGD, LARS or Muon over the parameters that want a gradient.
-
-    Biases and norm layers form a group of their own: its peak rate is --lr-bias, and LARS neither decays nor adapts it.
-    Under Muon the filters of convolutions form one too: its peak rate is --lr-filters.
-    A module that carries `constant_lr = True` keeps its peak rate whatever the schedule says (SimSiam's predictor).
-    A group's rate at a step is group["peak_lr"] times the schedule's factor, or times 1 where group["constant"]."""
-    constant = {id(p) for module in model.modules() if getattr(module, "constant_lr", False) for p in module.parameters()}
-    groups = {}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            filters = args.optimizer == "muon" and parameter.dim() == 4
-            groups.setdefault((id(parameter) in constant, parameter.dim() < 2, filters), []).append(parameter)
-    groups = [{"params": parameters, "peak_lr": args.lr_filters if filters else args.lr_bias if one_dimensional else args.lr,
-               "constant": fixed, "excluded": one_dimensional, "filters": filters}
-              for (fixed, one_dimensional, filters), parameters in sorted(groups.items(), key=lambda item: item[0])]
-    if args.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
-    if args.optimizer == "lars":
-        return LARS(groups, lr=args.lr, weight_decay=args.weight_decay)
-    return Muon(groups, lr=args.lr, weight_decay=args.weight_decay, dtype=torch.bfloat16 if args.precision == "bf16" else torch.float32)
-
-
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step is scaled layer by layer (You et al. 2017, arXiv 1708.03888), as Barlow Twins, VICReg and BYOL use it:
+    """SGD with momentum whose step is scaled layer by layer (You et al. 2017, arXiv 1708.03888).
 
-        update = gradient + weight_decay * w;   update *= trust * |w| / |update|  (1 where either norm is 0)
-        velocity = momentum * velocity + update;   w -= lr * velocity
+    As in Barlow Twins, VICReg and BYOL:
 
-    Groups marked "excluded" (biases, norm layers) get neither weight decay nor scaling."""
+        update = gradient + weight_decay * w
+        update *= trust * |w| / |update|            (unscaled if either norm is 0)
+        velocity = momentum * velocity + update
+        w -= lr * velocity
+
+    Groups marked "excluded" (biases, norm layers) have neither weight decay nor scaling."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.9, trust=0.001):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust, "excluded": False})
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum,
+                                  "trust": trust, "excluded": False})
 
     @torch.no_grad()
     def step(self):
@@ -1373,7 +2141,8 @@ class LARS(torch.optim.Optimizer):
                     update = update + group["weight_decay"] * w
                     norm, update_norm = w.norm(), update.norm()
                     ratio = group["trust"] * norm / update_norm
-                    update = update * torch.where((norm > 0) & (update_norm > 0), ratio, torch.ones_like(ratio))
+                    defined = (norm > 0) & (update_norm > 0)
+                    update = update * torch.where(defined, ratio, torch.ones_like(ratio))
                 if "velocity" not in self.state[w]:
                     self.state[w]["velocity"] = torch.zeros_like(w)
                 velocity = self.state[w]["velocity"]
@@ -1382,15 +2151,18 @@ class LARS(torch.optim.Optimizer):
 
 
 class Muon(torch.optim.Adam):
-    """Adam; but groups marked "filters" take steps along orthogonal directions, as the fastest trainings on CIFAR-10 do (Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon). With one row of w for each filter:
+    """Adam, except that groups marked "filters" step along orthogonal directions.
 
-        average = momentum * average + (1 - momentum) * gradient;   U = orthogonalise(momentum * average + (1 - momentum) * gradient)
-        w *= sqrt(filters) / |w|;   w -= lr * U
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon. With one row of w per filter:
 
-    A norm layer follows every convolution here and hears only the direction of a filter. Hence their length can be kept, and lr is
-    about the part of its length that a filter moves, throughout the training. No weight decay: it would act on the length. Momentum, the three
-    iterations and the kept length are those of the authors' CIFAR-10 code (airbench94_muon); the default lr is ours, for batches of 128."""
+        average = momentum * average + (1 - momentum) * gradient
+        U = orthogonalise(momentum * average + (1 - momentum) * gradient)
+        w *= sqrt(filters) / |w|
+        w -= lr * U
+
+    Every convolution is followed by a norm layer, so only a filter's direction matters. Its length
+    is kept, without weight decay, and lr is about the share of it that a filter moves. Momentum,
+    iterations and kept length as in the authors' CIFAR-10 code (airbench94_muon); lr is ours."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.6, dtype=torch.float32):
         super().__init__(params, lr=lr, weight_decay=weight_decay, fused=True)
@@ -1400,441 +2172,267 @@ class Muon(torch.optim.Adam):
     def step(self):
         gradients = {}
         for group in self.param_groups:
-            for w in group["params"] if group["filters"] else ():
+            if not group["filters"]:
+                continue
+            for w in group["params"]:
                 if w.grad is None:
                     continue
-                state = self.state[w]
-                if not state:
-                    state["step"] = torch.zeros(())  # which Adam expects to find when a checkpoint is loaded
-                    state["average"] = torch.zeros_like(w)
-                state["average"].lerp_(w.grad, 1 - self.momentum)
-                update = w.grad.lerp(state["average"], self.momentum).flatten(1)  # [filters, channels * height * width]
-                w.mul_(math.sqrt(len(w)) / w.norm().clamp_min(1e-7))
-                w.sub_(group["lr"] * orthogonalise(update.to(self.dtype)).view(w.shape))
-                gradients[w], w.grad = w.grad, None  # so that Adam passes this one over
+                self.step_filters(w, group["lr"])
+                gradients[w], w.grad = w.grad, None  # so that Adam skips it
         super().step()
         for w, gradient in gradients.items():
-            w.grad = gradient  # which the run's watch has yet to look at
+            w.grad = gradient  # Run.watch has yet to look at it
+
+    def step_filters(self, w, lr):
+        """The step of one convolution's filters w [filters, channels, height, width]."""
+        state = self.state[w]
+        if not state:
+            state["step"] = torch.zeros(())  # Adam expects it when a checkpoint is loaded
+            state["average"] = torch.zeros_like(w)
+        state["average"].lerp_(w.grad, 1 - self.momentum)
+        update = w.grad.lerp(state["average"], self.momentum).flatten(1)  # [filters, c * h * w]
+        w.mul_(math.sqrt(len(w)) / w.norm().clamp_min(1e-7))
+        w.sub_(lr * orthogonalise(update.to(self.dtype)).view(w.shape))
 
 
 def orthogonalise(m, iterations=3):
-    """[r, c] -> [r, c]: roughly U V^T where m = U S V^T, by matrix products only (Newton-Schulz; coefficients of Jordan et al. 2024).
+    """Roughly U V^T of m = U S V^T, by matrix products only: [r, c] -> [r, c].
 
-    Three iterations take every singular value above a fiftieth of |m| to between 0.68 and 1.21."""
+    Newton-Schulz with the coefficients of Jordan et al. 2024. Three iterations take every singular
+    value above a fiftieth of |m| to between 0.68 and 1.202."""
     x = m.T if len(m) > m.shape[1] else m
     x = x / x.norm().clamp_min(1e-7)  # singular values at most 1
     gram = x @ x.T
     product = identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
     for _ in range(iterations):
+        # factor @ x has the singular values 3.4445 s - 4.7750 s^3 + 2.0315 s^5.
         factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
-        gram = factor @ gram @ factor  # that of factor @ x, whose singular values are 3.4445 s - 4.7750 s^3 + 2.0315 s^5
+        gram = factor @ gram @ factor  # the Gram matrix of factor @ x
         product = factor @ product
-    x = product @ x  # once, at the end: the iterations above need the small matrices only
+    x = product @ x  # only once, because the iterations need nothing but the small matrices
     return x.T if len(m) > m.shape[1] else x
 
 
-# ==============================================================================
-# 8. Measuring: kNN and collapse
-# ==============================================================================
-
-
-def knn_accuracy(bank, bank_labels, queries, query_labels, k=20, temperature=0.07):
-    """Fraction (0 ... 1) of the queries [M, d] that their k nearest neighbours in the bank [N, d] name rightly.
-
-    With a temperature: cosine similarity, each neighbour votes with weight exp(cos / temperature) (Wu et al. 2018, arXiv
-    1805.01978). With temperature=None: plain Euclidean distance and one vote each, a tie goes to the smallest label (W-MSE code)."""
-    k = min(k, len(bank))
-    classes = int(max(bank_labels.max(), query_labels.max())) + 1
-    bank, queries = bank.float(), queries.float()
-    if temperature is not None:
-        bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    squares = bank.square().sum(1) if temperature is None else None
-    correct = 0
-    for rows, labels in zip(queries.split(1000), query_labels.split(1000)):
-        if temperature is None:
-            similarity = 2 * rows @ bank.T - squares  # minus the squared distance, up to |row|^2
-        else:
-            similarity = rows @ bank.T  # [m, N]
-        nearest, index = similarity.topk(k, dim=1)
-        weights = torch.ones_like(nearest) if temperature is None else ((nearest - nearest[:, :1]) / temperature).exp()
-        votes = torch.zeros(len(rows), classes, device=rows.device).scatter_add_(1, bank_labels[index], weights)
-        correct += (votes.argmax(1) == labels).sum()  # argmax: the first of equal maxima
-    return float(correct) / len(queries)
-
-
-def collapse_metrics(z, eps=1e-4):
-    """How much of its space a set of embeddings z [N, d] fills. Returns a dict of floats, computed in float64:
-
-    dim              dimensions that N rows can fill, min(d, N - 1)
-    std_sqrt_d       mean over channels of the standard deviation of the l2-normalised rows, times sqrt(d): 1 if isotropic, 0 if constant (SimSiam)
-    rank             singular values of centred z above max(N, d) * 2^-23 * the largest of z itself (float32's resolution)
-    rank_1pct        singular values above a hundredth of the largest
-    stable_rank      (sum of s) / s_1, the "stable-rank" of the CW-RGP paper (Definition 1)
-    stable_rank_sq   (sum of s^2) / s_1^2, the usual stable rank
-    rankme           exp(entropy of s / sum s), of z NOT centred (Garrido et al. 2023, arXiv 2210.02885): 1 if constant
-    corr             mean absolute correlation of two different channels; constant channels count as fully correlated
-    entropy          1/2 log det(2 pi e (covariance + eps I)), the entropy of a Gaussian, in nats"""
-    z = z.detach().double().cpu()
-    check(z.isfinite().all(), "the network's output in eval mode is not finite: the weights diverged; try a smaller --lr or a longer --warmup")
-    n, d = z.shape
-    unit = F.normalize(z, dim=1)
-    centred = z - z.mean(0)
-    s = torch.linalg.svdvals(centred)
-    p = torch.linalg.svdvals(z)
-    floor = max(n, d) * 2.0**-23 * p[0]  # what is left of a constant after centring is rounding, not rank
-    s = torch.where(s > floor, s, 0.0)
-    largest = s[0].clamp_min(1e-300)
-    p = p / p.sum().clamp_min(1e-300) + 1e-7
-    covariance = centred.T @ centred / max(1, n - 1)
-    std = covariance.diagonal().sqrt()
-    live = std > 1e-7 * std.max().clamp_min(1e-300)
-    correlation = (covariance / (std[:, None] * std).clamp_min(1e-300)).abs()
-    correlation = torch.where(live[:, None] & live, correlation, 1.0)
-    off_diagonal = (correlation.sum() - correlation.diagonal().sum()) / max(1, d * (d - 1))
-    entropy = 0.5 * torch.linalg.slogdet(2 * math.pi * math.e * (covariance + eps * torch.eye(d, dtype=z.dtype)))[1]
-    figures = {
-        "dim": min(d, max(1, n - 1)),
-        "std_sqrt_d": unit.std(0, unbiased=False).mean() * math.sqrt(d),
-        "rank": (s > 0).sum(),
-        "rank_1pct": (s > 0.01 * largest).sum(),
-        "stable_rank": s.sum() / largest,
-        "stable_rank_sq": (s / largest).square().sum(),
-        "rankme": (-(p * p.log()).sum()).exp(),
-        "corr": off_diagonal,
-        "entropy": entropy,
-    }
-    return {name: float(value) for name, value in figures.items()}
-
-
-def collapse_in_words(figures, dim):
-    """A sentence if the figures of `collapse_metrics` show a collapse, else an empty string.
-
-    The limits lie between the default runs of the nine on `patterns` (two seeds: std x sqrt(d) 0.60 or more, stable rank 1.10, rank 5) and
-    their switched-off versions (std below 0.1, or stable rank 1.03 or less, or rank at most 4)."""
-    if figures["std_sqrt_d"] < 0.1:
-        return f"COLLAPSE: all embeddings are nearly one point (std x sqrt(d) = {figures['std_sqrt_d']:.3f}, healthy: near 1)"
-    if figures["stable_rank_sq"] < 1.1 or figures["rank_1pct"] < min(5, dim / 2):
-        return (f"DIMENSIONAL COLLAPSE: the embeddings fill few of their {dim:.0f} dimensions "
-                f"(rank {figures['rank_1pct']:.0f}, stable rank {figures['stable_rank_sq']:.2f})")
-    return ""
-
-
-@torch.no_grad()
-def extract(network, data, images, precision="fp32", batch_size=None):
-    """network(x) in eval mode for all images (uint8 [N, 3, H, W] or Files) -> float32 [N, d] on the data's device.
-
-    Under torchrun every process takes its share and all get the whole; each image is seen once. Images pass `batch_size` at a time:
-    500 up to 64 pixels, fewer of larger ones (224 pixels: 41), lest measuring need more memory than training."""
-    batch_size = batch_size or max(1, min(500, 2**21 // data.size**2))
-    was_training = network.training
-    network.eval()
-    share = -(-len(images) // world_size())  # rounded up; the last share is filled up with the last image
-    index = torch.arange(rank() * share, (rank() + 1) * share).clamp(max=len(images) - 1)
-    outputs = []
-    for x in data.eval_views(images, index, batch_size):
-        with torch.autocast(data.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            outputs.append(network(x).float())
-    network.train(was_training)
-    outputs = torch.cat(outputs)
-    return (GatherRows.apply(outputs) if dist.is_initialized() else outputs)[: len(images)]
-
-
-def project(projector, h, precision="fp32"):
-    """Z = projector(H) in eval mode, [N, feature_dim] -> [N, d] float32."""
-    was_training = projector.training
-    projector.eval()
-    with torch.no_grad(), torch.autocast(h.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        z = torch.cat([projector(part).float() for part in h.split(1000)])
-    projector.train(was_training)
-    return z
-
-
-# ==============================================================================
-# 9. The run folder
-# ==============================================================================
+# ==== Run folder and signals ====
 
 CHECKPOINT_FORMAT = "nine-ssl-methods-2"
-# Flags that a resumed run may change: they do not touch the numbers, but for the rounding (compile) or the permutations that a GPU draws (device).
-FREE_ON_RESUME = {"epochs", "out", "resume", "device", "num_workers", "log_every", "save_every", "compile", "data_dir", "given"}
+# Flags that may change on --resume. They do not change the numbers, except for rounding (compile)
+# and the permutations that a GPU draws (device).
+FREE_ON_RESUME = {"epochs", "out", "resume", "device", "num_workers", "log_every", "save_every",
+                  "compile", "data_dir", "given"}
 
 
-class Run:
-    """Folder, checkpoints, metrics and the watch for non-finite numbers of one training."""
+class StopSignals:
+    """Notes SIGINT (Ctrl-C) and SIGTERM, so that the run can save before it stops."""
 
-    def __init__(self, args, model, optimizer, data):
-        self.args, self.model, self.optimizer, self.data = args, model, optimizer, data
-        check(not data.must_be_cropped or all(any(op[0] == "crop" for op in view) for view in RECIPES[args.augment]),
-              f"--augment {args.augment} does not crop, and the images are larger than --image-size {data.size}; try --augment crop-flip")
-        self.total_steps = args.epochs * data.steps_per_epoch
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=data.device)  # of the epoch so far, on the device
-        self.rows, self.seconds_before, self.started = [], 0.0, time.monotonic()
-        self.last_is_good = True  # False after a resume from previous.pt, until the next save
-        self.epoch_seconds_before, self.epoch_started = 0.0, time.monotonic()
-        self.stop_signal = 0
+    def __init__(self):
+        self.number = 0  # of the signal that came
         for number_ in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number_, self._on_signal)
-        self.folder = self._open_folder()
-        self._prepare_watch()
+            signal.signal(number_, self.note)
 
-    # ---- folder --------------------------------------------------------------
+    def note(self, number_, _frame):
+        self.number = number_
+        if world_size() == 1:  # torchrun itself repeats the signal, and kills after 30 seconds
+            signal.signal(number_, signal.SIG_DFL)  # a second Ctrl-C ends the program at once
 
-    def _open_folder(self):
-        args = self.args
-        method = "-".join(filter(None, (args.method, args.experiment)))
-        base = args.out or os.path.join("runs", f"{method}-{args.dataset}-s{args.seed}")
-        candidates = [base] if args.out else [base] + [f"{base}-{i}" for i in range(2, 1000)]
-        taken = [path for path in candidates if os.path.isfile(os.path.join(path, "last.pt")) or os.path.isfile(os.path.join(path, "previous.pt"))]
-        if args.resume:
-            folder = taken[-1] if taken else base
-        else:
-            check(not (args.out and taken), f"--out {base} already holds a run; add --resume to go on with it, or try --out {base}-2")
-            folder = next(path for path in candidates if path not in taken)
-        if rank() == 0:
-            try:
-                os.makedirs(folder, exist_ok=True)
-                self.lock = open(os.path.join(folder, "lock"), "w")
-            except OSError as error:
-                raise UserError(f"--out {folder}: cannot write there ({error.strerror}); try another --out") from error
-            check(lock_file(self.lock), f"--out {folder} is in use by another run; wait for it, or try another --out")
-        if dist.is_initialized():
-            box = [folder]
-            dist.broadcast_object_list(box)
-            folder = box[0]
-        return folder
+    def agree(self, device):
+        """Let all processes know of a signal that came to one."""
+        number_ = torch.tensor(self.number, device=device)
+        dist.all_reduce(number_, dist.ReduceOp.MAX)
+        self.number = int(number_)
 
-    def _config(self):
-        return {**vars(self.args), "command": " ".join(sys.argv), "python": platform.python_version(), "torch": torch.__version__,
-                "torchvision": torchvision.__version__, "numpy": np.__version__, "processor": processor_name(self.data.device),
-                "threads": torch.get_num_threads(), "processes": world_size(), "git": git_revision()}
-
-    def _on_signal(self, number_, _frame):
-        self.stop_signal = number_
-        if world_size() == 1:  # torchrun repeats the signal, and ends by force whoever does not leave within 30 seconds
-            signal.signal(number_, signal.SIG_DFL)  # a second Ctrl-C ends at once
-
-    # ---- checkpoints ---------------------------------------------------------
-
-    def resume(self):
-        """With --resume, load the last good checkpoint into model and optimizer. Returns the step to go on from; 0 afresh."""
-        checkpoint = load_last(self.folder) if self.args.resume else None
-        if checkpoint:
-            self._check_same_run(checkpoint)
-            self.last_is_good = checkpoint["file"] == "last.pt"
-        steps = checkpoint["step"] if checkpoint else 0
-        if dist.is_initialized() and self.args.resume:
-            largest_smallest = torch.tensor([steps, -steps], device=self.data.device)
-            dist.all_reduce(largest_smallest, dist.ReduceOp.MAX)
-            check(largest_smallest.sum() == 0, f"--out {self.folder} must lie on a disk that all machines share")
-        if rank() == 0:  # not before: a resume that is refused leaves the record as it was
-            write_file(os.path.join(self.folder, "config.json"), json.dumps(self._config(), indent=1).encode())
-        if checkpoint is None:
-            if self.args.resume:
-                say(f"no checkpoint in {self.folder}: starting afresh")
-            return 0
-        self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.loss_sum.copy_(checkpoint["loss_sum"])
-        self.rows, self.seconds_before = checkpoint["rows"], checkpoint["seconds"]
-        self.epoch_seconds_before = checkpoint["epoch_seconds"]
-        if rank() == 0:
-            self._write_metrics()  # rows after the checkpoint, or a line cut short, are gone: they will come again
-        before = checkpoint["args"]["epochs"]
-        longer = f"; {before} epochs before, {self.args.epochs} now, so the schedule is another" if before != self.args.epochs else ""
-        say(f"going on with {self.folder} after step {steps} of {self.total_steps}{longer}")
-        return steps
-
-    def _check_same_run(self, checkpoint):
-        before, now = checkpoint["args"], vars(self.args)
-        names = ["/".join(filter(None, (a["method"], a["experiment"]))) for a in (before, now)]
-        check(names[0] == names[1],
-              f"--resume: {self.folder} is a run of {names[0]}, not of {names[1]}; try another --out")
-        for name in sorted(set(now) - FREE_ON_RESUME):
-            flag = "--" + name.replace("_", "-")
-            given = before.get(name) is not None and before[name] is not False
-            remedy = f"it without {flag}" if not given else f"it with {flag}" if before[name] is True else f"{flag} {before[name]}"
-            check(before.get(name) == now[name], f"--resume: {flag} was {before.get(name)} and is now {now[name]}; "
-                  f"try {remedy}, or another --out")
-        check(checkpoint["data"] == self.data.fingerprint, f"--resume: --data-dir held {checkpoint['data']} and now holds {self.data.fingerprint}; "
-              "restore it, or try another --out")
-        check(checkpoint["step"] <= self.total_steps,
-              f"--resume: --epochs {now['epochs']} is fewer than already trained; try --epochs {before['epochs']}")
-
-    def save(self, step):
-        """Write last.pt whole or not at all; the checkpoint before it stays as previous.pt."""
-        self.check_finite()
-        if rank() > 0:
-            return
-        buffer = io.BytesIO()
-        torch.save({"format": CHECKPOINT_FORMAT, "args": vars(self.args), "step": step, "model": self.model.state_dict(),
-                    "optimizer": self.optimizer.state_dict(), "loss_sum": self.loss_sum.cpu(), "rows": self.rows, "seconds": self.seconds(),
-                    "epoch_seconds": self.epoch_seconds(), "data": self.data.fingerprint}, buffer)
-        last = os.path.join(self.folder, "last.pt")
-        write_file(last, buffer.getvalue(), keep_as=os.path.join(self.folder, "previous.pt") if self.last_is_good else None)
-        self.last_is_good = True
-
-    # ---- the watch -----------------------------------------------------------
-
-    def _prepare_watch(self):
-        """Remember in which step each output, the loss and each gradient was first not finite: on the device, without waiting for it."""
-        self.outputs = {name: [] for name, _ in self.model.named_children()}
-
-        def keep(name, module, output):
-            if module.training:
-                self.outputs[name].append(output.detach())
-
-        for name, child in self.model.named_children():
-            child.register_forward_hook(lambda module, _inputs, output, name=name: keep(name, module, output))
-        self.gradients = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        self.watched = [f"the output of the {name}" for name in self.outputs] + ["the loss"]
-        self.watched += [f"the gradient of {name}" for name, _ in self.gradients]
-        self.first_bad = torch.full((len(self.watched),), 2**31 - 1, device=self.data.device, dtype=torch.int64)
-
-    @torch.no_grad()
-    def watch(self, step, loss):
-        zero = torch.zeros((), device=self.data.device)
-        values = [sum((output.float().sum() for output in outputs), zero) for outputs in self.outputs.values()]
-        values += [loss.detach().float()] + [zero if p.grad is None else p.grad.norm().float() for _, p in self.gradients]
-        self.first_bad = torch.where(torch.stack(values).isfinite(), self.first_bad, self.first_bad.clamp(max=step))
-        self.loss_sum += loss.detach()
-        for outputs in self.outputs.values():
-            outputs.clear()
-
-    def check_finite(self, agree=True):
-        """Raise UserError if a watched number was not finite since the start. Waits for the device, and with `agree` for the other processes."""
-        if agree and dist.is_initialized():
-            dist.all_reduce(self.first_bad, dist.ReduceOp.MIN)  # all processes say the same
-        first_bad = self.first_bad.tolist()
-        if min(first_bad) < 2**31 - 1:
-            self._stop_non_finite(min(first_bad), self.watched[first_bad.index(min(first_bad))])
-
-    @contextlib.contextmanager
-    def guard(self, step):
-        """Turns an eigen-decomposition or Cholesky that fails into the same words as a non-finite number."""
-        try:
-            yield
-        except torch.linalg.LinAlgError:
-            self.check_finite(agree=False)  # of an earlier step; the other processes may not have failed here
-            bad = [name for name, outputs in self.outputs.items() if not all(bool(o.isfinite().all()) for o in outputs)]
-            self._stop_non_finite(step, f"the output of the {bad[0]}" if bad else "the whitening")
-
-    def _stop_non_finite(self, step, what):
-        cause = "the weights diverged or an input is not finite: try a smaller --lr or a longer --warmup"
-        if what == "the loss" or what == "the whitening":
-            cause = "embeddings that do not fill their space, or a learning rate too high: try --eps 1e-3 where there is one, or a smaller --lr"
-        kept = "the last good checkpoint stays" if os.path.isfile(os.path.join(self.folder, "last.pt")) else "no checkpoint was written yet"
-        raise UserError(f"step {step}: {what} is not finite; likely cause: {cause}; {self.folder}: {kept}")
-
-    # ---- logging -------------------------------------------------------------
-
-    def seconds(self):
-        return self.seconds_before + time.monotonic() - self.started
-
-    def epoch_seconds(self):
-        return self.epoch_seconds_before + time.monotonic() - self.epoch_started
-
-    def progress(self, step, loss):
-        """Reads the loss (the loop's only wait for the device), stops on a non-finite number, refreshes the status line."""
-        self.check_finite()
-        if rank() == 0 and sys.stdout.isatty():
-            say(f"\r{self._where(step)}  loss {loss.item():.4f}  {self._time_left(step)} left\033[K", end="")
-
-    def should_stop(self, step):
-        """True on all processes alike after SIGINT or SIGTERM; under torchrun they agree every --log-every steps."""
-        if not dist.is_initialized():
-            return self.stop_signal != 0
-        if step % self.args.log_every:
-            return False
-        flag = torch.tensor(self.stop_signal, device=self.data.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        self.stop_signal = int(flag)
-        return self.stop_signal != 0
-
-    def save_if_due(self, step):
-        """Inside an epoch: a checkpoint every --save-every steps, and after SIGINT or SIGTERM, which then end the run."""
-        stop = self.should_stop(step)
-        if stop or (self.args.save_every > 0 and step % self.args.save_every == 0):
-            self.save(step)
-        if stop:
-            self._leave(step)
-
-    def _leave(self, step):
-        if dist.is_initialized():
-            dist.barrier()  # until rank 0 has saved: torchrun ends all when the first one leaves
-        out = f" --out {self.args.out}" if self.args.out else ""
-        say(f"{self._clear()}stopped after step {step} of {self.total_steps}; go on with --resume{out}")
-        sys.exit(128 + self.stop_signal)
-
-    def mean_loss(self):
-        """Mean loss of the epoch, read after its last step; the clock for images/s stops here. Waits for the device."""
-        self.check_finite()  # before anything is measured with these weights
-        mean = self.loss_sum.item() / self.data.steps_per_epoch
-        self.training_seconds = self.epoch_seconds()
-        return mean
-
-    def end_epoch(self, step, row):
-        """Complete and keep the epoch's row, write metrics.csv and last.pt, print a line; leave if a signal came."""
-        seconds = self.epoch_seconds()
-        row.update(images_per_s=round(self.data.steps_per_epoch * self.args.batch_size / self.training_seconds, 1), seconds=round(self.seconds(), 1))
-        self.rows.append(row)
-        self.loss_sum.zero_()
-        self.epoch_seconds_before, self.epoch_started = 0.0, time.monotonic()
-        self.save(step)
-        if rank() == 0:
-            self._write_metrics()
-        knn = f"  kNN {100 * row['knn']:5.2f} %" if row["knn"] != "" else ""
-        health = f"  std*sqrt(d) {row['std_sqrt_d']:.2f}  rank {row['rank_1pct']:.0f}" if "rank" in row else ""
-        left = format_seconds((self.total_steps - step) * seconds / self.data.steps_per_epoch)
-        say(f"{self._clear()}{self._where(step)}  loss {row['loss']:.4f}{knn}{health}  {row['images_per_s']:.0f} images/s  {left} left")
-        collapse = collapse_in_words(row, row["dim"]) if "rank" in row else ""
-        if collapse:
-            say(collapse)
-        self.epoch_started = time.monotonic()  # the next epoch's images/s are without this one's checkpoint
-        if self.should_stop(step * self.args.log_every) and step < self.total_steps:
-            self._leave(step)
-
-    def save_backbone(self):
-        """backbone.pt: the backbone's weights alone, in torchvision's own names. All is saved now: from here on Ctrl-C ends at once."""
+    def restore(self):
         for number_ in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number_, signal.SIG_DFL)
-        if rank() == 0:
-            buffer = io.BytesIO()
-            torch.save(self.model.backbone.state_dict(), buffer)
-            write_file(os.path.join(self.folder, "backbone.pt"), buffer.getvalue())
 
-    def close(self, scores):
-        """The last lines: kNN accuracies by name, with the protocol, and where everything lies."""
-        data = self.data
-        if scores:
-            first, *others = (f"{name} {100 * score:.2f} %" for name, score in scores.items())
-            say(f"{first}  ({', '.join(others)}; k = 20, cosine, T = 0.07, "
-                f"{len(data.test)} test images against {len(data.large_bank)} training images)")
+
+def open_folder(args):
+    """(path of the run's folder, its open lock file on rank 0 or None elsewhere).
+
+    Raises UserError if the folder holds a run, is in use or cannot be written."""
+    folder, lock = choose_folder(args), None
+    if rank() == 0:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            lock = open(os.path.join(folder, "lock"), "w")
+        except OSError as error:
+            raise UserError(f"--out {folder}: cannot write there ({error.strerror}); "
+                            "try another --out") from error
+        check(lock_file(lock),
+              f"--out {folder} is in use by another run; wait for it, or try another --out")
+    if dist.is_initialized():
+        box = [folder]
+        dist.broadcast_object_list(box)
+        folder = box[0]
+    return folder, lock
+
+
+def run_name(args):
+    """The method of a dict of args, with the experiment if there is one: "byol-group-norm"."""
+    return "-".join(filter(None, (args["method"], args["experiment"])))
+
+
+def choose_folder(args):
+    """--out, or runs/<method>-<dataset>-s<seed>, with -2, -3, ... if that holds a run.
+
+    With --resume: the newest that holds a run. Without: raises UserError if --out holds one."""
+    base = args.out or os.path.join("runs", f"{run_name(vars(args))}-{args.dataset}-s{args.seed}")
+    candidates = [base]
+    if not args.out:
+        candidates += [f"{base}-{i}" for i in range(2, 1000)]
+    taken = [path for path in candidates if holds_run(path)]
+    if args.resume:
+        return taken[-1] if taken else base
+    check(not (args.out and taken), f"--out {base} already holds a run; "
+          f"add --resume to go on with it, or try --out {base}-2")
+    return next(path for path in candidates if path not in taken)
+
+
+def holds_run(folder):
+    """True if there is a checkpoint in the folder."""
+    files = os.path.join(folder, "last.pt"), os.path.join(folder, "previous.pt")
+    return any(os.path.isfile(file) for file in files)
+
+
+def lock_file(file):
+    """True if this process now holds the lock on an open file. It ends with the process."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
-            say("no labelled training and test images, so no kNN; the collapse figures are in metrics.csv")
-        say(f"{self.folder}: config.json metrics.csv last.pt backbone.pt  ({format_seconds(self.seconds())})")
+            import fcntl
 
-    def _clear(self):
-        return "\r\033[K" if sys.stdout.isatty() else ""
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
 
-    def _where(self, step):
-        epoch = (step - 1) // self.data.steps_per_epoch + 1
-        return f"epoch {epoch:{len(str(self.args.epochs))}}/{self.args.epochs}  step {step}/{self.total_steps}"
 
-    def _time_left(self, step):
-        done = step - (step - 1) // self.data.steps_per_epoch * self.data.steps_per_epoch
-        return format_seconds((self.total_steps - step) * self.epoch_seconds() / done)
+def stop_non_finite(step, what, folder):
+    """Raise UserError about a number that is not finite, with its likely cause."""
+    cause = ("the weights diverged or an input is not finite: "
+             "try a smaller --lr or a longer --warmup")
+    if what in ("the loss", "the whitening"):
+        cause = ("the embeddings do not fill their space, or the learning rate is too high: "
+                 "try --eps 1e-3 where there is one, or a smaller --lr")
+    kept = "no checkpoint was written yet"
+    if os.path.isfile(os.path.join(folder, "last.pt")):
+        kept = "the last good checkpoint stays"
+    raise UserError(f"step {step}: {what} is not finite; likely cause: {cause}; {folder}: {kept}")
 
-    def _write_metrics(self):
-        timing = ["images_per_s", "seconds"]  # the last two columns: all others are the same in every run of a seed
-        names = list(dict.fromkeys(name for row in self.rows for name in row if name not in timing)) + timing
-        text = io.StringIO()
-        writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_file(os.path.join(self.folder, "metrics.csv"), text.getvalue().encode())
+
+# ==== Resume ====
+
+
+def check_resume(run, checkpoint):
+    """Raise UserError if the checkpoint (a dict or None) cannot be resumed by this run."""
+    if checkpoint:
+        check_same_run(run, checkpoint)
+    if dist.is_initialized():
+        step = checkpoint["step"] if checkpoint else 0
+        largest_smallest = torch.tensor([step, -step], device=run.data.device)
+        dist.all_reduce(largest_smallest, dist.ReduceOp.MAX)
+        check(largest_smallest.sum() == 0,
+              f"--out {run.folder} must lie on a disk that all machines share")
+
+
+def check_same_run(run, checkpoint):
+    """Raise UserError if flags, images or method differ from those of the checkpoint."""
+    before, now = checkpoint["args"], vars(run.args)
+    check(run_name(before) == run_name(now), f"--resume: {run.folder} is a run of "
+          f"{run_name(before)}, not of {run_name(now)}; try another --out")
+    for name in sorted(set(now) - FREE_ON_RESUME):
+        flag, value = "--" + name.replace("_", "-"), before.get(name)
+        remedy = f"{flag} {value}"
+        if value is None or value is False:
+            remedy = f"it without {flag}"
+        elif value is True:
+            remedy = f"it with {flag}"
+        check(value == now[name], f"--resume: {flag} was {value} and is now {now[name]}; "
+              f"try {remedy}, or another --out")
+    images = run.data.fingerprint
+    check(checkpoint["data"] == images, f"--resume: --data-dir held {checkpoint['data']} and now "
+          f"holds {images}; restore it, or try another --out")
+    check(checkpoint["step"] <= run.total_steps, f"--resume: --epochs {now['epochs']} is fewer "
+          f"than already trained; try --epochs {before['epochs']}")
+
+
+def restore(run, checkpoint):
+    """Put a run into the state of a checkpoint (a dict or None). Returns its step, or 0."""
+    if checkpoint is None:
+        say(f"no checkpoint in {run.folder}: starting afresh")
+        return 0
+    run.last_is_good = checkpoint["file"] == "last.pt"
+    run.model.load_state_dict(checkpoint["model"])
+    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    run.loss_sum.copy_(checkpoint["loss_sum"])
+    run.rows = checkpoint["rows"]
+    run.clock.run_before = checkpoint["seconds"]
+    run.clock.epoch_before = checkpoint["epoch_seconds"]
+    if rank() == 0:
+        write_metrics(run.folder, run.rows)  # without rows after the checkpoint or a torn line
+    before, now = checkpoint["args"]["epochs"], run.args.epochs
+    longer = ""
+    if before != now:
+        longer = f"; {before} epochs before, {now} now, so the schedule is different"
+    step = checkpoint["step"]
+    say(f"going on with {run.folder} after step {step} of {run.total_steps}{longer}")
+    return step
+
+
+def load_last(folder):
+    """The newest readable checkpoint of a run folder, with its name under "file", or None.
+
+    A warning names a damaged one. Raises UserError if there are only such."""
+    faults = []
+    for name in ("last.pt", "previous.pt"):
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            try:
+                checkpoint = load_checkpoint(path)
+            except UserError as error:
+                faults.append(str(error))
+                continue
+            if faults:
+                warn(f"{faults[0]}; using {path} (step {checkpoint['step']}) instead")
+            return {**checkpoint, "file": name}
+    if faults:
+        raise UserError(f"{faults[0]}; no older checkpoint is readable: "
+                        "train again with another --out")
+    return None
+
+
+def load_checkpoint(path):
+    """A checkpoint of a run as a dict. Nothing in the file is executed (weights_only).
+
+    Raises UserError if it is damaged or something else."""
+    check(os.path.isfile(path), f"{path}: no such file; try runs/<run>/last.pt")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch itself does not compare the checksums
+            damaged = archive.testzip()
+        check(damaged is None, f"{path} is damaged ({damaged})")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    except Exception as error:  # torch raises many kinds for a file that is cut short or no zip
+        raise UserError(f"{path} is not a checkpoint of these scripts, or is cut short "
+                        f"({type(error).__name__})") from error
+    check(isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT,
+          f"{path} is not a checkpoint of these scripts; try runs/<run>/last.pt")
+    return checkpoint
+
+
+# ==== Files of a run ====
 
 
 def write_file(path, content, keep_as=None):
-    """Write bytes to a temporary name, flush them to the disk, rename. A full disk leaves the old file as it was. Raises UserError."""
+    """Write bytes to a temporary name, flush, rename; keep the old file as `keep_as`.
+
+    Raises UserError if that fails, for example on a full disk. The old file then stays."""
     temporary = path + ".tmp"
     try:
         with open(temporary, "wb") as file:
@@ -1850,79 +2448,54 @@ def write_file(path, content, keep_as=None):
         with contextlib.suppress(OSError):
             if keep_as and not os.path.exists(path):
                 os.replace(keep_as, path)
-        raise UserError(f"{path} could not be written ({error.strerror}); what was there before stays; "
-                        "make room there or try another place") from error
+        raise UserError(f"{path} could not be written ({error.strerror}); what was there before "
+                        "stays; make room there or try another place") from error
 
 
-def load_last(folder):
-    """The newest readable checkpoint of a run folder, its name under "file", or None. A damaged one is named and the one before it used."""
-    faults = []
-    for name in ("last.pt", "previous.pt"):
-        path = os.path.join(folder, name)
-        if os.path.exists(path):
-            try:
-                checkpoint = load_checkpoint(path)
-                if faults:
-                    warn(f"{faults[0]}; using {path} (step {checkpoint['step']}) instead")
-                return {**checkpoint, "file": name}
-            except UserError as error:
-                faults.append(str(error))
-    check(not faults, (faults or [""])[0] + "; no older checkpoint is readable: train again with another --out")
-    return None
+def write_metrics(folder, rows):
+    """Write metrics.csv. rows: dicts by column; a column that a row lacks is left empty."""
+    timing = ["images_per_s", "seconds"]  # the last columns: all others depend on the seed alone
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = [name for name in names if name not in timing] + timing
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(os.path.join(folder, "metrics.csv"), text.getvalue().encode())
 
 
-def load_checkpoint(path):
-    """A checkpoint of ours as a dict; nothing in the file is executed (weights_only). Raises UserError that names the fault."""
-    check(os.path.isfile(path), f"{path}: no such file; try runs/<run>/last.pt")
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch's own reader does not compare the checksums
-            damaged = archive.testzip()
-        check(damaged is None, f"{path} is damaged ({damaged})")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    except Exception as error:  # truncated, not a zip file, or a pickle with more than tensors: torch raises many kinds
-        raise UserError(f"{path} is not a checkpoint of these scripts, or is cut short ({type(error).__name__})") from error
-    check(isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT,
-          f"{path} is not a checkpoint of these scripts; try runs/<run>/last.pt")
-    return checkpoint
-
-
-def lock_file(file):
-    """True if this process now holds the file; the lock goes with the process, however it ends, and is not its children's."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False
+def configuration(args, device):
+    """The content of config.json: flags, command, versions, machine."""
+    return {
+        **vars(args),
+        "command": " ".join(sys.argv),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "processor": processor_name(device),
+        "threads": torch.get_num_threads(),
+        "processes": world_size(),
+        "git": git_revision(),
+    }
 
 
 def processor_name(device):
+    """The name of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        with open("/proc/cpuinfo") as file:
-            return next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.processor())
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
     return platform.processor()
 
 
 def git_revision():
-    """Revision of the scripts, if they lie in a git repository, else an empty string."""
+    """The git revision of these scripts, or an empty string."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "-C", here, "rev-parse", "HEAD"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        here = os.path.dirname(os.path.abspath(__file__))
-        return subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        return done.stdout.strip()
     return ""
-
-
-def format_seconds(seconds):
-    seconds = int(seconds)
-    return f"{seconds // 3600}h{seconds // 60 % 60:02d}m" if seconds >= 3600 else f"{seconds // 60}m{seconds % 60:02d}s"

@@ -75,8 +75,8 @@ def measure(name, backbone, flags, repeats, with_loss=True):
     data = SimpleNamespace(args=args, device=device, size=args.image_size, mean=numbers, std=numbers, steps_per_epoch=100)
     model = module.build(args).to(device, memory_format=torch.channels_last).train()
     optimizer = common.build_optimizer(model, args)
-    watch = SimpleNamespace(model=model, data=data, loss_sum=torch.zeros((), dtype=torch.float64, device=device))
-    common.Run._prepare_watch(watch)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    watch = SimpleNamespace(finite=common.FiniteWatch(model, device, ""), loss_sum=loss_sum)  # what Run.watch uses of a run
     autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -103,7 +103,7 @@ def measure(name, backbone, flags, repeats, with_loss=True):
         torch.autograd.backward(h, [torch.ones_like(v) for v in h])
         clock("bare", now)
         optimizer.zero_grad(set_to_none=True)
-        for outputs in watch.outputs.values():
+        for outputs in watch.finite.outputs.values():
             outputs.clear()
         del h
         now = time.perf_counter()

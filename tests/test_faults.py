@@ -334,7 +334,7 @@ def test_eigenvalues_that_cannot_be_stop_the_run(monkeypatch, now, images, tmp_p
         pytest.skip(print("DirectPred takes eigenvalues below 0 for 0, by design: nothing to stop") or "DirectPred clamps")
     spoil_eigenvalues(monkeypatch, now, how)
     said = stopped_by(images, method, tmp_path / "run", what, *more)
-    assert "embeddings that do not fill their space" in said and "--eps" in said
+    assert "the embeddings do not fill their space" in said and "--eps" in said
 
 
 def test_a_cholesky_that_fails_stops_the_run(monkeypatch, now, images, tmp_path):  # noqa: F811

@@ -224,11 +224,11 @@ def test_the_streaming_loader_resumes_exactly(monkeypatch, images, unstopped, tm
 def test_seconds_go_on_counting(monkeypatch, images, tmp_path):
     args = arguments("vicreg", images, tmp_path / "run")
     restore = stop_in_step(monkeypatch, 2, signal.SIGTERM)
-    seconds = common.Run.seconds
-    monkeypatch.setattr(common.Run, "seconds", lambda self: seconds(self) + 1000)
+    seconds = common.Clock.seconds
+    monkeypatch.setattr(common.Clock, "seconds", lambda self: seconds(self) + 1000)
     run_here("vicreg", args)
     restore()
-    monkeypatch.setattr(common.Run, "seconds", seconds)
+    monkeypatch.setattr(common.Clock, "seconds", seconds)
     run_here("vicreg", [*args, "--resume"])
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["seconds"] > 1000
 
@@ -248,7 +248,7 @@ def watch_and_wait(run, step, loss):
     if step == int(held):
         open(os.path.join(run.folder, "held"), "w").close()
         for _ in range(24000):
-            if forever or not run.stop_signal:
+            if forever or not run.signals.number:
                 time.sleep(0.01)
 common.Run.watch = watch_and_wait
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -470,7 +470,7 @@ def test_the_images_may_have_moved(half_done, images, unstopped, tmp_path):
 def test_more_epochs_are_allowed_and_said(half_done, images, tmp_path):
     out = copied(half_done("moco"), tmp_path / "run")
     result = run_here("moco", arguments("moco", images, out, "--resume", "--epochs", "3"))
-    assert result.status == 0 and f"after step 5 of {3 * STEPS}; 2 epochs before, 3 now, so the schedule is another" in result.out
+    assert result.status == 0 and f"after step 5 of {3 * STEPS}; 2 epochs before, 3 now, so the schedule is different" in result.out
     assert [row["epoch"] for row in rows_of(out)] == ["1", "2", "3"]
 
 

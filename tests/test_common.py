@@ -1,0 +1,151 @@
+"""The shape of common.py: a page of contents that is true, two parts, short lines, functions and classes.
+
+    python tests/test_common.py      # write the line numbers of the page of contents anew, print the sizes
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILE = ROOT / "common.py"
+ENTRY = re.compile(r"^#   +(\d+)  (\S.*?)(?:  .*)?$")  # "#   123  name   what it does"
+BANNER = "# " + "=" * 78
+
+
+def section_lines(lines):
+    """{title of a section: its line number}, in the order of the file; `# ==== Title ====` or a title between two bars."""
+    found = {}
+    for i, line in enumerate(lines, 1):
+        if line.startswith("# ==== "):
+            found[line.strip("#= ")] = i
+        if line == BANNER and lines[i:] and lines[i].startswith("# ") and lines[i + 1] == BANNER:
+            found[re.sub(r"^\d+\. ", "", lines[i][2:])] = i + 1
+    return found
+
+
+def definition_lines(source):
+    """{name: line number} of all functions, classes and methods (`Class.method`)."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found[node.name] = node.lineno
+        if isinstance(node, ast.ClassDef):
+            found.update({f"{node.name}.{part.name}": part.lineno for part in node.body if isinstance(part, ast.FunctionDef)})
+    return found
+
+
+def contents(source):
+    """[(index of the line, number that it gives, name)] of the page of contents."""
+    page = source.split("\nimport ")[0].splitlines()
+    return [(i, int(match[1]), match[2]) for i, line in enumerate(page) if (match := ENTRY.match(line))]
+
+
+def rewritten(source):
+    """The source with the true line numbers in its page of contents."""
+    lines = source.split("\n")
+    places = {**section_lines(lines), **definition_lines(source)}
+    for i, _, name in contents(source):
+        lines[i] = re.sub(r"^#   +\d+", f"#   {places[name]:4}", lines[i])
+    return "\n".join(lines)
+
+
+def sizes(source):
+    """{what: bytes} of what precedes Part I, Part I and Part II."""
+    start, middle = (source.index(f"{BANNER}\n# {part}: ") for part in ("Part I", "Part II"))
+    parts = {"header": source[:start], "Part I": source[start:middle], "Part II": source[middle:], "all": source}
+    return {name: len(text.encode()) for name, text in parts.items()}
+
+
+def nodes(kind):
+    """[(length in lines, name, first line)] of all functions or classes, the longest first."""
+    found = [(node.end_lineno - node.lineno + 1, node.name, node.lineno) for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, kind)]
+    return sorted(found, reverse=True)
+
+
+def calls_of_methods():
+    """The names that method files use: `common.name`, and what they call on `run` and `data`."""
+    names = set()
+    for path in (ROOT / "methods").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "common":
+                names.add(node.attr)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+                owner = {"run": "Run", "data": "Data"}.get(node.func.value.id)
+                names |= {f"{owner}.{node.func.attr}"} if owner else set()
+    return names
+
+
+SOURCE = FILE.read_text()
+LINES = SOURCE.splitlines()
+
+
+def test_every_line_number_of_the_contents_is_true():
+    assert SOURCE == rewritten(SOURCE), "run `python tests/test_common.py`"
+    assert contents(SOURCE)
+
+
+def test_wrong_numbers_are_seen_and_mended():
+    i, number, _ = contents(SOURCE)[3]
+    lines = SOURCE.split("\n")
+    lines[i] = lines[i].replace(str(number), str(number + 1))
+    wrong = "\n".join(lines)
+    assert wrong != SOURCE and rewritten(wrong) == SOURCE
+
+
+def test_the_contents_name_all_that_a_method_file_calls_and_the_sections_of_part_two():
+    listed = [name for _, _, name in contents(SOURCE)]
+    assert calls_of_methods() <= set(listed)
+    titles = list(section_lines(LINES))
+    titles = titles[1 + next(i for i, title in enumerate(titles) if title.startswith("Part II: ")):]
+    assert [name for name in listed if name in titles] == titles
+    assert len(listed) == len(set(listed)) and set(listed) - set(titles) <= calls_of_methods()
+
+
+def test_two_parts_in_their_sizes():
+    found = sizes(SOURCE)
+    assert found["Part I"] <= 60_000 and found["all"] <= 125_000, found
+
+
+def test_what_a_default_run_enters_lies_in_part_one():
+    """All that train() calls; the command line, `main` and what only torchrun needs are in Part II."""
+    part_two = LINES.index(next(line for line in LINES if line.startswith("# Part II: ")))
+    opening = {"main", "parse_args", "mean_over_ranks"}
+    for name in calls_of_methods() - opening:
+        assert definition_lines(SOURCE)[name] < part_two, name
+
+
+def test_lines_have_at_most_100_columns():
+    assert [i for i, line in enumerate(LINES, 1) if len(line) > 100] == []
+
+
+@pytest.mark.parametrize("kind, most", [((ast.FunctionDef,), 50), ((ast.ClassDef,), 150)], ids=["functions", "classes"])
+def test_no_function_above_50_lines_and_no_class_above_150(kind, most):
+    assert [(name, length) for length, name, line in nodes(kind) if length > most] == []
+
+
+def test_public_functions_and_classes_have_a_docstring():
+    for node in ast.parse(SOURCE).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            assert ast.get_docstring(node), node.name
+
+
+def test_plain_code():
+    """No list by multiplication with a condition, no table of lambdas, no comprehension of two conditions."""
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            assert not any(isinstance(side, ast.List) for side in (node.left, node.right)), node.lineno
+        if isinstance(node, (ast.Dict, ast.Tuple, ast.List)):
+            assert not any(isinstance(v, ast.Lambda) for v in getattr(node, "values", getattr(node, "elts", ()))), node.lineno
+        if isinstance(node, ast.comprehension):
+            assert len(node.ifs) <= 1
+
+
+if __name__ == "__main__":
+    FILE.write_text(rewritten(SOURCE))
+    print({name: f"{size} bytes" for name, size in sizes(SOURCE).items()})
+    for kind_ in (ast.FunctionDef, ast.ClassDef):
+        print([(name, length) for length, name, line in nodes((kind_,))][:4])
