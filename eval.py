@@ -72,7 +72,7 @@ def parse_args(argv=None):
     add("--dataset", choices=common.DATASETS, help="evaluate on another data set than the run's own")
     add("--data-dir", help="where the data set lies (default: the run's own; with another --dataset: data)")
     add("--probe-epochs", type=common.number(int, 0, example=500), default=500, help="of the linear probe (default: 500); 0: no probe")
-    add("--label-fraction", type=common.number(float, above=0, maximum=1, example=0.1), default=1.0,
+    add("--label-fraction", type=common.number(float, above=0, most=1, example=0.1), default=1.0,
         help="share of each class's labels to probe with (default: 1)")
     add("--seed", type=common.number(int, 0, 2**31 - 1, example=0), default=0,
         help="of the probe, its labels, the slices and the views (default: 0)")
@@ -442,7 +442,9 @@ def draw_plot(path, spectra):
 def run(args):
     if args.plot:
         import_figure()  # before the measuring, not after it
-    device, reports, spectra = common.set_up(args), [], []
+    settings, device = common.set_up(common.Args(device=args.device, precision=args.precision))
+    args.precision = settings.precision
+    reports, spectra = [], []
     for path in args.runs:
         trained = load_run(path, device)
         data = load_data(trained, args, device)
