@@ -6,8 +6,13 @@
     python eval.py runs/a --dataset folder --data-dir DIR  # other images than the run's own
     python eval.py runs/a --probe-epochs 0 --neighbors near.png --views views.png
 
-Contents: 1 command line, 2 a run and its data, 3 features and accuracies, 4 report, 5 pictures,
-    6 all runs.
+Contents:
+    1  command line             the flags, and what is refused before measuring
+    2  a run and its data       from a checkpoint to networks; a hash shows that they do not change
+    3  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
+    4  report                   what is printed, and written by --json
+    5  pictures                 --views, --neighbors, --plot
+    6  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -28,8 +33,6 @@ the W-MSE code (which resizes to 70 pixels and crops 64).
                eval/sgd.py); top-5: how often the right class is among its first five
     collapse   how much of its space a set of embeddings fills: common.collapse_metrics of at most
                10,000 evenly spaced test images (training images if there are no others)
-
-A hash of all parameters and buffers, before and after, shows that measuring changed no number.
 """
 
 import argparse
@@ -94,7 +97,7 @@ def parse_args(argv=None):
         help="folder of the data set (default: the run's own; with another --dataset: data)")
     add = parser.add_argument_group("pictures and files").add_argument
     add("--plot", metavar="FILE.png", help="singular values of H and Z, and training curves")
-    add("--neighbors", metavar="FILE.png", help="images and those nearest to them by H (of one run)")
+    add("--neighbors", metavar="FILE.png", help="images and the nearest ones by H (of one run)")
     add("--views", metavar="FILE.png", help="random views as in training (of one run)")
     add("--json", metavar="FILE", help="all figures as JSON")
     add = parser.add_argument_group("machine").add_argument

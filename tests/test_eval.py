@@ -1,7 +1,9 @@
 """eval.py: the probe is the stated protocol, every image counts, nothing moves the network, bad input is one line."""
 
+import ast
 import importlib
 import json
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -475,3 +477,20 @@ def test_a_malicious_pickle_is_not_executed(tmp_path):
     torch.save({"format": common.CHECKPOINT_FORMAT, "args": Payload(str(tmp_path / "executed"))}, tmp_path / "last.pt")
     assert is_one_line_error(run_here("eval", [tmp_path / "last.pt"]))
     assert not (tmp_path / "executed").exists()
+
+
+# ------------------------------------------------------------------------------
+# The file
+# ------------------------------------------------------------------------------
+
+
+def test_the_file_fits_on_a_screen():
+    """At most 100 columns, no function above 50 lines, and contents that name the sections in their order."""
+    text = (ROOT / "eval.py").read_text()
+    assert max(map(len, text.splitlines())) <= 100
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 50
+    contents = re.findall(r"^    (\d)  ([a-z ]+?)  ", evaluation.__doc__, re.MULTILINE)
+    sections = re.findall(r"^# (\d)\. ([A-Za-z ]+)", text, re.MULTILINE)
+    assert [number for number, _ in contents] == [number for number, _ in sections] == list("123456")
+    assert all(name in title.lower() for (_, name), (_, title) in zip(contents, sections))
