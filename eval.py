@@ -1,36 +1,49 @@
-"""What trained runs are worth: kNN, a linear probe, collapse figures, pictures.
+"""Measure what trained runs are worth: kNN, a linear probe, collapse figures, pictures.
 
-    python eval.py runs/cw_rgp-patterns-s0                       # a run folder, or its last.pt; any number of them
-    python eval.py runs/*/last.pt --plot spectra.png             # singular values and training curves (needs matplotlib)
-    python eval.py runs/a --label-fraction 0.01                  # the probe sees 1 % of the labels
-    python eval.py runs/a --dataset folder --data-dir DIR        # another data set than the one trained on
+    python eval.py runs/cw_rgp-patterns-s0                 # a run's folder or last.pt, or several
+    python eval.py runs/*/last.pt --plot spectra.png       # spectra and curves, by matplotlib
+    python eval.py runs/a --label-fraction 0.01            # the probe sees 1 % of the labels
+    python eval.py runs/a --dataset folder --data-dir DIR  # other images than the run's own
     python eval.py runs/a --probe-epochs 0 --neighbors near.png --views views.png
 
-All images are scored, un-augmented, in eval mode, at the last checkpoint. What is measured:
+Contents:
+    1  command line             the flags, and what is refused before measuring
+    2  a run and its data       from a checkpoint to networks; a hash shows that they do not change
+    3  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
+    4  report                   what is printed, and written by --json
+    5  pictures                 --views, --neighbors, --plot
+    6  all runs                 one after the other
 
+Features:
     H          backbone(x), the representation that papers evaluate
-    Z          projector(H), what the loss sees
-    W          Z whitened by the method's own layer (wmse, cw_rgp, shuffled_dbn): it has no running statistics, so Z is cut at random
-               into slices as large as in training; the last slice is filled up with rows of the first, and the fill dropped
+    Z          projector(H), the embedding that the loss sees
+    W          Z whitened by the method's own layer (wmse, shuffled_dbn, cw_rgp). The layer has no
+               running statistics, so Z is cut at random into slices as large as in training.
     raw        the pixels, and
-    untrained  H of the weights that the run started from: the two baselines
+    untrained  H of the weights with which the run started: the two baselines
 
-    5-NN       majority of 5 Euclidean neighbours among the training images (W-MSE, 2007.06346; its code, htdt/self-supervised)
-    200-NN     200 cosine neighbours, each votes with exp(cos / 0.1) (Wu et al. 1805.01978 with the temperature of MoCo's demo)
-    linear     a linear layer on the fixed features: Adam, batches of 1000, weight decay 5e-6, learning rate from 1e-2 to 1e-6,
-               exponential over 500 epochs (htdt/self-supervised, eval/sgd.py); top-1 and top-5
-    collapse   common.collapse_metrics of at most 10,000 evenly spaced test images (training images where there are no others)
-
-All parameters and buffers are hashed before and after: a probe that moved a batch norm's statistics would end in an error.
+Figures: all images, without augmentation, in eval mode, at the last checkpoint. An image larger
+than in training is cropped at its centre: 87.5 % of the side of STL-10's are kept here, 91.4 % in
+the W-MSE code (which resizes to 70 pixels and crops 64).
+    5-NN       accuracy of a majority vote among the 5 nearest training images, by Euclidean
+               distance (W-MSE, arXiv 2007.06346; official code htdt/self-supervised)
+    200-NN     accuracy of a weighted vote among the 200 nearest training images, by cosine
+               similarity; weight exp(cos / 0.1) (Wu et al., arXiv 1805.01978; 0.1: MoCo's demo)
+    linear     accuracy of a linear layer trained on the fixed features (htdt/self-supervised,
+               eval/sgd.py); top-5: how often the right class is among its first five
+    collapse   how much of its space a set of embeddings fills: common.collapse_metrics of at most
+               10,000 evenly spaced test images (training images if there are no others)
 """
 
 import argparse
 import contextlib
 import csv
+import functools
 import hashlib
 import importlib
 import io
 import json
+import math
 import os
 import sys
 from types import SimpleNamespace
@@ -41,16 +54,12 @@ import torch.nn.functional as F
 from torchvision.utils import make_grid, save_image
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[1:1] = [os.path.join(HERE, "methods"), HERE]  # the methods: in their folder, or beside this file
+METHOD_FOLDERS = [os.path.join(HERE, "methods"), HERE]
+sys.path[1:1] = [*METHOD_FOLDERS, os.path.join(HERE, "tests")]  # tests: for experiments.py
 import common  # noqa: E402
 
-FEATURES = {"H": "H", "Z": "Z", "W": "W whitened Z", "raw": "raw pixels", "untrained": "untrained H"}
-# method -> the flag with the size of a slice, and the whitening of a slice z [w, d]; channels in their own order, so slices compare
-WHITENING = {
-    "wmse": ("w_size", lambda module, args, z: module.whiten(z, args.whitening, args.eps)),
-    "cw_rgp": ("w_size", lambda module, args, z: module.channel_whiten(z, args.groups, None, args.eps)),
-    "shuffled_dbn": ("batch_size", lambda module, args, z: module.decorrelate(z, args.groups, None)),
-}
+FEATURES = {"H": "H", "Z": "Z", "W": "W whitened Z", "raw": "raw pixels",
+            "untrained": "untrained H"}
 
 # ==============================================================================
 # 1. Command line
@@ -58,51 +67,72 @@ WHITENING = {
 
 
 def feature_list(text):
+    """"H,Z" -> ["H", "Z"], a type for argparse. Raises ArgumentTypeError for an unknown name."""
     names = text.split(",")
     if not set(names) <= set(FEATURES):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list of {', '.join(FEATURES)}; try H,Z")
+        known = ", ".join(FEATURES)
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of {known}; try H,Z")
     return names
 
 
 def parse_args(argv=None):
-    parser = common.OneLineParser(prog="eval.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="runs/<run> or runs/<run>/last.pt")
-    add("--features", type=feature_list, default=list(FEATURES), help="what to measure, of H,Z,W,raw,untrained (default: all)")
-    add("--dataset", choices=common.DATASETS, help="evaluate on another data set than the run's own")
-    add("--data-dir", help="where the data set lies (default: the run's own; with another --dataset: data)")
-    add("--probe-epochs", type=common.number(int, 0, example=500), default=500, help="of the linear probe (default: 500); 0: no probe")
-    add("--label-fraction", type=common.number(float, above=0, maximum=1, example=0.1), default=1.0,
-        help="share of each class's labels to probe with (default: 1)")
-    add("--seed", type=common.number(int, 0, 2**31 - 1, example=0), default=0,
-        help="of the probe, its labels, the slices and the views (default: 0)")
-    add("--plot", metavar="FILE.png", help="singular values of H and Z, and the training curves")
-    add("--neighbors", metavar="FILE.png", help="images and their nearest neighbours in H (of one run)")
-    add("--views", metavar="FILE.png", help="augmented views of the run's recipe (of one run)")
-    add("--json", metavar="FILE", help="write all figures to this file as JSON")
-    add("--batch-size", type=common.number(int, 1, example=500), help="images that pass the backbone at a time (default: 500, fewer above 64 pixels)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto, the default: a GPU where there is one")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the features (auto: bf16 where the processor has it); kNN, probe: fp32")
-    add("--num-workers", type=common.number(int, 0, 256, example=2), default=2, help="loader processes, if images do not fit in memory")
+    """The flags as a namespace. Raises UserError for all that can be refused before measuring."""
+    first_line = (__doc__ or "eval.py").splitlines()[0]  # python -OO has no docstrings
+    parser = common.OneLineParser(prog="eval.py", description=first_line, allow_abbrev=False)
+    number = common.number
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its last.pt")
+    add = parser.add_argument_group("what to measure").add_argument
+    add("--features", type=feature_list, default=list(FEATURES), metavar="LIST",
+        help="of H (the backbone's output), Z (the projector's), W (Z after the method's "
+             "whitening), raw (pixels), untrained (H before training); try H,Z (default: all)")
+    add("--probe-epochs", type=number(int, least=0, example=500), default=500, metavar="N",
+        help="epochs of the linear probe, a layer trained on the features (default: 500); 0: none")
+    add("--label-fraction", type=number(float, above=0, most=1, example=0.1), default=1.0,
+        metavar="X", help="share of each class's labels that the probe sees (default: 1)")
+    add("--seed", type=number(int, least=0, most=2**31 - 1, example=0), default=0, metavar="N",
+        help="of the probe, its labels, the slices of W and the views (default: 0)")
+    add = parser.add_argument_group("images").add_argument
+    add("--dataset", choices=common.DATASETS, help="what to measure on (default: the run's own)")
+    add("--data-dir", metavar="DIR",
+        help="folder of the data set (default: the run's own; with another --dataset: data)")
+    add = parser.add_argument_group("pictures and files").add_argument
+    add("--plot", metavar="FILE.png", help="singular values of H and Z, and training curves")
+    add("--neighbors", metavar="FILE.png", help="images and the nearest ones by H (of one run)")
+    add("--views", metavar="FILE.png", help="random views as in training (of one run)")
+    add("--json", metavar="FILE", help="all figures as JSON")
+    add = parser.add_argument_group("machine").add_argument
+    add("--batch-size", type=number(int, least=1, example=500), metavar="N",
+        help="images that pass the backbone together (default: 500, fewer above 64 pixels)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
+        help="`auto`, the default, takes a GPU if there is one")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the networks; "
+        "`auto`, the default, takes bf16 if the processor has it. kNN and probe have fp32")
+    add("--num-workers", type=number(int, least=0, most=256, example=2), default=2, metavar="N",
+        help="processes that read images which do not fit in memory (default: 2)")
     args = parser.parse_args(argv)
     common.check(common.world_size() == 1, "eval.py is one process; start it without torchrun")
-    common.check(args.dataset != "folder" or args.data_dir, "--dataset folder needs --data-dir DIR, the folder of your images")
+    common.check(args.dataset != "folder" or args.data_dir,
+                 "--dataset folder needs --data-dir DIR, the folder of your images")
     for flag in ("plot", "neighbors", "views", "json"):
         check_writable(f"--{flag}", getattr(args, flag))
-    common.check(len(args.runs) == 1 or not (args.neighbors or args.views), f"--neighbors, --views: of one run; try {args.runs[0]}")
+    common.check(len(args.runs) == 1 or not (args.neighbors or args.views),
+                 f"--neighbors, --views: of one run; try {args.runs[0]}")
     return args
 
 
 def check_writable(flag, path):
-    """Before the measuring, not after it."""
-    if path is not None:
-        common.check(flag == "--json" or path.lower().endswith(".png"), f"{flag} {path} is not the name of a PNG file; try {path}.png")
-        common.check(not os.path.isdir(path), f"{flag} {path} is a folder; try a file name in it")
-        try:
-            open(path + ".tmp", "wb").close()
-            os.remove(path + ".tmp")
-        except OSError as error:
-            raise common.UserError(f"{flag} {path} cannot be written ({error.strerror}); try a folder that exists") from error
+    """Raise UserError if a file that will be written after measuring cannot be written."""
+    if path is None:
+        return
+    common.check(flag == "--json" or path.lower().endswith(".png"),
+                 f"{flag} {path} is not the name of a PNG file; try {path}.png")
+    common.check(not os.path.isdir(path), f"{flag} {path} is a folder; try a file name in it")
+    try:
+        open(path + ".tmp", "wb").close()
+        os.remove(path + ".tmp")
+    except OSError as error:
+        raise common.UserError(f"{flag} {path} cannot be written ({error.strerror}); "
+                               "try a folder that exists") from error
 
 
 # ==============================================================================
@@ -111,147 +141,246 @@ def check_writable(flag, path):
 
 
 def load_run(path, device):
-    """A run's network as it is and as it started: a namespace of path, folder, module (its file), args, step, model, untrained."""
+    """A run from its folder or checkpoint, in a namespace:
+
+    path, folder, step  where it was found, and how far it was trained
+    name, args, module  `method` or `method/experiment`, its flags, the method's file
+    experiment          its object in tests/experiments.py, or None
+    backbone_only       why there is nothing but the backbone in the networks, or ""
+    model, untrained    the network as it is, and as it started, in eval mode on the device
+
+    Raises UserError if it cannot be read or does not fit the method's file."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
     checkpoint = common.load_last(path) if os.path.isdir(path) else common.load_checkpoint(path)
-    common.check(checkpoint is not None, f"{path}: no last.pt in this folder; try runs/<run>/last.pt")
+    common.check(checkpoint is not None,
+                 f"{path}: no last.pt in this folder; try runs/<run>/last.pt")
     flags = checkpoint.get("args")
     method = flags.get("method") if isinstance(flags, dict) else None
-    known = isinstance(method, str) and method.isidentifier() and any(
-        os.path.isfile(os.path.join(folder, f"{method}.py")) for folder in (os.path.join(HERE, "methods"), HERE))
-    common.check(known, f"{path} is a run of the unknown method {method!r}; put {method}.py into {os.path.join(HERE, 'methods')}")
+    common.check(is_method(method), f"{path} is a run of the unknown method {method!r}; "
+                 f"put {method}.py into {METHOD_FOLDERS[0]}")
+    run = SimpleNamespace(path=path, folder=folder, name=method, args=SimpleNamespace(**flags))
+    run.module = importlib.import_module(method)
     try:
-        module, args = importlib.import_module(method), argparse.Namespace(**flags)
-        torch.manual_seed(args.seed)  # as the method's train() does
-        untrained = module.build(args).to(device, memory_format=torch.channels_last).eval()
-        model = module.build(args).to(device, memory_format=torch.channels_last).eval()
-        model.load_state_dict(checkpoint["model"])
-        folder = path if os.path.isdir(path) else os.path.dirname(path)
-        return SimpleNamespace(path=path, folder=folder, module=module, args=args, step=checkpoint["step"],
-                               model=model, untrained=untrained)
+        run.step = checkpoint["step"]
+        rebuild(run, checkpoint["model"], device)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise common.UserError(f"{path} does not fit {method}.py ({type(error).__name__}: {reason}); "
-                               f"try the {method}.py it was trained with") from error
+        raise common.UserError(f"{path} does not fit {method}.py ({type(error).__name__}: "
+                               f"{reason}); try the {method}.py it was trained with") from error
+    return run
+
+
+def is_method(name):
+    """True if there is a file of this name among the method files. The name may be anything."""
+    if not isinstance(name, str) or not name.isidentifier():
+        return False
+    return any(os.path.isfile(os.path.join(folder, f"{name}.py")) for folder in METHOD_FOLDERS)
+
+
+def rebuild(run, weights, device):
+    """Set a run's name, experiment, backbone_only, untrained and model. weights: of the model."""
+    args = run.args
+    for name in run.module.Args.__annotations__:
+        getattr(args, name)  # AttributeError if the checkpoint lacks a flag of the method
+    run.experiment, run.backbone_only, build = None, "", run.module.build
+    if getattr(args, "experiment", ""):
+        run.name = f"{args.method}/{args.experiment}"
+        try:
+            run.experiment = importlib.import_module("experiments").find(run.name)
+            build = run.experiment.build
+        except (ImportError, LookupError, common.UserError) as error:
+            run.backbone_only = f"tests/experiments.py does not give {run.name} ({error})"
+            build = build_backbone
+            weights = {name: weights[name] for name in weights if name.startswith("backbone.")}
+    torch.manual_seed(args.seed)  # as the method's train() does
+    run.untrained = build(args).to(device, memory_format=torch.channels_last).eval()
+    run.model = build(args).to(device, memory_format=torch.channels_last).eval()
+    run.model.load_state_dict(weights)
+
+
+def build_backbone(args):
+    """A module with a new backbone, its attribute `backbone`, and no other part."""
+    backbone, _ = common.build_backbone(args.backbone, args.image_size)
+    return nn.ModuleDict({"backbone": backbone})
 
 
 def load_data(run, args, device):
-    """The data set to evaluate on, as common.Data, at the image size that the run was trained with."""
-    wanted = argparse.Namespace(**vars(run.args))
+    """The images to measure on, as common.Data, at the size with which the run was trained."""
+    wanted = SimpleNamespace(**vars(run.args))
+    wanted.batch_size, wanted.views = 1, 8  # 8: the columns of --views
+    wanted.seed, wanted.num_workers = args.seed, args.num_workers
     if args.dataset not in (None, wanted.dataset):
         wanted.dataset, wanted.data_dir = args.dataset, "data"
     wanted.data_dir = args.data_dir or wanted.data_dir
-    wanted.batch_size, wanted.views, wanted.seed, wanted.num_workers = 1, 8, args.seed, args.num_workers  # 8: the columns of --views
     return common.load_data(wanted, device)
 
 
 def checksum(network):
-    """Hash of all parameters and buffers."""
+    """Hash of all parameters and buffers: 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
+        numbers = tensor.cpu().flatten().contiguous().view(torch.uint8)
+        digest.update(name.encode() + numbers.numpy().tobytes())
     return digest.hexdigest()
 
 
 @contextlib.contextmanager
 def unchanged(network):
-    """Raises RuntimeError if what is done inside changes a parameter or buffer, as a batch norm left in training mode would."""
+    """A context that gives the network's checksum, and raises RuntimeError if it has changed.
+
+    A batch norm that was left in training mode would change it."""
     before = checksum(network)
     yield before
     if checksum(network) != before:
-        raise RuntimeError("a parameter or buffer of the network changed while it was evaluated: the figures are void")
+        raise RuntimeError("a parameter or buffer of the network changed while it was evaluated: "
+                           "the figures are void")
 
 
 # ==============================================================================
-# 3. Features and accuracies
+# 3. Features and accuracies. bank: of training images, queries: of test images
 # ==============================================================================
+
+
+def test_count(data):
+    """How many test images; 0 if common.Data holds the training images in their place."""
+    return 0 if data.test is data.labelled_train else len(data.test)
+
+
+def extract(network, data, args):
+    """network(x) as [bank [N, d], queries [M, d]]; without test images both are the bank."""
+    settings = dict(precision=args.precision, batch_size=args.batch_size)
+    bank = common.extract(network, data, data.labelled_train, **settings)
+    if test_count(data) == 0:
+        return [bank, bank]
+    return [bank, common.extract(network, data, data.test, **settings)]
 
 
 def whiten_in_slices(z, size, whiten, seed=0):
     """z [N, d] -> [N, d]: cut at random into slices of `size` rows, each whitened by itself.
 
-    At random, since images in the order of their folders would make slices of one class. The last slice is filled up with rows of
-    the first, and the fill is dropped. Needs N >= size: a row that came twice into a slice would make it singular."""
+    At random, since images in the order of their folders would make slices of one class. The last
+    slice is filled up with rows of the first, and what they give is dropped. N must be at least
+    `size`: a slice with the same row twice would be singular."""
     order = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed)).to(z.device)
     filled = torch.cat([order, order[: -len(z) % size]])
+    y = torch.cat([whiten(z[rows]) for rows in filled.split(size)])
     out = torch.empty_like(z)
-    out[order] = torch.cat([whiten(z[rows]) for rows in filled.split(size)])[: len(z)].to(z.dtype)
+    out[order] = y[: len(z)].to(z.dtype)
     return out
 
 
+def whitening_of(run):
+    """The function that whitens a slice of Z as in training: [w, d] -> [w, d].
+
+    The channels stay in their own order, so that slices can be compared. Raises UserError if the
+    method does not whiten."""
+    args, module = run.args, run.module
+    if hasattr(run.experiment, "whiten"):
+        return functools.partial(run.experiment.whiten, args)
+    if args.method == "wmse":
+        return functools.partial(module.whiten, kind=args.whitening, eps=args.eps)
+    if args.method == "cw_rgp":
+        return functools.partial(module.channel_whiten, groups=args.groups, eps=args.eps)
+    if args.method == "shuffled_dbn":
+        return functools.partial(module.decorrelate, groups=args.groups)
+    raise common.UserError(f"{args.method} has no whitening layer")
+
+
 def whitened(run, z, seed):
-    """[bank, queries] of whitened Z from z = [bank, queries]. Raises UserError that says why there is none."""
-    common.check(run.args.method in WHITENING, f"{run.args.method} has no whitening layer")
-    flag, whiten = WHITENING[run.args.method]
-    size, fewest = getattr(run.args, flag), min(len(part) for part in z)
-    common.check(fewest >= size, f"{fewest} images are fewer than the {size} that are whitened together")
+    """Whitened Z from z, both as [bank, queries]. Raises UserError that says why there is none."""
+    whiten = whitening_of(run)
+    size = run.args.w_size if hasattr(run.args, "w_size") else run.args.batch_size
+    fewest = min(len(part) for part in z)
+    common.check(fewest >= size,
+                 f"{fewest} images are fewer than the {size} that are whitened together")
     with contextlib.suppress(torch.linalg.LinAlgError):
-        w = [whiten_in_slices(part, size, lambda rows: whiten(run.module, run.args, rows), seed) for part in z]
+        w = [whiten_in_slices(part, size, whiten, seed) for part in z]
         if all(part.isfinite().all() for part in w):
             return w
     raise common.UserError("these embeddings fill too few dimensions to be whitened")
 
 
-def extract(network, data, args):
-    """[bank [N, d], queries [M, d]]: network(x) of training and of test images (of the training images again where there are no others)."""
-    bank = common.extract(network, data, data.labelled_train, args.precision, args.batch_size)
-    return [bank, common.extract(network, data, data.test, args.precision, args.batch_size) if has_test(data) else bank]
-
-
-def has_test(data):
-    """False where there are no test images: common.Data then puts the training images in their place."""
-    return data.test is not data.labelled_train
-
-
 def sample(x, limit=10_000):
-    """At most `limit` evenly spaced rows."""
-    return x[torch.linspace(0, len(x) - 1, min(limit, len(x)), device=x.device, dtype=torch.float64).long()]
+    """At most `limit` evenly spaced rows of x [N, d]."""
+    count = min(limit, len(x))
+    rows = torch.linspace(0, len(x) - 1, count, device=x.device, dtype=torch.float64)
+    return x[rows.long()]
 
 
 def labelled_rows(labels, fraction, seed=0):
-    """Rows of the labels [N] that the probe may see: of every class its share, drawn at random, rounded, at least one."""
+    """Rows of the labels [N] that the probe may see, in rising order.
+
+    Of every class its share, drawn at random, rounded, but at least one."""
     generator, rows = torch.Generator().manual_seed(seed), []
-    for label in labels.cpu().unique():
-        mine = (labels.cpu() == label).nonzero().flatten()
-        rows.append(mine[torch.randperm(len(mine), generator=generator)[: max(1, round(fraction * len(mine)))]])
+    for label in labels.unique():
+        mine = (labels == label).nonzero().flatten().cpu()
+        order = torch.randperm(len(mine), generator=generator)
+        rows.append(mine[order[: max(1, round(fraction * len(mine)))]])
     return torch.cat(rows).sort().values
 
 
 def probe_learning_rate(epoch, epochs):
-    """1e-2 at the start, 1e-6 at the end, exponential in between."""
+    """1e-2 at the start, 1e-6 at the end, exponential in between (htdt/self-supervised)."""
     return 1e-2 * (1e-6 / 1e-2) ** (epoch / epochs)
 
 
 def linear_probe(x, y, rows, x_test, y_test, epochs=500, seed=0):
-    """(top-1, top-5) as fractions of all test rows, by the W-MSE protocol; top-5 is None with five classes or fewer.
+    """(top-1, top-5) accuracy, 0 ... 1, of a linear layer on fixed features.
 
-    x [N, d], y [N]: of these only `rows` are trained on; x_test [M, d], y_test [M]. Classes may be missing on either side."""
+    x [N, d], y [N]: it is trained on these `rows`. x_test [M, d], y_test [M]: it is measured on
+    all. Labels are int64; a class may be missing on either side. With five classes or fewer,
+    top-5 is None. After htdt/self-supervised, eval/sgd.py: Adam, batches of 1000, weight decay
+    5e-6, learning rate 1e-2 -> 1e-6."""
     torch.manual_seed(seed)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on CPUs: the matrices are small, and threads that wait for a busy core made it ten times slower
+    torch.set_num_threads(1)  # threads that wait for a busy core made small matrices 10x slower
     classes = int(max(y.max(), y_test.max())) + 1
     layer = nn.Linear(x.shape[1], classes).to(x.device)
     optimizer = torch.optim.Adam(layer.parameters(), weight_decay=5e-6, fused=True)
     for epoch in range(epochs):
         optimizer.param_groups[0]["lr"] = probe_learning_rate(epoch, epochs)
-        for batch in rows[torch.randperm(len(rows))].to(x.device).split(1000):  # the last one may be smaller
+        order = rows[torch.randperm(len(rows))].to(x.device)
+        for batch in order.split(1000):  # the last one may be smaller
             optimizer.zero_grad()
             F.cross_entropy(layer(x.index_select(0, batch)), y[batch]).backward()
             optimizer.step()
     torch.set_num_threads(threads)
     with torch.no_grad():
-        best = torch.cat([layer(part).topk(min(5, classes)).indices for part in x_test.split(1000)])  # [M, 5], best first
-    hits = (best == y_test[:, None]).double()
-    return hits[:, 0].mean().item(), hits.sum(1).mean().item() if classes > 5 else None
+        best = [layer(part).topk(min(5, classes)).indices for part in x_test.split(1000)]
+    hits = (torch.cat(best) == y_test[:, None]).double()  # [M, 5], the best guess first
+    top5 = hits.sum(1).mean().item() if classes > 5 else None
+    return hits[:, 0].mean().item(), top5
 
 
-def accuracies(bank, queries, data, rows, args):
-    """{"5-NN", "200-NN", "linear", "top-5"} as fractions; without a probe the last two are missing."""
+def accuracies(x, data, rows, args):
+    """{"5-NN", "200-NN", "linear", "top-5"}, 0 ... 1; without a probe only the first two.
+
+    x: features as [bank, queries]. rows: those of the bank whose labels the probe may see."""
+    bank, queries = x
     labels, test_labels = data.train_labels, data.test_labels
-    figures = {"5-NN": common.knn_accuracy(bank, labels, queries, test_labels, k=5, temperature=None),
-               "200-NN": common.knn_accuracy(bank, labels, queries, test_labels, k=200, temperature=0.1)}
+    knn = functools.partial(common.knn_accuracy, bank, labels, queries, test_labels)
+    figures = {"5-NN": knn(k=5, temperature=None), "200-NN": knn(k=200, temperature=0.1)}
     if args.probe_epochs:
-        figures["linear"], figures["top-5"] = linear_probe(bank, labels, rows, queries, test_labels, args.probe_epochs, args.seed)
+        figures["linear"], figures["top-5"] = linear_probe(
+            bank, labels, rows, queries, test_labels, epochs=args.probe_epochs, seed=args.seed)
     return figures
+
+
+def protocols(data, rows, args):
+    """{name of a figure: how it was measured}, {} without labels."""
+    if not data.labelled:
+        return {}
+    n = len(data.labelled_train)
+    texts = {
+        "5-NN": f"majority vote among the {min(5, n)} nearest of {n} training images; Euclidean "
+                "distance, features as they are; a tie goes to the smallest label",
+        "200-NN": f"weighted vote among the {min(200, n)} nearest of {n} training images; cosine "
+                  "similarity; weight exp(cos / 0.1)"}
+    if args.probe_epochs:
+        texts["linear"] = f"linear layer on features of {len(rows)} of {n} training images; Adam, "
+        texts["linear"] += "batches of 1000, lr 1e-2 -> 1e-6 exponential, weight decay 5e-6, "
+        texts["linear"] += f"{args.probe_epochs} epochs, seed {args.seed}"
+    return texts
 
 
 # ==============================================================================
@@ -259,70 +388,110 @@ def accuracies(bank, queries, data, rows, args):
 # ==============================================================================
 
 
-def protocols(data, rows, args):
-    """{name of a figure: how it was taken}, {} without labels."""
-    n = len(data.labelled_train)
-    texts = {"5-NN": f"majority of the {min(5, n)} nearest of {n} training images; Euclidean, raw; a tie goes to the smallest label",
-             "200-NN": f"the {min(200, n)} nearest of {n} training images; cosine; each votes with exp(cos / 0.1)",
-             "linear": f"nn.Linear on raw features of {len(rows)} of {n} training images; Adam, batch 1000, lr 1e-2 -> 1e-6 exponential, "
-                       f"weight decay 5e-6, {args.probe_epochs} epochs, seed {args.seed}"}
-    return {name: text for name, text in texts.items() if len(rows) and (name != "linear" or args.probe_epochs)}
-
-
 def evaluate(run, data, args):
-    """Measure one run and print it line by line. Returns the figures as plain numbers, and H and Z as [bank, queries] for the pictures."""
-    labelled, count, tested = data.labelled, len(data.labelled_train), len(data.test) if has_test(data) else 0
-    rows = labelled_rows(data.train_labels, args.label_fraction, args.seed) if labelled else []
-    place = "" if data.args.dataset == "patterns" else f" in {data.args.data_dir}"
-    common.say(f"\n{run.path}: {run.args.method}, {run.args.backbone}, trained on {run.args.dataset}, step {run.step}, seed {run.args.seed}"
-               f"\nevaluated on {data.args.dataset}{place}, {data.size}x{data.size}: {count} training images, {tested} test images, "
-               f"{len(data.class_names) if labelled else 'no'} classes; {args.precision}")
-    h = extract(run.model.backbone, data, args)
-    common.check(all(part.isfinite().all() for part in h), f"{run.path}: the backbone's output is not finite; try an earlier checkpoint")
-    z = [common.project(run.model.projector, part, args.precision) for part in h]
-    how, results, left_out = protocols(data, rows, args), {}, []
-    names = [*how, *["top-5"] * ("linear" in how)]
-    layout = "{:14}{:>6}" + "{:>9}" * len(names)
-    unlabelled = "no labels for both training and test images: accuracies are left out"
-    common.say("\n" + layout.format("accuracy, %", "dim", *names) if labelled else unlabelled)
-    for name in args.features:
-        if name == "raw" and (not labelled or 12 * data.size**2 * (count + tested) > common.MEMORY_LIMIT):
-            left_out.append("raw pixels left out: " + ("no labels" if not labelled else "they do not fit in memory"))
-            continue
+    """Measure one run and print it line by line. Returns the figures as plain numbers, for --json.
+
+    Sets run.h and run.z, H and Z as [bank, queries]; run.z is None if only the backbone could be
+    rebuilt. Raises UserError if H is not finite."""
+    say_heading(run, data, args)
+    run.h = extract(run.model.backbone, data, args)
+    common.check(all(part.isfinite().all() for part in run.h),
+                 f"{run.path}: the backbone's output is not finite; try an earlier checkpoint")
+    wanted, left_out = args.features, []
+    if run.backbone_only:
+        run.z = None
+        wanted = [name for name in wanted if name not in ("Z", "W")]
+        left_out.append(f"Z and whitened Z left out: {run.backbone_only}")
+    else:
+        run.z = [common.project(run.model.projector, h, args.precision) for h in run.h]
+    rows = labelled_rows(data.train_labels, args.label_fraction, args.seed) if data.labelled else []
+    how = protocols(data, rows, args)
+    columns = [*how, "top-5"] if "linear" in how else list(how)
+    widths = [5] + [8] * len(columns)
+    if data.labelled:
+        common.say("")
+        say_row("accuracy, %", ["dim", *columns], widths)
+    else:
+        common.say("no labelled training and test images: accuracies are left out")
+    results = {}
+    for name in wanted:
         try:
-            network = {"raw": nn.Flatten(), "untrained": run.untrained.backbone}.get(name)
-            x = extract(network, data, args) if network else whitened(run, z, args.seed) if name == "W" else h if name == "H" else z
+            x = features(name, run, data, args)
         except common.UserError as reason:
             left_out.append(f"{FEATURES[name]} left out: {reason}")
             continue
-        figures = results[name] = {"dim": x[0].shape[1], **(accuracies(*x, data, rows, args) if labelled else {})}
-        if labelled:
-            percent = ["-" if figures[n] is None else f"{100 * figures[n]:.2f}" for n in names]
-            common.say(layout.format(FEATURES[name], figures["dim"], *percent))
+        results[name] = figures = {"dim": x[0].shape[1]}
+        if data.labelled:
+            figures.update(accuracies(x, data, rows, args))
+            cells = ["-" if figures[c] is None else f"{100 * figures[c]:.2f}" for c in columns]
+            say_row(FEATURES[name], [figures["dim"], *cells], widths)
         if name != "raw":
             figures["collapse"] = common.collapse_metrics(sample(x[1]))
     for name, text in how.items():
         common.say(f"  {name:7} {text}")
-    say_collapse(results, f"{min(10_000, len(h[1]))} {'test' if tested else 'training'} images, eval mode; see common.collapse_metrics")
+    measured = f"{len(sample(run.h[1]))} {'test' if test_count(data) else 'training'} images"
+    say_collapse(results, f"{measured}, eval mode; see common.collapse_metrics")
     for text in left_out:
         common.say(f"  {text}")
-    return {"run": run.path, "method": run.args.method, "step": run.step, "trained_on": run.args.dataset, "dataset": data.args.dataset,
-            "training_images": count, "test_images": tested, "labels_for_probe": len(rows), "precision": args.precision,
-            "protocols": how, "features": results, "left_out": left_out}, h, z
+    return {"run": run.path, "method": run.name, "step": run.step,
+            "trained_on": run.args.dataset, "dataset": data.args.dataset,
+            "training_images": len(data.labelled_train), "test_images": test_count(data),
+            "labels_for_probe": len(rows), "precision": args.precision,
+            "protocols": how, "features": results, "left_out": left_out}
+
+
+def say_heading(run, data, args):
+    """Print what is measured, and on which images."""
+    place = "" if data.args.dataset == "patterns" else f" in {data.args.data_dir}"
+    classes = len(data.class_names) if data.labelled else "no"
+    common.say(f"\n{run.path}: {run.name}, {run.args.backbone}, trained on {run.args.dataset}, "
+               f"step {run.step}, seed {run.args.seed}")
+    common.say(f"evaluated on {data.args.dataset}{place}, {data.size}x{data.size}: "
+               f"{len(data.labelled_train)} training images, {test_count(data)} test images, "
+               f"{classes} classes; {args.precision}")
+
+
+def features(name, run, data, args):
+    """The features of that name as [bank, queries]. Raises UserError that says why not."""
+    if name == "H":
+        return run.h
+    if name == "Z":
+        return run.z
+    if name == "W":
+        return whitened(run, run.z, args.seed)
+    if name == "untrained":
+        return extract(run.untrained.backbone, data, args)
+    common.check(data.labelled, "no labelled training and test images")
+    size = 12 * data.size**2 * (len(data.labelled_train) + test_count(data))  # bytes of float32
+    common.check(size <= common.MEMORY_LIMIT, "they do not fit in memory")
+    return extract(nn.Flatten(), data, args)  # raw pixels
+
+
+def say_row(name, cells, widths):
+    """Print a line of a table; a blank stays between cells that are wider than their columns."""
+    padded = [f" {cell:>{width}}" for cell, width in zip(cells, widths)]
+    common.say(f"{name:14}" + "".join(padded))
 
 
 def say_collapse(results, how):
-    """The collapse figures as a table, under the names that common.collapse_metrics explains."""
-    found = {name: figures["collapse"] for name, figures in results.items() if "collapse" in figures}
-    if found:
-        columns = list(next(iter(found.values())))
-        layout = "{:14}" + "".join(f" {{:>{max(8, len(column) + 1)}}}" for column in columns)  # never without a blank between
-        common.say("\n" + layout.format("collapse", *columns))
-        for name, figures in found.items():
-            cells = (f"{figures[c]:.0f}" if c in ("dim", "rank", "rank_1pct") else f"{figures[c]:.3f}" for c in columns)
-            common.say(layout.format(FEATURES[name], *cells))
-        words = common.collapse_in_words(found["Z"], results["Z"]["dim"]) if "Z" in found else ""
-        common.say(f"  {how}" + (f"\n  {words}" if words else ""))
+    """Print the collapse figures as a table, under the names of common.collapse_metrics.
+
+    results: {name of the features: {"dim": d, "collapse": figures}}; `raw` has no figures."""
+    found = {name: r["collapse"] for name, r in results.items() if "collapse" in r}
+    if not found:
+        return
+    columns = list(next(iter(found.values())))
+    widths = [max(8, len(column) + 1) for column in columns]
+    common.say("")
+    say_row("collapse", columns, widths)
+    for name, figures in found.items():
+        digits = [0 if column in ("dim", "rank", "rank_1pct") else 3 for column in columns]
+        cells = [f"{figures[column]:.{n}f}" for column, n in zip(columns, digits)]
+        say_row(FEATURES[name], cells, widths)
+    common.say(f"  {how}")
+    words = common.collapse_in_words(found["Z"], results["Z"]["dim"]) if "Z" in found else ""
+    if words:
+        common.say(f"  {words}")
 
 
 # ==============================================================================
@@ -331,9 +500,10 @@ def say_collapse(results, how):
 
 
 def write_sheet(path, tiles):
-    """A PNG of tiles [rows, columns, 3, S, S] in 0 ... 1, small ones enlarged to some 64 pixels."""
+    """A PNG of tiles [rows, columns, 3, S, S] in 0 ... 1; small ones are enlarged to some 64."""
     factor = max(1, round(64 / tiles.shape[-1]))
-    large = tiles.cpu().clamp(0, 1).flatten(0, 1).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    large = tiles.cpu().clamp(0, 1).flatten(0, 1)
+    large = large.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     sheet = make_grid(large, nrow=tiles.shape[1], padding=2, pad_value=1.0)
     buffer = io.BytesIO()
     save_image(sheet, buffer, format="png")
@@ -343,8 +513,7 @@ def write_sheet(path, tiles):
 
 def colours(data, x):
     """Views x [n, 3, S, S] as the network sees them -> in 0 ... 1."""
-    mean, std = (torch.as_tensor(m, device=x.device).view(3, 1, 1) for m in (data.mean, data.std))
-    return x * std + mean
+    return x * data.std + data.mean
 
 
 def plain(data, images, index):
@@ -353,41 +522,62 @@ def plain(data, images, index):
 
 
 def draw_views(path, data):
-    """Eight training images, one a row: as they are measured, then eight views (a recipe with two kinds of views alternates)."""
-    index = torch.linspace(0, len(data.train) - 1, min(8, len(data.train))).long()
-    streamed = isinstance(data.train, common.Files)
-    batch = next(data.train.crops(index[None], data.args, 0, data.device)) if streamed else data.train[index.to(data.device)]
+    """Eight training images, one a row: as they are measured, then eight random views.
+
+    A recipe with two kinds of views alternates. Raises UserError if there are no views: for
+    a recipe without a crop, of larger images than the run was trained on."""
+    count = min(8, len(data.train))
+    index = torch.linspace(0, len(data.train) - 1, count).long()
+    if isinstance(data.train, common.Files):
+        batch = next(data.train.crops(index[None], data.args, 0, data.device))
+    else:
+        batch = data.train[index.to(data.device)]
     try:
-        views = [colours(data, view) for view in data.augment(batch, step=0)]  # 8 x [n, 3, S, S]
-    except ValueError as error:  # a recipe without a crop, and larger images than it was trained on
+        views = data.augment(batch, step=0)
+    except ValueError as error:
         raise common.UserError(f"--views: {error}") from error
-    write_sheet(path, torch.stack([plain(data, data.train, index), *views], 1))
+    columns = [plain(data, data.train, index)] + [colours(data, view) for view in views]
+    write_sheet(path, torch.stack(columns, 1))
 
 
 def draw_neighbors(path, data, h):
-    """Ten images, one a row, and their nine nearest training images by cosine of H; framed green: of the same class, red: of another."""
-    images, labels = data.test, data.test_labels if has_test(data) else data.train_labels
-    index = torch.linspace(0, len(images) - 1, min(10, len(images))).long()
-    similarity = F.normalize(h[1][index.to(data.device)], dim=1) @ F.normalize(h[0], dim=1).T  # [10, N]
-    if not has_test(data):
-        similarity[range(len(index)), index] = -2.0  # not the image itself
-    nearest = similarity.topk(min(9, len(h[0]) - (not has_test(data)))).indices.cpu()  # [10, 9]
-    tiles = torch.stack([torch.cat([plain(data, images, i[None]), plain(data, data.labelled_train, row)])
-                         for i, row in zip(index, nearest)])  # [10, 10, 3, S, S]
-    framed = F.pad(tiles, (2, 2, 2, 2))  # [10, 10, 3, S + 4, S + 4], black around the query, and without labels around all
+    """Ten images, one a row, and their nine nearest training images by cosine of H.
+
+    h: H as [bank, queries]. A green frame: of the same class; red: of another."""
+    bank, queries = h
+    images, others = data.test, len(bank)
+    labels = data.test_labels if test_count(data) else data.train_labels
+    count = min(10, len(images))
+    index = torch.linspace(0, len(images) - 1, count).long()
+    rows = queries[index.to(data.device)]
+    similarity = F.normalize(rows, dim=1) @ F.normalize(bank, dim=1).T  # [10, N]
+    if not test_count(data):
+        similarity[range(count), index] = -2.0  # not the image itself
+        others -= 1
+    nearest = similarity.topk(min(9, others)).indices.cpu()  # [10, 9]
+    tiles = []
+    for i, neighbors in zip(index, nearest):
+        row = [plain(data, images, i[None]), plain(data, data.labelled_train, neighbors)]
+        tiles.append(torch.cat(row))
+    tiles = torch.stack(tiles)  # [10, 10, 3, S, S]
+    framed = F.pad(tiles, (2, 2, 2, 2))  # [10, 10, 3, S + 4, S + 4], black
     if data.train_labels is not None and labels is not None:
-        same = data.train_labels[nearest.to(data.device)] == labels[index.to(data.device)][:, None]
-        colour = torch.where(same[..., None], tiles.new_tensor([0.1, 0.7, 0.2]), tiles.new_tensor([0.85, 0.1, 0.1]))  # [10, 9, 3]
+        expected = labels[index.to(data.device)]
+        same = data.train_labels[nearest.to(data.device)] == expected[:, None]
+        green, red = tiles.new_tensor([0.1, 0.7, 0.2]), tiles.new_tensor([0.85, 0.1, 0.1])
+        colour = torch.where(same[..., None], green, red)  # [10, 9, 3]
         border = F.pad(torch.zeros_like(tiles[:, 1:, :1]), (2, 2, 2, 2), value=1.0)
         framed[:, 1:] += border * colour[..., None, None]
     write_sheet(path, framed)
 
 
 def import_figure():
+    """matplotlib's Figure. Raises UserError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise common.UserError("--plot needs matplotlib, which is not there; try pip install matplotlib, or leave --plot out") from error
+        raise common.UserError("--plot needs matplotlib, which is not there; "
+                               "try pip install matplotlib, or leave --plot out") from error
     return Figure
 
 
@@ -395,36 +585,48 @@ def read_curves(folder):
     """metrics.csv of a run folder as {column: [number or nan]}, {} if it cannot be read."""
     try:
         with open(os.path.join(folder, "metrics.csv"), newline="") as file:
-            rows = [{name: float(cell or "nan") for name, cell in row.items()} for row in csv.DictReader(file)]
-        return {name: [row[name] for row in rows] for name in rows[0]}
-    except (OSError, ValueError, TypeError, IndexError):
-        common.warn(f"{folder or '.'}: no readable metrics.csv, so no training curves of this run")
+            rows = list(csv.DictReader(file))
+        return {name: [float(row[name] or "nan") for row in rows] for name in rows[0]}
+    except (OSError, ValueError, TypeError, LookupError):
+        common.warn(f"{folder or '.'}: no readable metrics.csv, "
+                    "so no training curves of this run")
         return {}
 
 
 def singular_values(x):
-    """Of the centred rows x [N, d], in falling order."""
+    """Singular values of the centred rows x [N, d] (at most 10,000 of them), in falling order."""
     x = sample(x).double().cpu()
     return torch.linalg.svdvals(x - x.mean(0))
 
 
+def draw_curve(panel, x, y, label, marker="."):
+    """y over x without the points that were not measured (nan)."""
+    points = [(a, b) for a, b in zip(x, y) if not math.isnan(b)]
+    panel.plot([a for a, _ in points], [b for _, b in points], marker=marker, label=label)
+
+
 def draw_plot(path, spectra):
-    """spectra: (run, singular values of H, of Z) for each run. Below them the columns of metrics.csv."""
+    """Spectra and training curves. spectra: (folder, singular values of H, of Z) of each run."""
     figure = import_figure()(figsize=(14, 8), layout="constrained")
     panels = list(figure.subplots(2, 3).flat)
-    curves = [("seconds", "minutes", 1 / 60, "knn", "kNN while training, %", 100), ("epoch", "epoch", 1, "loss", "loss (each method's own scale)", 1),
-              ("epoch", "epoch", 1, "std_sqrt_d", "std sqrt(d) of Z", 1),
-              ("epoch", "epoch", 1, "rank_1pct", "rank of Z (above 1 % of the largest)", 1)]
-    for run, *values in spectra:
-        label = os.path.basename(os.path.abspath(run.folder))
-        for panel, sigma, name in zip(panels, values, "HZ"):
-            panel.plot(range(1, len(sigma) + 1), sigma.clamp_min(max(1e-12, 1e-8 * sigma[0].item())).log10().tolist(), label=label)
-            panel.set(title=f"singular values of centred {name}", xlabel="k", ylabel="log10 sigma_k")
-        found = read_curves(run.folder)
-        for panel, (x, unit, x_factor, y, title, factor) in zip(panels[2:], curves):
-            points = [(a * x_factor, b * factor) for a, b in zip(found.get(x, []), found.get(y, [])) if a == a and b == b]
-            panel.plot(*(zip(*points) if points else ([], [])), marker=".", label=label)
-            panel.set(title=title, xlabel=unit, yscale="symlog" if y == "loss" else "linear")  # -1 for SimSiam, thousands for Barlow Twins
+    for panel, name in zip(panels, "HZ"):
+        panel.set(title=f"singular values of centred {name}", xlabel="k", ylabel="log10 sigma_k")
+    panels[2].set(title="kNN while training, %", xlabel="minutes")
+    panels[3].set(title="loss (each method's own scale)", xlabel="epoch")
+    panels[3].set(yscale="symlog")  # -1 for SimSiam, thousands for Barlow Twins
+    panels[4].set(title="std sqrt(d) of Z", xlabel="epoch")
+    panels[5].set(title="rank of Z (above 1 % of the largest)", xlabel="epoch")
+    for folder, *sigmas in spectra:
+        label = os.path.basename(os.path.abspath(folder))
+        for panel, sigma in zip(panels, sigmas):
+            sigma = sigma.clamp_min(max(1e-12, 1e-8 * sigma[0].item()))  # no log of 0
+            draw_curve(panel, range(1, len(sigma) + 1), sigma.log10().tolist(), label, marker="")
+        found = read_curves(folder)
+        minutes = [seconds / 60 for seconds in found.get("seconds", [])]
+        knn = [100 * accuracy for accuracy in found.get("knn", [])]
+        draw_curve(panels[2], minutes, knn, label)
+        for panel, column in zip(panels[3:], ("loss", "std_sqrt_d", "rank_1pct")):
+            draw_curve(panel, found.get("epoch", []), found.get(column, []), label)
     for panel in panels:
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize="small")
@@ -440,20 +642,25 @@ def draw_plot(path, spectra):
 
 
 def run(args):
+    """Measure all runs that the flags name. Raises UserError."""
     if args.plot:
-        import_figure()  # before the measuring, not after it
-    device, reports, spectra = common.set_up(args), [], []
+        import_figure()  # before measuring, not after it
+    settings = common.Args(device=args.device, precision=args.precision)
+    settings, device = common.set_up(settings)
+    args.precision = settings.precision  # fp32 or bf16
+    reports, spectra = [], []
     for path in args.runs:
         trained = load_run(path, device)
         data = load_data(trained, args, device)
         with unchanged(trained.model) as digest:
-            report, h, z = evaluate(trained, data, args)
-        common.say(f"  network unchanged: sha256 of all parameters and buffers {digest[:12]} before and after")
-        reports.append(report)
+            reports.append(evaluate(trained, data, args))
+        common.say("  network unchanged: sha256 of all parameters and buffers "
+                   f"{digest[:12]} before and after")
         if args.plot:
-            spectra.append((trained, singular_values(h[1]), singular_values(z[1])))
+            sigmas = [singular_values(x[1]) for x in (trained.h, trained.z) if x is not None]
+            spectra.append((trained.folder, *sigmas))
         if args.neighbors:
-            draw_neighbors(args.neighbors, data, h)
+            draw_neighbors(args.neighbors, data, trained.h)
         if args.views:
             draw_views(args.views, data)
     if args.plot:

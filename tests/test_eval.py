@@ -1,16 +1,19 @@
 """eval.py: the probe is the stated protocol, every image counts, nothing moves the network, bad input is one line."""
 
+import ast
 import importlib
 import json
+import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
 from PIL import Image
 
-from conftest import SMALL, SMALL_OF, is_one_line_error, make_folder, run_here
+from conftest import ROOT, SMALL, SMALL_OF, is_one_line_error, make_folder, run_here
 
 import common
 
@@ -159,10 +162,94 @@ def test_other_methods_are_rebuilt(method, small_folder, tmp_path):
 
 
 def test_embeddings_that_cannot_be_whitened_are_said_so():
-    args = common.argparse.Namespace(method="cw_rgp", w_size=16, groups=2, eps=0.0)
-    run = common.argparse.Namespace(args=args, module=importlib.import_module("cw_rgp"))
+    args = SimpleNamespace(method="cw_rgp", w_size=16, groups=2, eps=0.0)
+    run = SimpleNamespace(args=args, module=importlib.import_module("cw_rgp"), experiment=None)
     with pytest.raises(common.UserError, match="too few dimensions"):
         evaluation.whitened(run, [torch.ones(64, 64)] * 2, seed=0)
+
+
+# ------------------------------------------------------------------------------
+# Experiments: runs whose model was built by an object of tests/experiments.py
+# ------------------------------------------------------------------------------
+
+
+def as_experiment(trained, path, name):
+    """The run's checkpoint as if an experiment had made it."""
+    flags = torch.load(trained / "last.pt", weights_only=True)["args"]
+    changed(trained, path, args={**flags, "experiment": name})
+    return path
+
+
+@pytest.mark.parametrize("file", ["there", "missing"])
+def test_an_unknown_experiment_has_its_backbone_measured(trained, tmp_path, monkeypatch, file):
+    """H as of the plain run, since the backbone is the same; for Z and whitened Z, one line says why not."""
+    if file == "missing":
+        monkeypatch.setitem(sys.modules, "experiments", None)
+    path = as_experiment(trained, tmp_path / "last.pt", "no-such-experiment")
+    _, (plain,) = evaluate(tmp_path, trained)
+    result, (report,) = evaluate(tmp_path, path, "--neighbors", tmp_path / "n.png", "--views", tmp_path / "v.png")
+    assert report["features"] == {name: plain["features"][name] for name in ("H", "raw", "untrained")}
+    assert report["method"] == "cw_rgp/no-such-experiment" and len(report["left_out"]) == 1
+    (reason,) = (line for line in result.out.splitlines() if "left out" in line)
+    assert "Z and whitened Z left out" in reason and "experiments.py" in reason and "cw_rgp/no-such-experiment" in reason
+
+
+def test_the_plot_of_an_unknown_experiment_has_no_z(trained, tmp_path):
+    pytest.importorskip("matplotlib", reason="the plot is the one thing that needs it")
+    path = as_experiment(trained, tmp_path / "last.pt", "no-such-experiment")
+    evaluate(tmp_path, path, "--features", "Z,W", "--plot", tmp_path / "p.png")
+    assert sheet_size(tmp_path / "p.png") == (1400, 800)
+
+
+def test_a_backbone_that_does_not_fit_is_one_line(trained, tmp_path):
+    checkpoint = torch.load(trained / "last.pt", weights_only=True)
+    weights = {name: w for name, w in checkpoint["model"].items() if "running_var" not in name}
+    changed(trained, tmp_path / "last.pt", model=weights, args={**checkpoint["args"], "experiment": "no-such-experiment"})
+    result = run_here("eval", [*QUICK, tmp_path / "last.pt"])
+    assert is_one_line_error(result) and "does not fit" in result.err
+
+
+def test_an_experiment_builds_its_model_and_whitens(trained, tmp_path, monkeypatch):
+    """`build` and, where there is one, `whiten` come from the object that `find` gives; without `whiten`, the method whitens."""
+    import cw_rgp
+
+    asked, built = [], []
+    experiment = SimpleNamespace(build=lambda args: built.append(args.experiment) or cw_rgp.build(args))
+    monkeypatch.setitem(sys.modules, "experiments", SimpleNamespace(find=lambda name: asked.append(name) or experiment))
+    path = as_experiment(trained, tmp_path / "last.pt", "other-whitening")
+    _, (plain,) = evaluate(tmp_path, trained)
+    assert asked == []  # a plain run does not ask
+    _, (report,) = evaluate(tmp_path, path)
+    assert asked == ["cw_rgp/other-whitening"] and set(built) == {"other-whitening"}
+    assert report["features"] == plain["features"]
+    experiment.whiten = lambda args, z: z * args.w_size
+    _, (report,) = evaluate(tmp_path, path)
+    found = report["features"]
+    assert found["W"]["collapse"]["rankme"] == pytest.approx(found["Z"]["collapse"]["rankme"])
+    assert found["W"]["collapse"]["entropy"] > found["Z"]["collapse"]["entropy"]
+
+
+def test_a_real_experiment_is_rebuilt(small_folder, tmp_path):
+    if not (ROOT / "tests" / "experiments.py").exists():
+        pytest.skip("tests/experiments.py is not there yet")
+    import experiments
+    import simsiam
+
+    name = "simsiam/softmax-similarity"
+    args = simsiam.parse_args([*SMALL, *SMALL_OF["simsiam"], "--epochs", "1", "--dataset", "folder",
+                               "--data-dir", str(small_folder), "--out", str(tmp_path / "run")])
+    args.experiment = "softmax-similarity"
+    simsiam.train(args, build=experiments.find(name).build)
+    _, (report,) = evaluate(tmp_path, tmp_path / "run")
+    found = report["features"]
+    assert report["method"] == name and [found[kind]["dim"] for kind in ("H", "Z")] == [1024, 32]
+    checkpoint = common.load_checkpoint(str(tmp_path / "run" / "last.pt"))
+    args = SimpleNamespace(**checkpoint["args"])
+    model = experiments.find(name).build(args)
+    model.load_state_dict(checkpoint["model"])
+    data = common.load_data(args, torch.device("cpu"))
+    z = common.project(model.projector, common.extract(model.backbone, data, data.test))
+    assert found["Z"]["collapse"]["rankme"] == pytest.approx(common.collapse_metrics(z)["rankme"], rel=1e-3)
 
 
 # ------------------------------------------------------------------------------
@@ -183,11 +270,11 @@ def test_checksum_sees_parameters_and_buffers():
 def test_features_taken_in_train_mode_end_in_an_error(trained, monkeypatch):
     extract = common.extract
 
-    def careless(network, data, images, *more):
+    def careless(network, data, images, **settings):
         network.train()
         for x in data.eval_views(images, torch.arange(8), 8):
             network(x)
-        return extract(network, data, images, *more)
+        return extract(network, data, images, **settings)
 
     monkeypatch.setattr(common, "extract", careless)
     with pytest.raises(RuntimeError, match="changed"):
@@ -205,7 +292,7 @@ def test_report(trained, small_folder, tmp_path):
     found = report["features"]
     assert [found[name]["dim"] for name in ("H", "Z", "W", "raw", "untrained")] == [1024, 64, 64, 3072, 1024]
     assert report["training_images"] == 64 and report["test_images"] == 24
-    for words in ("majority of the 5 nearest", "exp(cos / 0.1)", "lr 1e-2 -> 1e-6", "stable_rank_sq", "network unchanged",
+    for words in ("majority vote among the 5 nearest", "exp(cos / 0.1)", "lr 1e-2 -> 1e-6", "stable_rank_sq", "network unchanged",
                   "untrained H", "raw pixels"):
         assert words in result.out
     assert all(0 <= figures[name] <= 1 for figures in found.values() for name in ("5-NN", "200-NN", "linear"))
@@ -213,7 +300,7 @@ def test_report(trained, small_folder, tmp_path):
 
     import cw_rgp
     checkpoint = common.load_checkpoint(str(trained / "last.pt"))
-    args = common.argparse.Namespace(**checkpoint["args"])
+    args = SimpleNamespace(**checkpoint["args"])
     data = common.load_data(args, torch.device("cpu"))
     model = cw_rgp.build(args)
     model.load_state_dict(checkpoint["model"])
@@ -390,3 +477,20 @@ def test_a_malicious_pickle_is_not_executed(tmp_path):
     torch.save({"format": common.CHECKPOINT_FORMAT, "args": Payload(str(tmp_path / "executed"))}, tmp_path / "last.pt")
     assert is_one_line_error(run_here("eval", [tmp_path / "last.pt"]))
     assert not (tmp_path / "executed").exists()
+
+
+# ------------------------------------------------------------------------------
+# The file
+# ------------------------------------------------------------------------------
+
+
+def test_the_file_fits_on_a_screen():
+    """At most 100 columns, no function above 50 lines, and contents that name the sections in their order."""
+    text = (ROOT / "eval.py").read_text()
+    assert max(map(len, text.splitlines())) <= 100
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 50
+    contents = re.findall(r"^    (\d)  ([a-z ]+?)  ", evaluation.__doc__, re.MULTILINE)
+    sections = re.findall(r"^# (\d)\. ([A-Za-z ]+)", text, re.MULTILINE)
+    assert [number for number, _ in contents] == [number for number, _ in sections] == list("123456")
+    assert all(name in title.lower() for (_, name), (_, title) in zip(contents, sections))
