@@ -184,8 +184,8 @@ class NoShuffle(moco.MoCo):
 
 add(
     "moco/no-shuffle",
-    sentence="The keys keep the order of the queries, so a query and its key share batch statistics.",
-    source="He et al., arXiv 1911.05722, section 3.3; about -4 points in the authors' CIFAR-10 demo",
+    sentence="The keys keep the order of the queries, so that the two share batch statistics.",
+    source="He et al., arXiv 1911.05722, section 3.3; 4 points worse in the authors' demo",
     model=NoShuffle,
 )
 
@@ -287,8 +287,8 @@ add(
     "byol/group-norm",
     sentence="Group norm in the heads, which then use no batch statistics; collapsed on `patterns` "
     "in both of two runs (std 0.01).",
-    source="Richemond et al., arXiv 2010.10241: in the backbone too, with standardised weights, and "
-    "without collapse",
+    source="Richemond et al., arXiv 2010.10241: in the backbone too, with standardised weights; no "
+    "collapse",
     model=GroupNorm,
     beside={group_norm: None},
     Args=GroupNormArgs,
@@ -527,7 +527,7 @@ class OneWay(wmse.WMSE):
 
 add(
     "wmse/one-way",
-    sentence="The second view of a pair is a fixed target, which halves the gradient's expectation.",
+    sentence="The second view of a pair is a fixed target, which halves the expected gradient.",
     source="Weng et al., arXiv 2210.03586, L1' of Eq. 6",
     model=OneWay,
 )
