@@ -356,7 +356,7 @@ def vicreg_case(*weights, s=2):
 
 
 def one_way_case(kind="cholesky", w=9, rounds=1, s=2, eps=0.0):
-    n = 9 if w == 9 else 2 * w
+    n, d = (9, 3) if w == 9 else (2 * w, 2)
 
     def book(m, live, frozen):
         g, losses = generator(1), []
@@ -366,7 +366,7 @@ def one_way_case(kind="cholesky", w=9, rounds=1, s=2, eps=0.0):
             losses.append(ref.wmse([live[i], frozen[j]], partition, kind, eps))
         return sum(losses) / len(losses)
     flags = dict(whitening=kind, w_size=w, w_iter=rounds, eps=eps, batch_size=n)
-    return Case("wmse/one-way", book, embeddings(n, 3, s), bare=True, **flags)
+    return Case("wmse/one-way", book, embeddings(n, d, s), bare=True, **flags)
 
 
 def cw_case(name, mode, groups=2, n=3, w=3, d=12, s=2, rounds=1, eps=0.0):
@@ -441,3 +441,604 @@ def test_gradient_is_the_references_numeric_gradient(name):
     assert max(np.abs(want).max() for want in wanted) > 1e-4
     for got, want in zip(ours, wanted, strict=True):
         assert close(got, want, 2e-8)
+
+
+WITHOUT_FROZEN_PARTS = [name for name in CASES if name.startswith((
+    "barlow/l2", "vicreg/paper-scaling", "cw_rgp/shared", "cw_rgp/fixed"))]
+
+
+@pytest.mark.parametrize("name", WITHOUT_FROZEN_PARTS)
+def test_gradcheck(name):
+    case = CASES[name]
+    assert torch.autograd.gradcheck(case.ours, leaves(*case.arrays), atol=1e-7, rtol=1e-6)
+
+
+@PER_CASE
+def test_float32_is_close_to_float64(name):
+    case = CASES[name]
+    inputs = leaves(*case.arrays, dtype=torch.float32)
+    loss = case.ours(*inputs)
+    assert loss.dtype == torch.float32 and loss.dim() == 0
+    assert close(loss, case.book(case.arrays, case.arrays), 2e-5)
+    exact = value_and_gradients(case.ours, case.arrays)[1]
+    for got, want in zip(torch.autograd.grad(loss, inputs, allow_unused=True), exact):
+        assert got is None or got.dtype == torch.float32
+        assert close(np.zeros_like(want) if got is None else got, want, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@BARE
+def test_half_precision_embeddings_give_the_loss_of_the_same_numbers_in_float32(name, dtype):
+    case = CASES[name]
+    half = leaves(*case.arrays, dtype=dtype)
+    loss = case.ours(*half)
+    assert loss.dtype == torch.float32
+    assert close(loss, case.ours(*[h.detach().float() for h in half]).item(), 1e-6)
+    for gradient in torch.autograd.grad(loss, half, allow_unused=True):
+        assert gradient is None or (gradient.dtype == dtype and gradient.isfinite().all())
+
+
+@PER_CASE
+def test_loss_leaves_its_inputs_alone(name):
+    case = CASES[name]
+    inputs = tensors(*case.arrays)
+    case.ours(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, tensors(*case.arrays)))
+
+
+def test_every_experiment_has_a_case():
+    assert {name.split(",")[0] for name in CASES} == set(NAMES)
+
+
+# ---------------------------------------------------------------------- invariances
+def unchanged(name, change, tolerance=1e-9):
+    case = CASES[name]
+    changed = case.ours(*tensors(*[change(a) for a in case.arrays])).item()
+    return close(changed, case.ours(*tensors(*case.arrays)).item(), tolerance)
+
+
+@pytest.mark.parametrize("name", ["simclr/stop-gradient", "barlow/l2"])
+def test_scale_of_each_row_is_void_and_the_gradient_orthogonal_to_it(name):
+    assert unchanged(name, lambda a: a * np.exp(randn(len(a), 1)))
+    case = CASES[name]
+    for z, g in zip(case.arrays, value_and_gradients(case.ours, case.arrays)[1]):
+        assert np.abs((z * g).sum(1)).max() < 1e-12 < np.abs(g).max()
+
+
+@pytest.mark.parametrize("name", ["simclr/stop-gradient", "simsiam/softmax-similarity", "barlow/l2",
+                                  "vicreg/paper-scaling"])
+def test_order_of_the_images_is_void_but_pairs_stay_together(name):
+    case, order = CASES[name], np.roll(np.arange(len(CASES[name].arrays[0])), 1)
+    assert unchanged(name, lambda a: a[order])
+    other = case.ours(*tensors(case.arrays[0][order], *case.arrays[1:])).item()
+    assert not close(other, case.ours(*tensors(*case.arrays)).item(), 1e-3)
+
+
+@pytest.mark.parametrize("name", ["cw_rgp/fixed-permutation", "cw_rgp/shared-permutation"])
+def test_cw_rgp_shift_of_each_sample_is_void(name):
+    """Each sample is centred over its channels: gradient rows sum to zero."""
+    assert unchanged(name, lambda a: a + randn(len(a), 1))
+    assert not unchanged(name, lambda a: a + randn(1, a.shape[1]), 1e-3)
+    case = CASES[name]
+    gradients = value_and_gradients(case.ours, case.arrays)[1]
+    assert all(np.abs(g.sum(1)).max() < 1e-11 for g in gradients)
+
+
+# ---------------------------------------------------------------------- by hand, closed forms
+def bare(name, *views, **flags):
+    """The loss of an experiment whose H and Z are the views themselves."""
+    model = make(name, nn.Identity, features=views[0].shape[1], batch_size=len(views[0]),
+                 proj_dim=views[0].shape[1], **flags)
+    model.projector = nn.Identity()
+    return model(list(views))
+
+
+def test_softmax_similarity_by_hand():
+    p, z = tensors([[0.0, math.log(3)]], [[5.0, 5.0]])
+    similarity = experiments.softmax_similarity
+    assert close(similarity(p, z), -(math.log(0.25) + math.log(0.75)) / 2, 1e-12)
+    assert close(similarity(z, p), math.log(2), 1e-12)
+
+
+def test_softmax_similarity_is_the_book_and_leaves_the_stop_gradient_to_the_caller():
+    arrays = embeddings(5, 4)
+    value, gradients = value_and_gradients(experiments.softmax_similarity, arrays)
+    assert close(value, softmax_book(*arrays), 1e-11)
+    for got, want in zip(gradients, ref.numeric_gradient(softmax_book, arrays)):
+        assert np.abs(got).max() > 1e-3 and close(got, want, 2e-8)
+    assert torch.autograd.gradcheck(experiments.softmax_similarity, leaves(*arrays))
+
+
+def test_barlow_l2_by_hand():
+    z = tensors([[1.0, 1], [-1, 1], [1, -1], [-1, -1]])[0]  # rows of length sqrt(2) already
+    assert close(experiments.l2_loss(5 * z, z[:, [1, 0]], 0.3), 2 + 0.3 * 2, 1e-12)
+    assert close(bare("barlow/l2", 5 * z, z[:, [1, 0]], lambd=0.3), 2 + 0.3 * 2, 1e-12)
+
+
+def test_vicreg_paper_scaling_by_hand():
+    def loss(a, b, inv, var, cov):
+        return bare("vicreg/paper-scaling", a, b, inv=inv, var=var, cov=cov)
+    z, constant = tensors([[0.0, 0], [2, 2]], np.ones((4, 3)))
+    assert close(loss(z, z + 3, 1, 0, 0), 18, 1e-12)  # 2 channels of 9
+    assert close(loss(constant, constant, 0, 1, 0), 1.98, 1e-12)  # twice 1 - sqrt(1e-4)
+    assert close(loss(z, z, 0, 0, 5), 5 * 2 * 4, 1e-12)  # all four covariances are 2
+
+
+def test_simclr_stop_gradient_closed_form():
+    """papers.md 5.6: the bracket of being others' target is gone, and the value is the same."""
+    z1, z2 = embeddings(5, 4)
+    value, got = value_and_gradients(lambda a, b: experiments.anchor_loss(a, b, 0.3), [z1, z2])
+    want = ref.simclr_gradient(unit(z1), unit(z2), 0.3, "own")
+    for g, z, w in zip(got, (z1, z2), want):
+        assert close(g, ref.through_unit_rows(z, w), 1e-12)
+    plain = simclr.nt_xent_loss(*tensors(z1, z2), 0.3).item()
+    assert value == plain and close(value, ref.nt_xent([z1, z2], 0.3), 1e-12)
+
+
+def test_barlow_l2_closed_form():
+    z1, z2 = embeddings(6, 4)
+    got = value_and_gradients(lambda a, b: experiments.l2_loss(a, b, 0.2), [z1, z2])[1][0]
+    free = ref.barlow_gradient(rows_of_length_root_d(z1), rows_of_length_root_d(z2), 0.2)
+    assert close(got, 2 * ref.through_unit_rows(z1, free), 1e-12)  # 2 = sqrt(d)
+
+
+def unigrad_gradient(z1, z2, lambd):
+    """UniGrad's Barlow form of unit rows: -z2 + lambda / N sum_b (z2_n.z2_b) z1_b, A dropped."""
+    q, k = unit(z1), unit(z2)
+    return ref.through_unit_rows(z1, (-k + lambd * (k @ k.T / len(q)) @ q) / len(q))
+
+
+def test_barlow_l2_is_unigrads_only_loosely():
+    """Another objective: nearer to UniGrad's form with lambda = 50 / d, but not the same."""
+    z1, z2 = embeddings(64, 32)
+    book = unigrad_gradient(z1, z2, 50)
+
+    def likeness(lambd):
+        g = value_and_gradients(lambda a, b: experiments.l2_loss(a, b, lambd), [z1, z2])[1][0]
+        return (g * book).sum() / math.sqrt((g**2).sum() * (book**2).sum())
+    assert likeness(0.0051) < likeness(50 / 32) < 0.999
+
+
+# ---------------------------------------------------------------------- W-MSE, one way
+@pytest.mark.parametrize("kind", ["cholesky", "zca", "bn"])
+def test_two_way_loss_is_two_one_way_losses(kind):
+    """A6: grad L = grad L' with L' = L1' + L2', whose value is 2 L."""
+    views = embeddings(8, 2)
+    sizes = dict(batch_size=8, proj_dim=2, w_size=4, w_iter=2, whitening=kind)
+    model = make("wmse/one-way", nn.Identity, features=2, **sizes)
+    model.projector = nn.Identity()
+
+    def loss(forward):
+        def seeded(a, b):
+            torch.manual_seed(3)
+            return forward([a, b])
+        return seeded
+    value, gradients = value_and_gradients(loss(lambda z: wmse.WMSE.forward(model, z)), views)
+    first, (g1, zero1) = value_and_gradients(loss(model), views)
+    second, (g2, zero2) = value_and_gradients(loss(model), views[::-1])
+    assert close(first, value, 1e-12) and close(second, value, 1e-12)  # so L' = 2 L
+    assert np.abs(zero1).max() == np.abs(zero2).max() == 0
+    assert min(np.abs(g1).max(), np.abs(g2).max()) > 0
+    assert close(g1, gradients[0], 1e-12) and close(g2, gradients[1], 1e-12)
+
+
+def test_one_way_targets_are_the_later_views():
+    views, slices = embeddings(9, 3, 3), [[np.arange(9)]]
+    got = value_and_gradients(lambda *v: bare("wmse/one-way", *v, w_size=9), views)[1]
+    for i, others in {0: (1, 2), 1: (2,)}.items():
+        def book(a):
+            return sum(ref.wmse([a, views[j]], slices) for j in others) / 3
+        assert close(got[i], ref.numeric_gradient(book, [views[i]])[0], 1e-8)
+    assert np.abs(got[2]).max() == 0
+
+
+# ---------------------------------------------------------------------- CW-RGP
+CW_LOSS = {"per-view": cw_rgp.cw_rgp_loss, "shared": experiments.shared_loss,
+           "fixed": experiments.fixed_loss, "detached": experiments.detached_loss}
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+def test_detached_whitening_has_the_value_but_not_the_gradient_of_the_matrix(eps):
+    z, weights = embeddings(3, 12)[0], randn(3, 12, seed=3)
+    x = z - z.mean(1, keepdims=True)
+    phi = ref.inverse_root((1 - eps) * x @ x.T / 11 + eps * np.eye(3))
+
+    def weighted(a):
+        return (experiments.detached_whiten(a, 1, None, eps) * torch.tensor(weights)).sum()
+    want = phi @ weights
+    got = value_and_gradients(weighted, [z])[1][0]
+    assert close(got, want - want.mean(1, keepdims=True), 1e-12)
+    value = experiments.detached_whiten(torch.tensor(z), 1, None, eps)
+    assert torch.equal(value, cw_rgp.channel_whiten(torch.tensor(z), 1, None, eps))
+
+
+def test_detached_loss_has_the_methods_value_and_another_gradient():
+    def loss(name):
+        return lambda a, b: CW_LOSS[name]([a, b], 2, 2, 1, 0, generator(1))
+    views = embeddings(4, 8)
+    plain, detached = (value_and_gradients(loss(name), views) for name in ("per-view", "detached"))
+    assert plain[0] == detached[0] and not close(plain[1][0], detached[1][0], 1e-3)
+
+
+def test_shared_and_fixed_groups_have_no_floor():
+    """Groups of their own leave identical views apart; shared or fixed groups do not."""
+    z = torch.tensor(embeddings(6, 16)[0])
+
+    def loss(name):
+        return CW_LOSS[name]([z, z.clone()], 2, 3, 2, 0, generator(2)).item()
+    assert loss("per-view") > 0.02 and loss("detached") > 0.02
+    assert max(abs(loss("shared")), abs(loss("fixed"))) < 1e-12
+
+
+def test_groups_are_drawn_as_the_names_say():
+    views = tensors(*embeddings(4, 16))
+
+    def draw(name, seed):
+        return round(CW_LOSS[name](views, 2, 4, 1, 0, generator(seed)).item(), 10)
+    counts = {name: len({draw(name, seed) for seed in range(12)}) for name in CW_LOSS}
+    assert counts == {"fixed": 1, "shared": 12, "per-view": 12, "detached": 12}  # one slice
+
+
+@pytest.mark.parametrize("name", CW_LOSS)
+def test_one_embedding_for_all_images_is_not_a_number(name):
+    one = torch.tensor(randn(1, 64), dtype=torch.float32).repeat(16, 1)
+    assert not CW_LOSS[name]([one, one], 2, 16).isfinite()
+    assert CW_LOSS[name]([one, one], 2, 16, eps=0.1).isfinite()
+
+
+@pytest.mark.parametrize("name", CW_LOSS)
+def test_wrong_sizes_are_named(name):
+    views = tensors(*embeddings(10, 8))
+    with pytest.raises(ValueError, match="w_size"):
+        CW_LOSS[name](views, 1, 4)
+    with pytest.raises(ValueError, match="groups"):
+        CW_LOSS[name](views, 3, 5)
+    with pytest.raises(ValueError, match="10 samples"):
+        CW_LOSS[name](views, 2, 10)
+
+
+# ---------------------------------------------------------------------- DirectPred's matrix
+@pytest.mark.parametrize("eps", [0.1, 0.3])
+def test_direct_predictor_shares_the_eigenvectors_of_the_correlation(eps):
+    correlation = symmetric([4, 2, 1, 0.25])
+    w = experiments.direct_predictor(torch.tensor(correlation), eps).numpy()
+    assert close(w, w.T, 1e-12) and close(w @ correlation, correlation @ w, 1e-12)
+    assert close(np.linalg.eigvalsh(w), np.sqrt([0.0625, 0.25, 0.5, 1]) + eps, 1e-12)
+    root = symmetric(np.sqrt([1, 0.5, 0.25, 0.0625]))
+    assert close(w.T @ w, correlation / 4 + 2 * eps * root + eps**2 * np.eye(4), 1e-12)
+    larger = experiments.direct_predictor(torch.tensor(1e6 * correlation), eps)
+    assert close(larger, w, 1e-12)
+
+
+def test_direct_predictor_survives_rank_deficiency_and_zero():
+    assert close(experiments.direct_predictor(torch.zeros(3, 3)), 0.1 * np.eye(3), 1e-6)
+    one = torch.ones(3, 3)  # rank 1; the other eigenvalues may come out as -1e-8
+    assert close(experiments.direct_predictor(one) @ torch.ones(3), 1.1 * np.ones(3), 1e-4)
+
+
+# ---------------------------------------------------------------------- models
+def agrees(model, views, by_hand, tolerance=1e-9):
+    """model(views) and by_hand(its copy): the same loss, parameter gradients and buffers."""
+    hand = copy.deepcopy(model)
+    torch.manual_seed(3)
+    expected = by_hand(hand)
+    expected.backward()
+    torch.manual_seed(3)
+    loss = model(views)
+    loss.backward()
+    assert close(loss, expected.item(), tolerance)
+    for (name, a), b in zip(model.named_parameters(), hand.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        assert a.grad is None or close(a.grad, b.grad, tolerance), name
+    for (name, a), b in zip(model.named_buffers(), hand.buffers(), strict=True):
+        assert close(a, b, tolerance), name
+
+
+def separately(model, views):
+    return [model.projector(model.backbone(x)) for x in views]
+
+
+def jointly(model, views):
+    return model.projector(torch.cat([model.backbone(x) for x in views])).chunk(len(views))
+
+
+VIEWS = pytest.mark.parametrize("s", [2, 4])
+
+
+@VIEWS
+def test_simclr_stop_gradient_model(s):
+    views = images(8, s)
+    agrees(make("simclr/stop-gradient", temperature=0.2), views, lambda m: mean_over_pairs(
+        lambda a, b: experiments.anchor_loss(a, b, 0.2), jointly(m, views)))
+
+
+@VIEWS
+def test_barlow_l2_model(s):
+    views = images(8, s)
+    agrees(make("barlow/l2", lambd=0.1), views, lambda m: mean_over_pairs(
+        lambda a, b: experiments.l2_loss(a, b, 0.1), separately(m, views)))
+
+
+@VIEWS
+def test_vicreg_paper_scaling_model(s):
+    views = images(8, s)
+
+    def loss(a, b):  # d = 4
+        return vicreg.vicreg_loss(a, b, 12.0, 10.0, 7.0)
+    model = make("vicreg/paper-scaling", inv=3.0, var=5.0, cov=7.0)
+    agrees(model, views, lambda m: mean_over_pairs(loss, separately(m, views)))
+
+
+@VIEWS
+def test_wmse_one_way_model(s):
+    views = images(16, s)
+
+    def loss(a, b):
+        return wmse.wmse_loss([a, b.detach()], 8)
+    agrees(make("wmse/one-way"), views, lambda m: mean_over_pairs(loss, jointly(m, views)))
+
+
+@VIEWS
+@pytest.mark.parametrize("name,flags", [
+    ("shared", dict(w_iter=2)), ("fixed", dict(eps=0.1)), ("detached", dict())])
+def test_cw_rgp_model(s, name, flags):
+    views = images(8, s)
+    full = next(n for n in NAMES if n.startswith(f"cw_rgp/{name}"))
+    sizes = dict(groups=2, w_size=4, w_iter=1)
+    agrees(make(full, batch_size=8, **flags), views,
+           lambda m: CW_LOSS[name](jointly(m, views), **{**sizes, **flags}))
+
+
+def simsiam_by_hand(views, loss=simsiam.negative_cosine, both=True, stop=True):
+    def by_hand(m):
+        z = separately(m, views)
+        p = [m.predictor(v) for v in z]
+        target = [v.detach() for v in z] if stop else z
+        one = [loss(p[i], target[j]) for i, j in pairs_of(z)]
+        other = [loss(p[j], target[i]) for i, j in pairs_of(z)]
+        return sum((a + b) / 2 if both else a for a, b in zip(one, other)) / len(one)
+    return by_hand
+
+
+SOFTMAX = dict(loss=experiments.softmax_similarity)
+
+
+@VIEWS
+@pytest.mark.parametrize("name,flags,hand", [
+    ("asymmetric", dict(), dict(both=False)),
+    ("asymmetric", dict(no_stop_gradient=True), dict(both=False, stop=False)),
+    ("softmax-similarity", dict(), SOFTMAX),
+    ("softmax-similarity", dict(no_stop_gradient=True), dict(stop=False, **SOFTMAX)),
+    ("softmax-similarity", dict(predictor="none"), SOFTMAX),
+    ("fixed-predictor", dict(), dict()),
+    ("decayed-predictor-lr", dict(), dict()),
+    ("head-norm-none", dict(), dict()),
+    ("head-norm-none", dict(predictor="none"), dict()),
+    ("head-norm-hidden", dict(), dict()),
+    ("head-norm-all", dict(), dict()),
+    ("head-norm-all", dict(predictor="none"), dict())], ids=str)
+def test_simsiam_model(s, name, flags, hand):
+    views = images(8, s)
+    model = make(f"simsiam/{name}", **flags)
+    assert isinstance(model.predictor, nn.Identity) == (flags.get("predictor") == "none")
+    agrees(model, views, simsiam_by_hand(views, **hand))
+
+
+def head_structure(layers):
+    """"L": linear without bias, "Lb": with bias, "N": norm, "Na": affine norm, "R": ReLU."""
+    names = {nn.ReLU: "R", nn.Identity: ""}
+    words = []
+    for m in layers:
+        word = names.get(type(m))
+        if isinstance(m, nn.Linear):
+            word = "L" if m.bias is None else "Lb"
+        if isinstance(m, nn.BatchNorm1d):
+            word = "Na" if m.affine else "N"
+        words.append(word)
+    return " ".join(filter(None, words))
+
+
+@pytest.mark.parametrize("name,projector,predictor", [
+    ("head-norm-none", "Lb R Lb", "Lb R Lb"), ("head-norm-hidden", "L Na R Lb", "L Na R Lb"),
+    ("asymmetric", "L Na R L N", "L Na R Lb"), ("head-norm-all", "L Na R L N", "L Na R L Na")])
+def test_simsiam_norms_of_the_heads(name, projector, predictor):
+    model = make(f"simsiam/{name}")
+    assert head_structure(model.projector) == projector
+    assert head_structure(model.predictor) == predictor
+    linear = [m for m in [*model.projector, *model.predictor] if isinstance(m, nn.Linear)]
+    widths = [(m.in_features, m.out_features) for m in linear]
+    assert widths == [(6, 16), (16, 4), (4, 5), (5, 4)]
+
+
+def test_simsiam_fixed_predictor_does_not_train():
+    model = make("simsiam/fixed-predictor")
+    predictor = list(model.predictor.parameters())
+    assert predictor and not any(p.requires_grad for p in predictor)
+    assert all(p.requires_grad for p in online(model))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("simsiam/")])
+def test_simsiam_predictor_rate(name):
+    model = make(name)
+    args = SimpleNamespace(lr=0.1, lr_bias=0.1, weight_decay=0.0, optimizer="sgd")
+    groups = common.build_optimizer(model, args).param_groups
+    constant = {id(p) for group in groups if group["constant"] for p in group["params"]}
+    decays = name.endswith(("fixed-predictor", "decayed-predictor-lr"))
+    assert constant == (set() if decays else {id(p) for p in model.predictor.parameters()})
+
+
+def byol_by_hand(views, predict=None):
+    def by_hand(m):
+        z = separately(m, views)
+        p = predict(m, z) if predict else [m.predictor(v) for v in z]
+        with torch.no_grad():
+            target = [m.target_projector(m.target_backbone(x)) for x in views]
+        losses = [byol.byol_loss(p[i], target[j]) + byol.byol_loss(p[j], target[i])
+                  for i, j in pairs_of(z)]
+        return sum(losses) / len(losses)
+    return by_hand
+
+
+@VIEWS
+@pytest.mark.parametrize("name,flags", [
+    ("linear-predictor", dict()), ("linear-predictor", dict(predictor="none")),
+    ("group-norm", dict()), ("group-norm", dict(predictor="none"))], ids=str)
+def test_byol_model(s, name, flags):
+    views = images(8, s)
+    model = make(f"byol/{name}", **flags)
+    agrees(model, views, byol_by_hand(views))
+    assert all(p.grad is None and not p.requires_grad for p in targets(model))
+
+
+@VIEWS
+def test_byol_direct_predictor_model(s):
+    """F starts at I and takes in all views of the step at once; W is constant for the gradient."""
+    views = images(8, s)
+
+    def predict(m, z):
+        second = sum(v.detach().T @ v.detach() / 8 for v in z) / len(z)
+        m.correlation.copy_(0.3 * m.correlation + 0.7 * second)
+        return [v @ experiments.direct_predictor(m.correlation) for v in z]
+    model = make("byol/direct-predictor")
+    assert close(model.correlation, np.eye(4), 0) and not list(model.predictor.parameters())
+    agrees(model, views, byol_by_hand(views, predict))
+    assert "correlation" in model.state_dict()
+    assert "correlation" not in make("byol/linear-predictor").state_dict()
+
+
+def test_byol_direct_predictor_correlates_in_float32():
+    """Not rounded to bf16's three digits, even if the embeddings are bf16."""
+    model = make("byol/direct-predictor", dtype=torch.float32)
+    z = torch.tensor(randn(32, 4)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        model.predict([z, z])
+    exact = 0.3 * torch.eye(4) + 0.7 * z.float().T @ z.float() / 32
+    assert close(model.correlation, exact, 1e-6)
+
+
+@pytest.mark.parametrize("name,structure", [("linear-predictor", "L"), ("direct-predictor", "")])
+def test_byol_predictors(name, structure):
+    model = make(f"byol/{name}")
+    assert head_structure(model.predictor.modules()) == structure
+    assert head_structure(model.projector) == "L Na R L"
+
+
+def test_byol_direct_predictor_refuses_to_be_removed():
+    with pytest.raises(common.UserError, match="--predictor none"):
+        make("byol/direct-predictor", predictor="none")
+
+
+def test_byol_group_norm_heads_see_no_batch():
+    model = make("byol/group-norm", lambda: nn.Sequential(nn.Flatten(), nn.Linear(48, 6)))
+    assert not [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
+    heads = model.projector, model.predictor, model.target_projector
+    assert all(isinstance(h[1], nn.GroupNorm) and h[1].num_groups == 16 for h in heads)
+    views = images(6)
+    one_by_one = [model([v[i:i + 1] for v in views]).item() for i in range(6)]
+    assert close(model(views), np.mean(one_by_one), 1e-12)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("byol/")])
+def test_byol_target_starts_as_a_copy_and_follows(name):
+    experiment = experiments.find(name)
+    sizes = {**SIZES, "momentum": 0.7, **OWN_SIZES.get(name, {})}
+    model = experiment.model(backbone(), 6, experiment.Args(**sizes)).double()
+    pairs = list(zip(online(model), targets(model), strict=True))
+    assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in pairs)
+    before = [b.clone() for _, b in pairs]
+    with torch.no_grad():
+        for a, _ in pairs:
+            a.add_(1.0)
+    model.update_target(0.4)
+    tau = ref.byol_momentum(0.7, 0.4)
+    for old, (theta, new) in zip(before, pairs):
+        assert close(new, (tau * old + (1 - tau) * theta).detach(), 1e-12)
+
+
+@pytest.mark.parametrize("s", [2, 4])
+def test_moco_symmetric_model(s):
+    """Query forward, moving average, keys, logits with the old queue, then the keys join it."""
+    views = images(4, s)
+
+    def by_hand(m):
+        q = separately(m, views)
+        with torch.no_grad():
+            for k, p in zip(targets(m), online(m), strict=True):
+                k.copy_(0.6 * k + 0.4 * p)
+            keys = [m.target_projector(m.target_backbone(x)) for x in views]
+            keys = [F.normalize(k, dim=1) for k in keys]
+        queue = m.queue.clone()
+        both = itertools.permutations(range(s), 2)
+        loss = sum(moco.info_nce_loss(q[i], keys[j], queue, 0.2) for i, j in both)
+        m.queue.copy_(torch.cat([queue, *keys])[4 * s:])
+        return loss / len(pairs_of(views))
+    model = make("moco/symmetric")
+    agrees(model, views, by_hand)
+    assert all(p.grad is None and not p.requires_grad for p in targets(model))
+    assert not model.queue.requires_grad
+
+
+def test_moco_symmetric_is_the_sum_of_both_directions():
+    views, both = images(4), make("moco/symmetric")
+    torch.manual_seed(1)
+    forth = moco.MoCo(backbone(), 6, both.args).double().train()
+    forth.load_state_dict(both.state_dict())
+    back = copy.deepcopy(forth)
+    total = forth(views).item() + back(views[::-1]).item()
+    assert close(both(views), total, 1e-9)
+    assert close(both.queue[-8:], torch.cat([back.queue[-4:], forth.queue[-4:]]), 1e-9)
+
+
+@pytest.mark.parametrize("splits,changes", [(1, False), (2, True)])
+def test_moco_shuffling_returns_the_keys_in_order(splits, changes):
+    """One batch norm over all: the order is void. Parts of the batch: other parts, other keys."""
+    x = images(8)[0]
+    plain = make("moco/no-shuffle", conv_backbone, bn_splits=splits)
+    shuffled = moco.MoCo(conv_backbone(), 6, plain.args).double().train()
+    shuffled.load_state_dict(plain.state_dict())
+    torch.manual_seed(0)
+    keys = plain.keys(x), shuffled.keys(x)
+    difference = (keys[0] - keys[1]).abs().max()
+    assert (difference > 1e-3) if changes else (difference < 1e-9)
+    similarity = keys[0] @ keys[1].T  # each key is its own image's, shuffled or not
+    assert similarity.diagonal().mean() > similarity.mean() + 0.2
+
+
+# ---------------------------------------------------------------------- all experiments
+PER_EXPERIMENT = pytest.mark.parametrize("name", NAMES)
+
+
+@PER_EXPERIMENT
+def test_model_under_autocast_returns_a_float32_loss(name):
+    """bf16 up to the embeddings, the loss in float32; finite gradients everywhere."""
+    plain, mixed = (make(name, conv_backbone, torch.float32) for _ in range(2))
+    views = [x.float() for x in images(16)]
+    torch.manual_seed(2)
+    exact = plain(views)
+    torch.manual_seed(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = mixed(views)
+    loss.backward()
+    assert loss.dtype == torch.float32 and close(loss, exact.item(), 0.1)
+    assert loss.item() != exact.item()
+    for p in mixed.parameters():
+        assert not p.requires_grad or (p.grad.dtype == torch.float32 and p.grad.isfinite().all())
+
+
+@PER_EXPERIMENT
+def test_every_trainable_parameter_gets_a_gradient(name):
+    model = make(name)
+    loss = model(images(16))
+    loss.backward()
+    assert loss.dim() == 0
+    for parameter_name, p in model.named_parameters():
+        assert not p.requires_grad or p.grad.isfinite().all(), parameter_name
+    assert all(p.grad.abs().max() > 0 for p in model.backbone.parameters() if p.dim() > 1)
+
+
+@PER_EXPERIMENT
+def test_model_has_a_backbone_and_a_projector_that_give_h_and_z(name):
+    model = make(name).eval()
+    assert isinstance(model, experiments.find(name).method.__dict__[type(model).__base__.__name__])
+    h = model.backbone(images(4)[0])
+    assert h.shape == (4, 6) and model.projector(h).shape == (4, model.args.proj_dim)
