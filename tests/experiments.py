@@ -735,7 +735,7 @@ def parse_args(argv=None):
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         return functools.partial(common.say, listing())
-    common.check(words[0][0] != "-", f"{words[0]}: the experiment's name comes first")
+    common.check(not words[0].startswith("-"), f"{words[0]}: the experiment's name comes first")
     experiment = find(words[0])
     if "--show" in words:
         return functools.partial(common.say, show(experiment))

@@ -4,10 +4,11 @@ it leaves alone, the lines that --show prints, and that it trains, is named and 
 import ast
 import copy
 import csv
-import difflib
+import functools
 import inspect
 import itertools
 import math
+import textwrap
 from types import SimpleNamespace
 
 import barlow
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 import vicreg
 import wmse
-from conftest import METHODS, ROOT, SMALL_OF, is_one_line_error, run_here, run_script
+from conftest import METHODS, ROOT, SMALL, SMALL_OF, is_one_line_error, run_here, run_script
 from torch import nn
 
 import common
@@ -1042,3 +1043,394 @@ def test_model_has_a_backbone_and_a_projector_that_give_h_and_z(name):
     assert isinstance(model, experiments.find(name).method.__dict__[type(model).__base__.__name__])
     h = model.backbone(images(4)[0])
     assert h.shape == (4, 6) and model.projector(h).shape == (4, model.args.proj_dim)
+
+
+# ---------------------------------------------------------------------- --show
+def blocks(name):
+    """[(shown lines, text, parent's text)] of an experiment."""
+    shown = [[]]
+    for line in experiments.show(experiments.find(name)).split("\n"):
+        if line:
+            shown[-1].append(line)
+        else:
+            shown.append([])
+    found = experiments.parts(experiments.find(name))
+    assert [lines[0] for lines in shown] == [f"{title}:" for title, _, _ in found]
+    return [(lines[1:], new, old) for lines, (_, new, old) in zip(shown, found)]
+
+
+def patched(old, shown, new):
+    """Apply the shown lines to the parent's text: `-` leave, `+` come, in this order. A `+` comes
+    where the child has it."""
+    out, old, shown = [], list(old), list(shown)
+    while shown or old:
+        if shown and shown[0][0] == "-" and old and old[0] == shown[0][1:]:
+            old.pop(0)
+            shown.pop(0)
+        elif shown and shown[0][0] == "+" and new[len(out):][:1] == [shown[0][1:]]:
+            out.append(shown.pop(0)[1:])
+        else:
+            assert old, "a shown line has no place"
+            out.append(old.pop(0))
+    return out
+
+
+def longest_common_subsequence(a, b):
+    best = np.zeros((len(a) + 1, len(b) + 1), dtype=int)
+    for i, j in itertools.product(range(len(a)), range(len(b))):
+        longer = max(best[i, j + 1], best[i + 1, j])
+        best[i + 1, j + 1] = best[i, j] + 1 if a[i] == b[j] else longer
+    return best[-1, -1]
+
+
+@PER_EXPERIMENT
+def test_show_is_complete_and_minimal(name):
+    """The shown lines turn the parent's text into the child's, and no fewer lines would."""
+    for shown, new, old in blocks(name):
+        new, old = new.splitlines(), old.splitlines()
+        assert all(line[0] in "+-" for line in shown)
+        assert patched(old, shown, new) == new
+        kept = longest_common_subsequence(old, new)
+        assert len(shown) == len(old) + len(new) - 2 * kept
+
+
+@PER_EXPERIMENT
+def test_what_is_copied_is_a_copy_and_the_change_is_small(name):
+    for shown, new, old in blocks(name):
+        if old:
+            left = sum(line[0] == "-" for line in shown)
+            assert left <= 4 and left <= 0.4 * len(old.splitlines())
+
+
+@PER_EXPERIMENT
+def test_show_leaves_out_no_function(name):
+    """Every function and class of this file that the experiment uses is among its parts."""
+    experiment = experiments.find(name)
+    shown = {new for _, new, _ in experiments.parts(experiment)}
+    inside = [f for f in vars(experiment.model).values() if inspect.isfunction(f)]
+    for function in [*inside, *experiment.beside]:
+        assert inspect.getsource(function) in shown
+        for used in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+            value = vars(experiments).get(used.id) if isinstance(used, ast.Name) else None
+            if getattr(value, "__module__", "") == "experiments":
+                assert value in experiment.beside, used.id
+    assert experiment.model.__mro__[1] in vars(experiment.method).values()
+
+
+def test_show_on_the_command_line():
+    result = run_here("experiments", ["simsiam/softmax-similarity", "--show"])
+    lines = result.out.splitlines()
+    assert result.status == 0 and not result.err
+    assert "-            D = negative_cosine" in lines
+    assert "+            D = softmax_similarity" in lines
+    assert "SimSiam.forward:" in lines and "softmax_similarity (new):" in lines
+    assert not [line for line in lines if line[:1] not in ("", "+", "-") and line[-1] != ":"]
+
+
+# ---------------------------------------------------------------------- the file, the list, names
+SOURCE = (ROOT / "tests" / "experiments.py").read_text()
+
+
+def test_experiments_are_those_that_left_the_method_files():
+    expected = [f"{method}/{name}" for method, names in MUST_HAVE.items() for name in names.split()]
+    assert sorted(NAMES) == sorted(expected)
+    for name, experiment in experiments.EXPERIMENTS.items():
+        assert experiment.name == name and experiment.sentence and experiment.source
+        assert experiment.method.__name__ == name.split("/")[0]
+
+
+def test_no_module_global_is_assigned():
+    """Nothing of a method or of common is replaced, by an assignment or otherwise."""
+    modules = {*METHODS, "common", "torch", "nn", "F"}
+    for node in ast.walk(ast.parse(SOURCE)):
+        assert not isinstance(node, (ast.Global, ast.Delete))
+        if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
+            for target in getattr(node, "targets", None) or [node.target]:
+                names = {n.id for n in ast.walk(target) if isinstance(n, ast.Name)}
+                assert not modules & names, ast.unparse(node)
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in ("setattr", "exec", "eval", "patch")
+
+
+def test_the_file_has_100_columns_and_one_statement_a_line():
+    assert max(map(len, SOURCE.splitlines())) <= 100
+    statements = [n.lineno for n in ast.walk(ast.parse(SOURCE)) if isinstance(n, ast.stmt)]
+    assert len(statements) == len(set(statements))
+
+
+def test_list_is_grouped_and_fits_on_a_screen():
+    result = run_here("experiments", [])
+    lines = result.out.splitlines()
+    assert result.status == 0 and not result.err and max(map(len, lines)) <= 100
+    assert [line for line in lines if line in METHODS] == list(MUST_HAVE)
+    assert [line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "] == NAMES
+    text = " ".join(result.out.split())
+    for experiment in experiments.EXPERIMENTS.values():
+        assert " ".join(experiment.sentence.split()) in text
+        assert experiment.source in text
+    assert run_here("experiments", ["--help"]).out == result.out
+
+
+@pytest.mark.parametrize("name,near", [
+    ("simsiam/softmax", ["simsiam/softmax-similarity"]), ("asymmetric", ["simsiam/asymmetric"]),
+    ("moco", ["moco/symmetric", "moco/no-shuffle"]), ("byol/", ["byol/group-norm"]),
+    ("cw_rgp/shared_permutation", ["cw_rgp/shared-permutation"]), ("xyz", ["lists them"]),
+    ("--epochs", ["name comes first"]), ("", ["lists them"])])
+def test_unknown_name_is_one_line_that_names_near_ones(name, near):
+    result = run_here("experiments", [name, "--epochs", "1"])
+    assert is_one_line_error(result) and all(word in result.err for word in near), result.err
+
+
+def test_find_raises_a_user_error():
+    with pytest.raises(common.UserError, match="moco/symmetric"):
+        experiments.find("moco/symetric")
+    assert experiments.find("moco/symmetric").name == "moco/symmetric"
+
+
+@pytest.mark.parametrize("line,words", [
+    ("simsiam/asymmetric --pred-hidden 0", "--pred-hidden"),
+    ("simsiam/asymmetric --asymmetric", "--asymmetric"),
+    ("byol/group-norm --proj-hidden 100", "try --proj-hidden 96"),
+    ("byol/group-norm --proj-hidden 16", "try --proj-hidden 64"),
+    ("byol/linear-predictor --predictor linear", "--predictor"),
+    ("moco/symmetric --bn-splits 3", "--bn-splits 3 --batch-size 256"),
+    ("cw_rgp/shared-permutation --groups 3", "--groups 3 --proj-dim 512"),
+    ("wmse/one-way --w-size 100", "--w-size 100 --batch-size 256")])
+def test_bad_flags_are_one_line_as_in_the_method(line, words):
+    result = run_here("experiments", line.split())
+    assert is_one_line_error(result) and words in result.err, result.err
+
+
+def test_group_norm_takes_the_sizes_that_it_proposes():
+    for line in ("--proj-hidden 96", "--proj-hidden 64", "--proj-hidden 128"):
+        assert experiments.find("byol/group-norm").parse_args(line.split())
+
+
+@PER_EXPERIMENT
+def test_help_has_the_sentence_and_the_methods_flags(name):
+    result = run_here("experiments", [name, "--help"])
+    text = " ".join(result.out.split())
+    assert result.status == 0 and not result.err
+    assert f"{name}: {experiments.find(name).sentence}" in text
+    for flag in ("--epochs", "--batch-size", *SMALL_OF[name.split("/")[0]][::2]):
+        assert flag in text
+    assert "--experiment" not in text and "--method" not in text
+
+
+def test_args_belong_to_one_experiment():
+    """Args of the method itself would leave a run under the plain method's name."""
+    experiment = experiments.find("simsiam/asymmetric")
+    assert experiment.Args(epochs=3).experiment == "asymmetric"
+    assert experiment.Args().method == "simsiam"
+    for args in (simsiam.Args(), experiments.find("simsiam/head-norm-all").Args()):
+        with pytest.raises(common.UserError, match="simsiam/asymmetric"):
+            experiment.build(args)
+
+
+# ---------------------------------------------------------------------- runs
+QUICK = ["--epochs", "1", "--image-size", "16", "--proj-hidden", "64", "--eval-every", "0",
+         "--warmup", "0", "--weight-decay", "0", "--save-every", "1"]
+TWO_EPOCHS = ["--batch-size", "64", "--epochs", "2", "--save-every", "0"]
+
+
+@pytest.fixture
+def argv(flags):
+    """The flags of a run of two steps; later ones win."""
+    return lambda name, *more: [*flags(name.split("/")[0], *QUICK), *more]
+
+
+def losses(folder):
+    with open(folder / "metrics.csv") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+def checkpoint(folder, file="last.pt"):
+    return torch.load(folder / file, weights_only=True)
+
+
+@PER_EXPERIMENT
+def test_two_steps_end_to_end(name, argv, tmp_path):
+    """A checkpoint with its name, which `build` reads, and which resumes to the same weights."""
+    method, _, short = name.partition("/")
+    result = run_here("experiments", [name, *argv(name)])
+    assert result.status == 0 and not result.err, result.err
+    last, run = checkpoint(tmp_path / "run"), tmp_path / "run"
+    assert (last["args"]["method"], last["args"]["experiment"], last["step"]) == (method, short, 2)
+    assert all(map(math.isfinite, losses(run)))
+
+    experiment = experiments.find(name)
+    flags = {field: last["args"][field] for field in experiment.Args.__dataclass_fields__}
+    model = experiment.build(experiment.method.Args(**flags))  # as eval.py does
+    model.load_state_dict(last["model"])
+    assert type(model) is experiment.model
+    trained = {k: v for k, v in model.named_parameters() if v.requires_grad}
+    torch.manual_seed(0)
+    start = experiment.build(experiment.Args(**flags)).state_dict()
+    still = {k for k, v in trained.items() if torch.equal(v, start[k])}
+    assert not still
+
+    (run / "previous.pt").replace(run / "last.pt")  # the checkpoint of step 1
+    assert checkpoint(run)["step"] == 1
+    result = run_here("experiments", [name, *argv(name, "--resume")])
+    assert result.status == 0 and not result.err, result.err
+    again = checkpoint(run)
+    assert all(torch.equal(v, again["model"][k]) for k, v in last["model"].items())
+    assert last["rows"][0]["loss"] == again["rows"][0]["loss"]
+
+
+THE_STEP = ["simclr/stop-gradient", "simsiam/fixed-predictor", "simsiam/decayed-predictor-lr",
+            "wmse/one-way", "cw_rgp/detached-whitening"]
+
+
+@pytest.fixture(scope="module")
+def plain(small_folder, tmp_path_factory):
+    """plain("moco") -> losses of the method itself, two epochs of a step; each run once."""
+    @functools.cache
+    def run(method):
+        out = tmp_path_factory.mktemp("plain") / method
+        flags = [*SMALL, *SMALL_OF[method], "--dataset", "folder", "--data-dir", small_folder]
+        result = run_here(method, [*flags, *QUICK, *TWO_EPOCHS, "--out", out])
+        assert result.status == 0, result.err
+        return losses(out)
+    return run
+
+
+@PER_EXPERIMENT
+def test_what_an_experiment_changes(name, argv, plain, tmp_path):
+    """The loss from the first step on, or only what the first step does."""
+    first, second = plain(name.split("/")[0])
+    result = run_here("experiments", [name, *argv(name, *TWO_EPOCHS)])
+    assert result.status == 0, result.err
+    own_first, own_second = losses(tmp_path / "run")
+    if name not in THE_STEP:
+        assert abs(first - own_first) > 1e-4 * abs(first)
+    else:
+        assert abs(first - own_first) <= 1e-5 * abs(first)
+        if name != "simsiam/decayed-predictor-lr":  # the first step of a cosine is at the peak
+            assert abs(second - own_second) > 1e-6 * abs(second)
+
+
+def test_simsiam_predictor_rate_decays_only_in_its_experiment(argv, tmp_path):
+    """After two steps of a cosine the rate is half; the predictor's stays."""
+    def rates(script, *more):
+        out = tmp_path / script
+        words = argv("simsiam", *TWO_EPOCHS, "--out", out)
+        assert run_here(script, [*more, *words]).status == 0
+        groups = checkpoint(out)["optimizer"]["param_groups"]
+        return sorted({round(group["lr"] / group["peak_lr"], 6) for group in groups})
+    assert rates("simsiam") == [0.5, 1.0]
+    assert rates("experiments", "simsiam/decayed-predictor-lr") == [0.5]
+
+
+def test_folder_without_out_has_the_experiments_name(argv, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = argv("simsiam/asymmetric")
+    at = words.index("--out")
+    del words[at:at + 2]
+    result = run_here("experiments", ["simsiam/asymmetric", *words])
+    assert result.status == 0, result.err
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["simsiam-asymmetric-folder-s0"]
+    assert "runs/simsiam-asymmetric-folder-s0" in result.out
+
+
+@pytest.mark.parametrize("before,now", [
+    (["simsiam"], ["experiments", "simsiam/asymmetric"]),
+    (["experiments", "simsiam/asymmetric"], ["simsiam"]),
+    (["experiments", "simsiam/asymmetric"], ["experiments", "simsiam/decayed-predictor-lr"]),
+    (["moco"], ["experiments", "moco/symmetric"]),
+    (["experiments", "moco/no-shuffle"], ["moco"])], ids=" ".join)
+def test_resume_refuses_to_mix(before, now, argv, tmp_path):
+    """The states have the same shapes, so only the name tells them apart."""
+    method = before[-1].split("/")[0]
+    script, *name = before
+    assert run_here(script, [*name, *argv(method)]).status == 0
+    kept = (tmp_path / "run" / "last.pt").read_bytes()
+    script, *name = now
+    result = run_here(script, [*name, *argv(method, "--resume")])
+    assert is_one_line_error(result), result.err
+    assert f"is a run of {before[-1]}, not of {now[-1]}; try another --out" in result.err
+    assert (tmp_path / "run" / "last.pt").read_bytes() == kept
+
+
+@pytest.mark.slow
+def test_as_a_user_runs_it(argv, tmp_path):
+    script = ROOT / "tests" / "experiments.py"
+    result = run_script(script, "vicreg/paper-scaling", *argv("vicreg"), cwd=tmp_path)
+    assert result.status == 0 and not result.err, result.err
+    assert checkpoint(tmp_path / "run")["args"]["experiment"] == "paper-scaling"
+    result = run_script(script, "vicreg/scaling", cwd=tmp_path)
+    assert is_one_line_error(result) and result.err.startswith("experiments.py: error: ")
+    result = run_script(script, cwd=tmp_path)
+    assert result.status == 0 and "vicreg/paper-scaling" in result.out
+
+
+# ---------------------------------------------------------------------- no waiting, many processes
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["moco/symmetric", "moco/no-shuffle", "byol/direct-predictor",
+                                  "byol/group-norm", "simsiam/softmax-similarity", "barlow/l2",
+                                  "cw_rgp/shared-permutation", "cw_rgp/detached-whitening"])
+def test_no_step_waits_for_the_device(name, argv, tmp_path, monkeypatch):
+    from test_determinism import NoWaiting, every_step_under
+
+    mode = NoWaiting()
+    with every_step_under(monkeypatch, mode) as steps:
+        result = run_here("experiments", [name, *argv(name, "--save-every", "0")])
+    assert result.status == 0, result.err
+    assert steps == [0, 1] and mode.count > 500
+
+
+RANK_SIZES = {"moco": dict(queue_size=48, bn_splits=6), "simsiam": dict(pred_hidden=4),
+              "wmse": dict(w_size=12, w_iter=2), "byol/group-norm": dict(proj_hidden=64),
+              "cw_rgp": dict(proj_dim=32, groups=2, w_size=6, w_iter=2)}
+
+
+def three_steps(name):
+    """Three steps on fixed random views, 24 in all processes -> losses and state."""
+    method, (n, r) = name.split("/")[0], (24 // common.world_size(), common.rank())
+    sizes = {"batch_size": 24, **RANK_SIZES.get(method, {}), **RANK_SIZES.get(name, {})}
+    model = make(name, conv_backbone, **sizes)
+    network = common.distribute(model, SimpleNamespace(compile=False))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.05, momentum=0.9)
+    found = []
+    for step in range(3):
+        views = [x[r * n:(r + 1) * n] for x in images(24, seed=step)]
+        views = [x.contiguous(memory_format=torch.channels_last) for x in views]
+        torch.manual_seed(common.step_seed(0, step))
+        loss = network(views)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if method == "byol":
+            model.update_target(step / 3)
+        found.append(loss.item())
+    return {"losses": torch.tensor(found, dtype=torch.float64), **model.state_dict()}
+
+
+def worker(rank, world, port, folder):
+    import os
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    states = {name: three_steps(name) for name in NAMES}
+    torch.save(states, f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(worker, (2, port, str(tmp_path)), nprocs=2)
+    for rank in (0, 1):
+        states = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        for name in NAMES:
+            one = three_steps(name)
+            assert one.keys() == states[name].keys()
+            for key, value in one.items():
+                assert close(states[name][key], value, 1e-6), (name, key)
