@@ -269,6 +269,7 @@ class GroupNormArgs(byol.Args):
 
 
 def group_norm(width):
+    """16 groups of channels, each image by itself. As before a batch norm, `mlp` has no bias."""
     return nn.GroupNorm(16, width)
 
 

@@ -1,5 +1,5 @@
-"""Every experiment: value and gradient against the slow float64 references, what it changes and what
-it leaves alone, the lines that --show prints, and that it trains, is named and resumes as itself."""
+"""Every experiment: value and gradient against slow float64 references, what it changes and what
+it leaves alone, the lines that --show prints, and that it trains and resumes under its name."""
 
 import ast
 import copy
@@ -1099,7 +1099,7 @@ def test_what_is_copied_is_a_copy_and_the_change_is_small(name):
     for shown, new, old in blocks(name):
         if old:
             left = sum(line[0] == "-" for line in shown)
-            assert left <= 4 and left <= 0.4 * len(old.splitlines())
+            assert left <= 7 and 2 * left < len(old.splitlines())
 
 
 @PER_EXPERIMENT
