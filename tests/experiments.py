@@ -67,7 +67,9 @@ class Experiment:
         method, self.experiment = name.split("/")
         self.method = importlib.import_module(method)
         self.name, self.sentence, self.source = name, sentence, source
-        self.model, self.beside, self.own_args = model, beside or {}, Args
+        self.model, self.beside, self.own_args = model, dict(beside or {}), Args
+        if train:
+            self.beside[train] = self.method.train
         field = ("experiment", str, self.experiment)
         bases = (Args or self.method.Args,)
         self.Args = dataclasses.make_dataclass("Args", [field], bases=bases, kw_only=True)
@@ -87,9 +89,9 @@ class Experiment:
         return common.parse_args(self.Args, argv, f"{self.name}: {self.sentence}")
 
 
-def add(name, **parts):
+def add(name, **rest):
     """Enter an experiment into EXPERIMENTS."""
-    EXPERIMENTS[name] = Experiment(name, **parts)
+    EXPERIMENTS[name] = Experiment(name, **rest)
 
 
 def find(name):
@@ -172,10 +174,10 @@ add(
 class NoShuffle(moco.MoCo):
     @torch.no_grad()
     def keys(self, x):
-        """Images [n, 3, H, W] -> keys [N, d] of the global batch, by shuffling BN (section 3.3):
-        if a query and its key shared batch statistics, these would tell that they match."""
+        """Images [n, 3, H, W] -> keys [N, d] of the global batch, without shuffling BN: a query
+        and its key share batch statistics, which tell that they match."""
         x = common.gather(x)  # [N, 3, H, W]
-        order = torch.arange(len(x), device=x.device)  # as the queries: the statistics tell
+        order = torch.arange(len(x), device=x.device)
         mine = order.chunk(common.world_size())[common.rank()]
         x = x[mine].contiguous(memory_format=torch.channels_last)
         k = self.target_projector(self.target_backbone(x))  # [n, d]
