@@ -58,8 +58,7 @@ def only_the_loss(model, views, autocast):
     model = copy.copy(model)
     model._modules = {name: Given([v.detach().requires_grad_(v.requires_grad) for v in values]) for name, values in outputs.items()}
     model._buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in model._buffers.items()}
-    if hasattr(model, "keys"):  # MoCo
-        model.update_target = lambda: None
+    model.update_target = lambda: None  # MoCo
     return model
 
 

@@ -67,7 +67,7 @@ def three_steps(variant):
         if step == 0:
             gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
-        if hasattr(model, "update_target"):
+        if name == "byol":
             model.update_target(step / STEPS)
         losses.append(loss.item())
     return {"losses": torch.tensor(losses, dtype=torch.float64), "gradients": gradients, "state": dict(model.state_dict())}
