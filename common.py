@@ -233,7 +233,7 @@ def number(kind, least=None, most=None, above=None, below=None, example=None):
     def parse(text):
         with contextlib.suppress(ValueError, OverflowError, TypeError):
             value = kind(text)
-            exact = isinstance(text, str) or (value == text and not isinstance(text, bool))
+            exact = isinstance(text, str) or (value == text and not isinstance(text, (bool, np.bool_)))
             high = (most is None or value <= most) and (below is None or value < below)
             low = (least is None or value >= least) and (above is None or value > above)
             if exact and math.isfinite(value) and high and low:
@@ -253,12 +253,13 @@ def flags_of(kind):
     for name, value in vars(kind).items():
         if not name.startswith("_") and not callable(value) and name not in kind.__annotations__:
             raise TypeError(f"{kind.__name__}.{name} needs a type, as in `{name}: int = ...`")
-    flags = []
+    flags, hints = [], typing.get_type_hints(kind)  # not field.type, which may be text
     for field in dataclasses.fields(kind):
         above = [vars(base).get("__dataclass_fields__", {}).get(field.name) for base in kind.__mro__]
         metadata = next((f.metadata for f in above if f is not None and f.metadata), None)
         if metadata is not None:
-            types = typing.get_args(field.type) or (field.type,)  # int | None -> (int, NoneType)
+            type_ = hints[field.name]
+            types = typing.get_args(type_) or (type_,)  # int | None -> (int, NoneType)
             flags.append((field.name, types[0], field.default, metadata))
     return flags
 
@@ -321,8 +322,10 @@ def check_args(args):
         elif type_ is bool:
             check(isinstance(value, bool), f"{option}: {value!r} is not True or False; try True")
         else:
-            setattr(args, name, os.fspath(value))
-            check(words is None or value in words, f"{option}: {value!r} is not known; try {default}")
+            text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+            known = isinstance(text, str) and (words is None or text in words)
+            check(known, f"{option}: {value!r} is not known; try {default or 'a name'}")
+            setattr(args, name, str(text))  # numpy's text would not go into a checkpoint
     names = resnet_names()
     check(args.backbone == "tiny" or args.backbone in names,
           f"--backbone {args.backbone} is unknown; try tiny, {', '.join(names[:5])}")
