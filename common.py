@@ -14,49 +14,49 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #
 #    114  Args               the flags that all nine methods share
 #    104  flag               a field of Args: default, help, bounds
-#   1476  main               run train(); print an expected error as one line
-#   1298  parse_args         Args from the command line
-#    192  set_up             device, precision, other processes
-#    227  load_data          read or draw the data set: Data
-#    463  build_backbone     the network whose output is H
-#    507  build_optimizer    Adam, SGD, LARS or Muon
-#    546  Run                the run's folder, checkpoints, log and checks
-#    803  distribute         the model for several processes, or compiled
-#    564  Run.resume         the step to start from, usually 0
-#    284  Data.batches       the batches of an epoch, uint8
-#    819  step_seed          the seed of a step's random draws
-#    299  Data.augment       the random views of a batch
-#    825  learning_rate      the schedule's factor at a step
-#    577  Run.guard          a failed decomposition becomes a clear error
-#    813  gather             embeddings of all processes, with gradient
-#   1597  mean_over_ranks    the mean of a tensor over the processes (BYOL)
-#    182  world_size         the number of processes (MoCo)
-#    187  rank               this process's number among them (MoCo)
-#    582  Run.watch          note whether loss and gradients are finite
-#    587  Run.progress       stop if they were not; show the status line
-#    597  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    605  Run.mean_loss      the mean loss of the epoch
-#   1098  extract            H of a set of images
-#   1119  project            Z of H
-#   1156  collapse_metrics   how much of its space a set of embeddings fills
-#   1130  knn_accuracy       accuracy of a vote among the nearest training images
-#    614  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    653  Run.save_backbone  write backbone.pt
-#    661  Run.close          print the scores
+#   1489  main               run train(); print an expected error as one line
+#   1302  parse_args         Args from the command line
+#    193  set_up             device, precision, other processes
+#    228  load_data          read or draw the data set: Data
+#    464  build_backbone     the network whose output is H
+#    508  build_optimizer    Adam, SGD, LARS or Muon
+#    547  Run                the run's folder, checkpoints, log and checks
+#    804  distribute         the model for several processes, or compiled
+#    565  Run.resume         the step to start from, usually 0
+#    285  Data.batches       the batches of an epoch, uint8
+#    820  step_seed          the seed of a step's random draws
+#    300  Data.augment       the random views of a batch
+#    826  learning_rate      the schedule's factor at a step
+#    578  Run.guard          a failed decomposition becomes a clear error
+#    814  gather             embeddings of all processes, with gradient
+#   1610  mean_over_ranks    the mean of a tensor over the processes (BYOL)
+#    183  world_size         the number of processes (MoCo)
+#    188  rank               this process's number among them (MoCo)
+#    583  Run.watch          note whether loss and gradients are finite
+#    588  Run.progress       stop if they were not; show the status line
+#    598  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    606  Run.mean_loss      the mean loss of the epoch
+#   1099  extract            H of a set of images
+#   1120  project            Z of H
+#   1157  collapse_metrics   how much of its space a set of embeddings fills
+#   1131  knn_accuracy       accuracy of a vote among the nearest training images
+#    615  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    654  Run.save_backbone  write backbone.pt
+#    662  Run.close          print the scores
 #
 # Part II:
 #
-#   1229  Command line: flags from Args, checks, and sizes to propose
-#   1438  Messages and errors
-#   1533  Several processes
-#   1659  Data sets by name
-#   1749  Folders of images
-#   1908  Streaming
-#   2015  Recipes of augmentation
-#   2088  ResNets, LARS, Muon
-#   2216  Run folder and signals
-#   2326  Resume
-#   2429  Files of a run
+#   1230  Command line: flags from Args, checks, and sizes to propose
+#   1451  Messages and errors
+#   1546  Several processes
+#   1672  Data sets by name
+#   1762  Folders of images
+#   1921  Streaming
+#   2028  Recipes of augmentation
+#   2101  ResNets, LARS, Muon
+#   2229  Run folder and signals
+#   2339  Resume
+#   2442  Files of a run
 
 import argparse
 import contextlib
@@ -104,7 +104,7 @@ DATASETS = ("patterns", "cifar10", "cifar100", "stl10", "tinyimagenet", "folder"
 def flag(default, help, least=None, most=None, above=None, below=None, choices=None, example=None):
     """A field of Args with a help text and bounds; `above` and `below` are exclusive.
 
-    choices: the allowed words, in one string. example: a value for messages that say what to try."""
+    choices: the allowed words, in one string. example: the value that a message tells to try."""
     metadata = {"help": help, "least": least, "most": most, "above": above, "below": below}
     metadata.update(choices=choices and choices.split(), example=example)
     return dataclasses.field(default=default, metadata=metadata)
@@ -138,7 +138,7 @@ class Args:
     batch_size: int = flag(256, "images in a step, in all processes together", least=2)
     optimizer: str = flag("adam", "sgd and lars have momentum 0.9; muon is Muon for the filters of "
                           "convolutions and Adam for the rest", choices="adam sgd lars muon")
-    lr: float = flag(3e-3, "peak learning rate, not scaled by the batch size", above=0, example=3e-3)
+    lr: float = flag(3e-3, "peak learning rate, not scaled by the batch size", above=0)
     lr_bias: float | None = flag(None, "peak learning rate of biases and norm layers "
                                  "(default: --lr)", above=0, example=3e-3)
     lr_filters: float | None = flag(None, "peak learning rate of the filters of convolutions with "
@@ -157,8 +157,8 @@ class Args:
     resume: bool = flag(False, "go on from the last checkpoint in the run folder, if there is one")
     eval_every: int = flag(1, "epochs between two measurements of kNN and collapse; 0: at the end",
                            least=0)
-    save_every: int = flag(0, "steps between two extra checkpoints inside an epoch; 0: none", least=0,
-                          example=100)
+    save_every: int = flag(0, "steps between two extra checkpoints inside an epoch; 0: none",
+                           least=0, example=100)
     log_every: int = flag(10, "steps between two looks at the loss, which wait for the device",
                           least=1)
 
@@ -1252,7 +1252,8 @@ def number(kind, least=None, most=None, above=None, below=None, example=None):
     def parse(text):
         with contextlib.suppress(ValueError, OverflowError, TypeError):
             value = kind(text)
-            exact = isinstance(text, str) or (value == text and not isinstance(text, (bool, np.bool_)))
+            exact = value == text and not isinstance(text, (bool, np.bool_))
+            exact = exact or isinstance(text, str)
             high = (most is None or value <= most) and (below is None or value < below)
             low = (least is None or value >= least) and (above is None or value > above)
             if exact and math.isfinite(value) and high and low:
@@ -1274,7 +1275,8 @@ def flags_of(kind):
             raise TypeError(f"{kind.__name__}.{name} needs a type, as in `{name}: int = ...`")
     flags, hints = [], typing.get_type_hints(kind)  # not field.type, which may be text
     for field in dataclasses.fields(kind):
-        above = [vars(base).get("__dataclass_fields__", {}).get(field.name) for base in kind.__mro__]
+        bases = [vars(base).get("__dataclass_fields__", {}) for base in kind.__mro__]
+        above = [fields.get(field.name) for fields in bases]
         metadata = next((f.metadata for f in above if f is not None and f.metadata), None)
         if metadata is not None:
             type_ = hints[field.name]
@@ -1303,8 +1305,9 @@ def parse_args(kind, argv=None, description=None):
     description: the method's docstring, whose first line heads --help."""
     flags = flags_of(kind)
     method = kind.method
-    first_line = (description or f"{method}.").strip().splitlines()[0]  # python -OO has no docstrings
-    parser = OneLineParser(prog=f"{method}.py", description=first_line, allow_abbrev=False)
+    first_line = (description or f"{method}.").strip().splitlines()[0]  # python -OO: no docstring
+    name = f"experiments.py {method}/{kind.experiment}" if kind.experiment else f"{method}.py"
+    parser = OneLineParser(prog=name, description=first_line, allow_abbrev=False)
     shared = {name for name, *_ in flags_of(Args)}
     groups = {"": parser.add_argument_group(f"{method}'s own")}
     current = None
@@ -1399,6 +1402,7 @@ def mentioned(texts, sizes):
 
 
 def as_flags(sizes):
+    """{"w_size": 64} -> "--w-size 64"."""
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in sizes.items())
 
 

@@ -122,6 +122,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         mean, variance = common.mean_over_ranks(running.mean(0))
         self.running_mean.copy_(mean)
         self.running_var.copy_(variance)
+        self.num_batches_tracked += 1
         return torch.cat(out)
 
 
