@@ -55,8 +55,8 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #   2028  Recipes of augmentation
 #   2101  ResNets, LARS, Muon
 #   2229  Run folder and signals
-#   2339  Resume
-#   2442  Files of a run
+#   2340  Resume
+#   2443  Files of a run
 
 import argparse
 import contextlib
@@ -2281,15 +2281,16 @@ def open_folder(args):
 
 
 def run_name(args):
-    """The method of a dict of args, with the experiment if there is one: "byol-group-norm"."""
-    return "-".join(filter(None, (args["method"], args["experiment"])))
+    """The method in a dict of args, and the experiment if there is one: "byol/group-norm"."""
+    return "/".join(filter(None, (args["method"], args["experiment"])))
 
 
 def choose_folder(args):
     """--out, or runs/<method>-<dataset>-s<seed>, with -2, -3, ... if that holds a run.
 
     With --resume: the newest that holds a run. Without: raises UserError if --out holds one."""
-    base = args.out or os.path.join("runs", f"{run_name(vars(args))}-{args.dataset}-s{args.seed}")
+    name = run_name(vars(args)).replace("/", "-")
+    base = args.out or os.path.join("runs", f"{name}-{args.dataset}-s{args.seed}")
     candidates = [base]
     if not args.out:
         candidates += [f"{base}-{i}" for i in range(2, 1000)]
