@@ -69,7 +69,7 @@ class Args(common.Args):
     def rules(self):
         whole = self.batch_size % self.bn_splits == 0 and self.batch_size > self.bn_splits
         whole &= self.bn_splits == 1 or self.bn_splits % common.world_size() == 0
-        yield whole, "--bn-splits must cut --batch-size into equal parts of 2 or more, in each process"
+        yield whole, "--bn-splits must cut --batch-size in equal parts of 2 or more, on each rank"
 
 
 def parse_args(argv=None):
