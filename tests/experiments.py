@@ -7,8 +7,8 @@
 In a program: `experiment = find("simsiam/softmax-similarity")`, then
 `experiment.train(experiment.Args(dataset="cifar10", epochs=5))`.
 
-An experiment is a subclass of the method's model that overrides one method, with changed loss
-functions beside it. Most of its text is the method's own, copied: --show prints the rest.
+An experiment is a subclass of the method's model that overrides as little as it can, with changed
+loss functions beside it. Most of its text is the method's own, copied: --show prints the rest.
 """
 
 import copy
