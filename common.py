@@ -12,51 +12,52 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #
 # What a method file calls, in this order:
 #
-#    114  Args               the flags that all nine methods share
-#    104  flag               a field of Args: default, help, bounds
-#   1476  main               run train(); print an expected error as one line
-#   1298  parse_args         Args from the command line
-#    192  set_up             device, precision, other processes
-#    227  load_data          read or draw the data set: Data
-#    463  build_backbone     the network whose output is H
-#    507  build_optimizer    Adam, SGD, LARS or Muon
-#    546  Run                the run's folder, checkpoints, log and checks
-#    803  distribute         the model for several processes, or compiled
-#    564  Run.resume         the step to start from, usually 0
-#    284  Data.batches       the batches of an epoch, uint8
-#    819  step_seed          the seed of a step's random draws
-#    299  Data.augment       the random views of a batch
-#    825  learning_rate      the schedule's factor at a step
-#    577  Run.guard          a failed decomposition becomes a clear error
-#    813  gather             embeddings of all processes, with gradient
-#   1597  mean_over_ranks    the mean of a tensor over the processes (BYOL)
-#    182  world_size         the number of processes (MoCo)
-#    187  rank               this process's number among them (MoCo)
-#    582  Run.watch          note whether loss and gradients are finite
-#    587  Run.progress       stop if they were not; show the status line
-#    597  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    605  Run.mean_loss      the mean loss of the epoch
-#   1098  extract            H of a set of images
-#   1119  project            Z of H
-#   1156  collapse_metrics   how much of its space a set of embeddings fills
-#   1130  knn_accuracy       accuracy of a vote among the nearest training images
-#    614  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    653  Run.save_backbone  write backbone.pt
-#    661  Run.close          print the scores
+#    118  Args               the flags that all nine methods share
+#    108  flag               a field of Args: default, help, bounds
+#   1552  main               run train(); print an expected error as one line
+#   1311  parse_args         Args from the command line
+#    197  set_up             device, precision, other processes
+#    232  load_data          read or draw the data set: Data
+#    469  build_backbone     the network whose output is H
+#    513  build_optimizer    Adam, SGD, LARS or Muon
+#    555  gives_back         signal handlers, lock and processes, when train() ends
+#    574  Run                the run's folder, checkpoints, log and checks
+#    814  distribute         the model for several processes, or compiled
+#    593  Run.resume         the step to start from, usually 0
+#    289  Data.batches       the batches of an epoch, uint8
+#    830  step_seed          the seed of a step's random draws
+#    304  Data.augment       the random views of a batch
+#    836  learning_rate      the schedule's factor at a step
+#    606  Run.guard          a failed decomposition becomes a clear error
+#    824  gather             embeddings of all processes, with gradient
+#   1715  mean_over_ranks    the mean of a tensor over the processes (BYOL)
+#    187  world_size         the number of processes (MoCo)
+#    192  rank               this process's number among them (MoCo)
+#    611  Run.watch          note whether loss and gradients are finite
+#    618  Run.progress       stop if they were not; show the status line
+#    629  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    637  Run.mean_loss      the mean loss of the epoch
+#   1109  extract            H of a set of images
+#   1131  project            Z of H
+#   1168  collapse_metrics   how much of its space a set of embeddings fills
+#   1142  knn_accuracy       accuracy of a vote among the nearest training images
+#    646  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    685  Run.save_backbone  write backbone.pt
+#    693  Run.close          print the scores
 #
 # Part II:
 #
-#   1229  Command line: flags from Args, checks, and sizes to propose
-#   1438  Messages and errors
-#   1533  Several processes
-#   1659  Data sets by name
-#   1749  Folders of images
-#   1908  Streaming
-#   2015  Recipes of augmentation
-#   2088  ResNets, LARS, Muon
-#   2216  Run folder and signals
-#   2326  Resume
-#   2429  Files of a run
+#   1241  Command line: flags from Args, checks, and sizes to propose
+#   1458  Messages and errors
+#   1616  Several processes
+#   1777  Data sets by name
+#   1867  Folders of images
+#   2026  Streaming
+#   2147  Recipes of augmentation
+#   2220  ResNets, LARS, Muon
+#   2348  Run folder and signals
+#   2497  Resume
+#   2600  Files of a run
 
 import argparse
 import contextlib
@@ -64,6 +65,7 @@ import copy
 import csv
 import dataclasses
 import datetime
+import errno
 import functools
 import http.client
 import inspect
@@ -74,6 +76,8 @@ import math
 import os
 import platform
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,7 +108,7 @@ DATASETS = ("patterns", "cifar10", "cifar100", "stl10", "tinyimagenet", "folder"
 def flag(default, help, least=None, most=None, above=None, below=None, choices=None, example=None):
     """A field of Args with a help text and bounds; `above` and `below` are exclusive.
 
-    choices: the allowed words, in one string. example: a value for messages that say what to try."""
+    choices: the allowed words, in one string. example: a value that messages say to try."""
     metadata = {"help": help, "least": least, "most": most, "above": above, "below": below}
     metadata.update(choices=choices and choices.split(), example=example)
     return dataclasses.field(default=default, metadata=metadata)
@@ -138,7 +142,7 @@ class Args:
     batch_size: int = flag(256, "images in a step, in all processes together", least=2)
     optimizer: str = flag("adam", "sgd and lars have momentum 0.9; muon is Muon for the filters of "
                           "convolutions and Adam for the rest", choices="adam sgd lars muon")
-    lr: float = flag(3e-3, "peak learning rate, not scaled by the batch size", above=0, example=3e-3)
+    lr: float = flag(3e-3, "peak rate, not scaled by the batch size", above=0, example=3e-3)
     lr_bias: float | None = flag(None, "peak learning rate of biases and norm layers "
                                  "(default: --lr)", above=0, example=3e-3)
     lr_filters: float | None = flag(None, "peak learning rate of the filters of convolutions with "
@@ -157,8 +161,8 @@ class Args:
     resume: bool = flag(False, "go on from the last checkpoint in the run folder, if there is one")
     eval_every: int = flag(1, "epochs between two measurements of kNN and collapse; 0: at the end",
                            least=0)
-    save_every: int = flag(0, "steps between two extra checkpoints inside an epoch; 0: none", least=0,
-                          example=100)
+    save_every: int = flag(0, "steps between two extra checkpoints inside an epoch; 0: none",
+                           least=0, example=100)
     log_every: int = flag(10, "steps between two looks at the loss, which wait for the device",
                           least=1)
 
@@ -182,12 +186,12 @@ class Args:
 
 def world_size():
     """The number of processes that torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return from_environment("WORLD_SIZE", 1)
 
 
 def rank():
     """This process's number among them, from 0; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
+    return from_environment("RANK", 0)
 
 
 def set_up(args):
@@ -317,6 +321,7 @@ class Data:
 def place(images, device):
     """uint8 [N, 3, H, W], numpy or torch -> a tensor on the device. Files stay as they are."""
     if isinstance(images, Files):
+        images.pin_memory = device.type == "cuda"
         return images
     return torch.as_tensor(images).to(device).contiguous()
 
@@ -332,7 +337,7 @@ def evenly_spaced(images, labels, count):
         return images, labels
     index = torch.linspace(0, len(images) - 1, count).long()
     if isinstance(images, Files):
-        part = Files([images.paths[i] for i in index], images.size, images.side)
+        part = images.part(index)
     else:
         part = images[index.to(images.device)]
     return part, None if labels is None else labels[index.to(labels.device)]
@@ -543,23 +548,46 @@ def build_optimizer(model, args):
 
 # ==== Run ====
 
+TRAINING = threading.RLock()  # one train() at a time: the random draws of two would mix
+ENDINGS = []  # an ExitStack of the train() that runs
+
+
+def gives_back(train):
+    """Decorates train(): however that ends, it calls what at_end() was given."""
+
+    @functools.wraps(train)
+    def train_and_give_back(*args, **more):
+        with TRAINING, contextlib.ExitStack() as ending:
+            ENDINGS.append(ending)
+            ending.callback(ENDINGS.pop)
+            return train(*args, **more)
+
+    return train_and_give_back
+
+
+def at_end(function):
+    """Call function() when train() ends."""
+    for ending in ENDINGS[-1:]:
+        ending.callback(function)
+
 
 class Run:
     """One training: its folder, checkpoints, log and checks.
 
-    total_steps: those of all epochs. folder: its path. rows: a dict per finished epoch."""
+    total_steps: those of all epochs. folder: its path. rows: a dict per finished epoch.
+    scores: the closing kNN accuracies (0 ... 1) by name, empty without labels."""
 
     def __init__(self, args, model, optimizer, data):
         """Raises UserError if the folder cannot be used or the recipe does not fit the images."""
         self.args, self.model, self.optimizer, self.data = args, model, optimizer, data
         check_crops(args, data)
         self.total_steps = args.epochs * data.steps_per_epoch
-        self.rows = []
+        self.rows, self.scores = [], {}
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=data.device)  # this epoch's
         self.last_is_good = True  # False after a resume from previous.pt, until the next save
         self.clock = Clock()
-        self.signals = StopSignals()
-        self.folder, self.lock = open_folder(args)  # the lock lives as long as this object
+        self.signals = StopSignals(args, data.device)
+        self.folder, self.lock = open_folder(args)
         self.finite = FiniteWatch(model, data.device, self.folder)
 
     def resume(self):
@@ -584,24 +612,27 @@ class Run:
         """Add up the loss [] and note whether all numbers are finite, without waiting."""
         self.finite.note(step, loss)
         self.loss_sum += loss.detach()
+        if STATUS.overdue():  # --log-every slow steps can take many minutes
+            self.show_status(step + 1, loss)
 
     def progress(self, step, loss):
-        """Raise UserError if a number was not finite; on a terminal show the status line.
-
-        This waits for the device."""
+        """Raise UserError if a number was not finite; show the status. Waits for the device."""
         self.finite.check()
-        if rank() == 0 and sys.stdout.isatty():
-            done = step - (step - 1) // self.data.steps_per_epoch * self.data.steps_per_epoch
-            left = format_seconds((self.total_steps - step) * self.clock.epoch_seconds() / done)
-            say(f"\r{self.where(step)}  loss {loss.item():.4f}  {left} left\033[K", end="")
+        self.show_status(step, loss)
+
+    def show_status(self, step, loss):
+        """Tell step, loss and time left."""
+        done = (step - 1) % self.data.steps_per_epoch + 1
+        left = format_seconds((self.total_steps - step) * self.clock.epoch_seconds() / done)
+        STATUS.show(f"{self.where(step)}  loss {loss.item():.4f}  {left} left")
 
     def save_if_due(self, step):
-        """Inside an epoch: save every --save-every steps; after SIGINT or SIGTERM save and exit."""
-        stop = self.should_stop(step)
+        """Inside an epoch: save every --save-every steps; after Ctrl-C or SIGTERM save and exit."""
+        stop = self.signals.came(step)
         if stop or (self.args.save_every > 0 and step % self.args.save_every == 0):
             self.save(step)
         if stop:
-            self.leave(step)
+            self.signals.leave(step, self.total_steps)
 
     def mean_loss(self):
         """Mean loss of the epoch, a float. Its time for images/s ends here. Waits for the device.
@@ -625,13 +656,13 @@ class Run:
         if rank() == 0:
             write_metrics(self.folder, self.rows)
         left = (self.total_steps - step) * seconds / self.data.steps_per_epoch
-        say(f"{clear_line()}{self.where(step)}  {row_in_words(row)}  {format_seconds(left)} left")
+        say(f"{self.where(step)}  {row_in_words(row)}  {format_seconds(left)} left")
         collapse = collapse_in_words(row, row["dim"]) if "rank" in row else ""
         if collapse:
             say(collapse)
         self.clock.start_epoch()  # images/s of the next epoch do not count this one's checkpoint
-        if self.should_stop(step * self.args.log_every) and step < self.total_steps:
-            self.leave(step)
+        if self.signals.came(step * self.args.log_every) and step < self.total_steps:
+            self.signals.leave(step, self.total_steps)
 
     def save(self, step):
         """Write last.pt whole or not at all; the one before is kept as previous.pt.
@@ -653,14 +684,15 @@ class Run:
 
     def save_backbone(self):
         """Write backbone.pt: the backbone's weights under torchvision's own names."""
-        self.signals.restore()  # all else is saved, so Ctrl-C may end the program at once
+        self.signals.give_back()  # all else is saved, so Ctrl-C may end the program at once
         if rank() == 0:
             buffer = io.BytesIO()
             torch.save(self.model.backbone.state_dict(), buffer)
             write_file(os.path.join(self.folder, "backbone.pt"), buffer.getvalue())
 
     def close(self, scores):
-        """Print the last lines. scores: kNN accuracies (0 ... 1) by name, empty without labels."""
+        """Keep the scores, print the last lines."""
+        self.scores = scores
         if scores:
             first, *others = [f"{name} {100 * score:.2f} %" for name, score in scores.items()]
             test, bank = len(self.data.test), len(self.data.large_bank)
@@ -677,23 +709,6 @@ class Run:
         epoch = (step - 1) // self.data.steps_per_epoch + 1
         width = len(str(self.args.epochs))
         return f"epoch {epoch:{width}}/{self.args.epochs}  step {step}/{self.total_steps}"
-
-    def should_stop(self, step):
-        """True after SIGINT or SIGTERM; under torchrun all agree every --log-every steps."""
-        if dist.is_initialized():
-            if step % self.args.log_every:
-                return False
-            self.signals.agree(self.data.device)
-        return self.signals.number != 0
-
-    def leave(self, step):
-        """End the program after a signal."""
-        if dist.is_initialized():
-            dist.barrier()  # until rank 0 has saved: torchrun ends all when the first one leaves
-        out = f" --out {self.args.out}" if self.args.out else ""
-        say(f"{clear_line()}stopped after step {step} of {self.total_steps}; "
-            f"go on with --resume{out}")
-        sys.exit(128 + self.signals.number)
 
 
 class Clock:
@@ -726,7 +741,7 @@ class FiniteWatch:
         self.outputs = {}  # of each child of the model, in this step
         for name, child in model.named_children():
             self.outputs[name] = []
-            child.register_forward_hook(functools.partial(self.keep, name))
+            at_end(child.register_forward_hook(functools.partial(self.keep, name)).remove)
         self.gradients = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.watched = [f"the output of the {name}" for name in self.outputs] + ["the loss"]
         self.watched += [f"the gradient of {name}" for name, _ in self.gradients]
@@ -783,11 +798,6 @@ def row_in_words(row):
     if "rank" in row:
         words += f"  std*sqrt(d) {row['std_sqrt_d']:.2f}  rank {row['rank_1pct']:.0f}"
     return f"{words}  {row['images_per_s']:.0f} images/s"
-
-
-def clear_line():
-    """What removes the status line from a terminal."""
-    return "\r\033[K" if sys.stdout.isatty() else ""
 
 
 def format_seconds(seconds):
@@ -1096,12 +1106,12 @@ def change(name, x, *settings):
 
 
 @torch.no_grad()
-def extract(network, data, images, precision="fp32", batch_size=None):
+def extract(network, data, images, precision="fp32", batch_size=None, what="measuring"):
     """network(x) in eval mode for all images -> float32 [N, d] on the data's device.
 
     images: uint8 [N, 3, H, W] or Files. Under torchrun each process computes a share and gets all.
     batch_size: by default 500 up to 64 pixels and fewer above, to need less memory than training.
-    """
+    what: heads the status line."""
     batch_size = batch_size or max(1, min(500, 2**21 // data.size**2))
     was_training = network.training
     network.eval()
@@ -1110,7 +1120,8 @@ def extract(network, data, images, precision="fp32", batch_size=None):
     index = index.clamp(max=len(images) - 1)  # the last share is filled up with the last image
     bf16 = precision == "bf16"
     outputs = []
-    for x in data.eval_views(images, index, batch_size):
+    count = -(-len(index) // batch_size)
+    for x in said(data.eval_views(images, index, batch_size), count, f"{what}, batch"):
         with torch.autocast(data.device.type, torch.bfloat16, enabled=bf16):
             outputs.append(network(x).float())
     network.train(was_training)
@@ -1274,7 +1285,8 @@ def flags_of(kind):
             raise TypeError(f"{kind.__name__}.{name} needs a type, as in `{name}: int = ...`")
     flags = []
     for field in dataclasses.fields(kind):
-        above = [vars(base).get("__dataclass_fields__", {}).get(field.name) for base in kind.__mro__]
+        fields = [vars(base).get("__dataclass_fields__", {}) for base in kind.__mro__]
+        above = [found.get(field.name) for found in fields]
         metadata = next((f.metadata for f in above if f is not None and f.metadata), None)
         if metadata is not None:
             types = typing.get_args(field.type) or (field.type,)  # int | None -> (int, NoneType)
@@ -1302,7 +1314,7 @@ def parse_args(kind, argv=None, description=None):
     description: the method's docstring, whose first line heads --help."""
     flags = flags_of(kind)
     method = kind.method
-    first_line = (description or f"{method}.").strip().splitlines()[0]  # python -OO has no docstrings
+    first_line = (description or f"{method}.").strip().splitlines()[0]  # -OO: no docstring
     parser = OneLineParser(prog=f"{method}.py", description=first_line, allow_abbrev=False)
     shared = {name for name, *_ in flags_of(Args)}
     groups = {"": parser.add_argument_group(f"{method}'s own")}
@@ -1327,6 +1339,7 @@ def parse_args(kind, argv=None, description=None):
 
 def check_args(args):
     """Bring the values of an Args to their types, and check all that needs no data. UserError."""
+    check_launch()
     for name, type_, default, metadata in flags_of(type(args)):
         value, option = getattr(args, name), "--" + name.replace("_", "-")
         if value is None and default is None:
@@ -1341,7 +1354,7 @@ def check_args(args):
             check(isinstance(value, bool), f"{option}: {value!r} is not True or False; try True")
         else:
             setattr(args, name, os.fspath(value))
-            check(words is None or value in words, f"{option}: {value!r} is not known; try {default}")
+            check(words is None or value in words, f"{option}: {value!r} is unknown; try {default}")
     names = resnet_names()
     check(args.backbone == "tiny" or args.backbone in names,
           f"--backbone {args.backbone} is unknown; try tiny, {', '.join(names[:5])}")
@@ -1396,6 +1409,7 @@ def mentioned(texts, sizes):
 
 
 def as_flags(sizes):
+    """`--proj-dim 64 --groups 2`"""
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in sizes.items())
 
 
@@ -1456,42 +1470,103 @@ def check(condition, message):
         raise UserError(message)
 
 
-def say(text, end="\n"):
+def say(text):
     """Print on rank 0."""
     if rank() == 0:
-        with ignore_broken_pipe(sys.stdout):
-            print(text, end=end, flush=True)
+        STATUS.clear()
+        write_words(sys.stdout, f"{text}\n")
 
 
 def warn(text):
     """Print one line on stderr, on rank 0. The run goes on."""
     if rank() == 0:
-        with ignore_broken_pipe(sys.stderr):
-            print(text, file=sys.stderr, flush=True)
+        STATUS.clear()
+        write_words(sys.stderr, f"{text}\n")
+
+
+def write_words(stream, text):
+    """Write to a stream, if it takes the words: a run does not end because it does not."""
+    try:
+        try:
+            stream.write(text)
+        except UnicodeEncodeError:  # it lacks a letter of a folder's name
+            encoding = stream.encoding
+            stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except (OSError, ValueError, AttributeError):  # `| head`, full disk; closed; None, as closed
+        with contextlib.suppress(OSError, ValueError, AttributeError), to_nowhere(stream.fileno()):
+            stream.flush()  # else these words would fail again with the next
 
 
 @contextlib.contextmanager
-def ignore_broken_pipe(stream):
-    """Go on if nobody reads the output any more (`| head`)."""
+def to_nowhere(number_):
+    """A context in which what is written to a file descriptor is lost."""
+    kept, nowhere = os.dup(number_), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number_)
     try:
         yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    finally:
+        os.dup2(kept, number_)
+        os.close(kept)
+        os.close(nowhere)
+
+
+class StatusLine:
+    """How far something is: a line that moves on a terminal, elsewhere one every 30 seconds."""
+
+    seconds = 30
+
+    def __init__(self):
+        self.visible, self.last = False, time.monotonic()
+
+    def overdue(self):
+        """True if nothing was printed for 30 seconds."""
+        return rank() == 0 and time.monotonic() - self.last >= self.seconds
+
+    def show(self, text):
+        if rank() == 0 and sys.stdout and not sys.stdout.closed and sys.stdout.isatty():
+            write_words(sys.stdout, f"\r{text[:shutil.get_terminal_size().columns - 1]}\033[K")
+            self.visible, self.last = True, time.monotonic()
+        elif self.overdue():
+            say(text)
+
+    def clear(self):
+        """Make room for other words."""
+        if self.visible:
+            write_words(sys.stdout, "\r\033[K")
+        self.visible, self.last = False, time.monotonic()
+
+
+STATUS = StatusLine()
+
+
+def said(items, count, what):
+    """The items, while the status line says `what 3/10, 0m12s left`."""
+    started = time.monotonic()
+    for i, item in enumerate(items, 1):
+        yield item
+        left = (time.monotonic() - started) / i * (count - i)
+        STATUS.show(f"{what} {i}/{count}, {format_seconds(left)} left")
 
 
 def main(function, parse):
     """Call function(parse()) and exit. An expected error is one line on stderr and status 2."""
+    for number_ in range(3):  # a file in the place of a closed stream would take its words
+        try:
+            os.fstat(number_)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     status, message = 2, ""
     try:
         function(parse())
         status = 0
     except UserError as error:
         message = f"error: {error}"
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted"
+    except KeyboardInterrupt as error:  # with words if they are printed already
+        status, message = 130, "" if error.args else "interrupted"
     except SystemExit as leave:  # after a signal, or by argparse (--help)
         status = leave.code or 0
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         words = explanation(error)
         if not words:
             raise
@@ -1499,11 +1574,9 @@ def main(function, parse):
     if message:
         if rank() > 0:
             time.sleep(3)  # the same error on rank 0 ends this process before it repeats the line
-        with ignore_broken_pipe(sys.stderr):
-            name = os.path.basename(sys.argv[0])
-            print(f"{name}: {message}", file=sys.stderr, flush=True)
-    with ignore_broken_pipe(sys.stdout):
-        sys.stdout.flush()
+        STATUS.clear()
+        write_words(sys.stderr, f"{os.path.basename(sys.argv[0])}: {message}\n")
+    write_words(sys.stdout, "")
     if dist.is_initialized() and status:
         os._exit(status)  # sys.exit would wait for pending communication, perhaps for ever
     if dist.is_initialized():
@@ -1512,7 +1585,7 @@ def main(function, parse):
 
 
 def explanation(error):
-    """One line about a MemoryError or RuntimeError that is not a bug, else an empty string."""
+    """One line about an error of the system that is not a bug, else an empty string."""
     words = " ".join(str(error).split())
 
     def mentions(*parts):
@@ -1523,6 +1596,10 @@ def explanation(error):
                 "or --stream if the images of a folder fill it")
     if isinstance(error, MemoryError) or mentions("can't allocate", "not enough memory"):
         return "out of memory; try a smaller --batch-size, --image-size or --proj-hidden"
+    if mentions("Too many open files", "ancdata"):
+        return "too few file descriptors; try `ulimit -n 4096`, or a smaller --num-workers"
+    if mentions("shared memory", "</torch_", "No space left"):
+        return "/dev/shm is too small; try docker --shm-size=8g, or --num-workers 0, and --resume"
     lost = mentions("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL")
     if world_size() > 1 and lost:
         return (f"process {rank()} lost another process, whose own message says why; "
@@ -1538,10 +1615,34 @@ def explanation(error):
 
 # ==== Several processes ====
 
+TORCHRUN = "start it with torchrun --nproc_per_node=N, or try `unset WORLD_SIZE RANK`"
+
+
+def from_environment(name, otherwise):
+    """The whole number in an environment variable, or `otherwise` if it holds none."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else otherwise
+
+
+def check_launch():
+    """Raise UserError if the environment tells of several processes, but not as torchrun does."""
+    for name in ("WORLD_SIZE", "RANK"):
+        text = os.environ.get(name, "0")
+        check(text.isdecimal(), f"{name}={text!r} in the environment is no number; {TORCHRUN}")
+    check(rank() < world_size(), f"RANK={rank()} in the environment does not fit "
+          f"WORLD_SIZE={world_size()}; {TORCHRUN}")
+    for size, number_ in (("SLURM_NTASKS", "SLURM_PROCID"), ("PMI_SIZE", "PMI_RANK"),
+                          ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
+        tasks = from_environment(size, 1)
+        check(tasks < 2 or number_ not in os.environ or "RANK" in os.environ,
+              f"{size}={tasks}: the tasks would not know of each other; try --ntasks=1, "
+              f"in it with torchrun --nproc_per_node={tasks}")
+
 
 def set_up_gpu():
     """This process's GPU as a torch.device. Raises UserError if there are fewer than processes."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    local_rank = from_environment("LOCAL_RANK", 0) if world_size() > 1 else 0
+    device = torch.device("cuda", local_rank)
     gpus = torch.cuda.device_count()
     check(device.index < gpus, "torchrun started more processes than there are GPUs; "
           f"try --nproc_per_node={gpus}")
@@ -1553,12 +1654,23 @@ def set_up_gpu():
 
 
 def join_processes(device):
-    """Join the other processes that torchrun started."""
+    """Join the other processes that torchrun started. Raises UserError if they do not come."""
+    wait = datetime.timedelta(seconds=30)
+    try:
+        with to_nowhere(2):  # torch itself writes pages about a master that does not answer
+            store, *_ = next(dist.rendezvous("env://", timeout=wait))
+            if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun itself ends all if one ends
+                store.set(f"here {rank()}", "")
+                store.wait([f"here {i}" for i in range(world_size())], wait)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"WORLD_SIZE={world_size()} in the environment, but no such processes in "
+                        f"30 seconds ({reason}); {TORCHRUN}") from error
+    timeout = datetime.timedelta(hours=3)  # rank 0 may download
+    store.set_timeout(timeout)
     cuda = device.type == "cuda"
-    dist.init_process_group(
-        "nccl" if cuda else "gloo",
-        device_id=device if cuda else None,
-        timeout=datetime.timedelta(hours=3))  # rank 0 may download; torchrun ends all if one ends
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
+                            store=store, rank=rank(), world_size=world_size(), timeout=timeout)
 
 
 class GatherRows(torch.autograd.Function):
@@ -1833,7 +1945,7 @@ def data_from_files(args, device, train, labels, test, test_labels, class_names)
     shorter = check_large_enough(first, read_image(first))
     args.image_size = args.image_size or min(64, shorter)
     side = args.image_size if shorter <= args.image_size else math.ceil(args.image_size * 8 / 7)
-    copies = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process keeps all images
+    copies = from_environment("LOCAL_WORLD_SIZE", 1)  # each process keeps all images
     if device.type == "cuda":
         copies = 1
     size = 3 * side**2 * (len(train) + len(test or [])) * copies
@@ -1915,67 +2027,94 @@ def decode(paths, labels, side):
 
 
 class Files:
-    """Images on the disk, decoded and cropped by loader processes."""
+    """Images on the disk, decoded and cropped by loader processes, which stay for the whole run."""
 
     def __init__(self, paths, size, side):
         """size: of a view; side: of the centre squares for measuring, as in memory; in pixels."""
         self.paths, self.size, self.side = paths, size, side
+        self.rows = torch.arange(len(paths))  # those of the paths that are meant
+        self.pin_memory = False
+        self.idle = []  # loaders that wait for work, also for that of a part
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.rows)
+
+    def part(self, index):
+        """The images `index` as Files."""
+        part = copy.copy(self)
+        part.rows = self.rows[index]
+        return part
 
     def crops(self, batches, args, first_step, device):
         """For each row of `batches` [steps, n] a list of views, uint8 [n, 3, size, size].
 
         The crop is drawn from (seed, step, view, row of the global batch)."""
         recipe = [RECIPES[args.augment][v % len(RECIPES[args.augment])] for v in range(args.views)]
-        dataset = CropTask(self.paths, self.size, recipe, args.seed)
-        for views in read_batches(dataset, batch_sampler=crop_tasks(batches, first_step),
-                                  num_workers=args.num_workers, pin_memory=device.type == "cuda"):
+        tasks = crop_tasks(self.rows[batches], first_step, recipe, args.seed)
+        for views in self.read(tasks, args.num_workers):
             yield [view.to(device, non_blocking=True) for view in views]
 
     def centres(self, index, batch_size, num_workers):
         """Centre squares of the images `index` for measuring: yields uint8 [n, 3, side, side]."""
-        yield from read_batches(CentreTask(self.paths, self.side), batch_size=batch_size,
-                                sampler=index.tolist(), num_workers=num_workers)
+        parts = self.rows[index].split(batch_size)
+        yield from self.read(([(i,) for i in part.tolist()] for part in parts), num_workers)
+
+    def read(self, tasks, num_workers):
+        """The results of lists of tasks. A UserError of a process comes without a traceback."""
+        loader = self.idle.pop() if self.idle else None
+        if loader is None:
+            loader = torch.utils.data.DataLoader(
+                FileTask(self.paths, self.size, self.side), batch_sampler=Tasks(),
+                num_workers=num_workers, persistent_workers=num_workers > 0,
+                pin_memory=self.pin_memory, worker_init_fn=leave_signals_to_the_main_process)
+            at_end(self.idle.clear)  # ends the processes
+        loader.batch_sampler.tasks = tasks
+        try:
+            yield from loader
+        except UserError as error:
+            last_line = str(error).strip().splitlines()[-1]
+            raise UserError(last_line.split("UserError: ")[-1]) from None
+        finally:
+            self.idle.append(loader)
 
 
-def crop_tasks(batches, first_step):
-    """For each row of `batches` [steps, n]: [(step, row of the global batch, image), ...]."""
+class Tasks:
+    """A batch sampler whose lists of tasks are given anew for each epoch."""
+
+    def __iter__(self):
+        return iter(self.tasks)
+
+
+def crop_tasks(batches, first_step, *more):
+    """For each row of `batches` [steps, n]: [(image, step, row of global batch, *more), ...]."""
     for step, images in enumerate(batches.tolist(), first_step):
         first = rank() * len(images)
-        yield [(step, first + i, image) for i, image in enumerate(images)]
+        yield [(image, step, first + i, *more) for i, image in enumerate(images)]
 
 
 def leave_signals_to_the_main_process(_worker):
     """Let a loader process outlive Ctrl-C, and SIGTERM by five seconds, until the run is saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number_ in STOP_SIGNALS:
+        signal.signal(number_, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: threading.Timer(5, os._exit, (0,)).start())
 
 
-def read_batches(dataset, **settings):
-    """The batches of a DataLoader. A UserError of a loader process comes without a traceback."""
-    try:
-        yield from torch.utils.data.DataLoader(
-            dataset, worker_init_fn=leave_signals_to_the_main_process, **settings)
-    except UserError as error:
-        last_line = str(error).strip().splitlines()[-1]
-        raise UserError(last_line.split("UserError: ")[-1]) from None
+class FileTask(torch.utils.data.Dataset):
+    """What a loader process does: a task of crop_tasks -> the views, (image,) -> its centre."""
 
-
-class CropTask(torch.utils.data.Dataset):
-    """An item of crop_tasks -> the cropped views of its image."""
-
-    def __init__(self, paths, size, recipe, seed):
-        self.paths, self.size, self.recipe, self.seed = paths, size, recipe, seed
+    def __init__(self, paths, size, side):
+        self.paths, self.size, self.side = paths, size, side
 
     def __getitem__(self, task):
-        step, row, index = task
+        index, *crop = task
         image = read_or_next(self.paths, index)
+        if not crop:
+            return to_square(image, self.side)
+        step, row, recipe, seed = crop
         views = []
-        for number_of_view, view in enumerate(self.recipe):
+        for number_of_view, view in enumerate(recipe):
             crop = next((op for op in view if op[0] == "crop"), None)
-            rng = np.random.default_rng((self.seed, 2, step, number_of_view, row))
+            rng = np.random.default_rng((seed, 2, step, number_of_view, row))
             views.append(crop_one(image, crop, self.size, rng))
         return views
 
@@ -1988,19 +2127,6 @@ def crop_one(image, crop, size, rng):
     interpolation = torchvision.transforms.InterpolationMode(crop[3])
     return functional.resized_crop(image, top, left, height, width, [size, size], interpolation,
                                    antialias=True)
-
-
-class CentreTask(torch.utils.data.Dataset):
-    """An image's index -> its centre square."""
-
-    def __init__(self, paths, side):
-        self.paths, self.side = paths, side
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
-        return to_square(read_or_next(self.paths, index), self.side)
 
 
 def read_or_next(paths, index):
@@ -2228,43 +2354,74 @@ FREE_ON_RESUME = {"epochs", "out", "resume", "device", "num_workers", "log_every
                   "compile", "data_dir", "given"}
 
 
-class StopSignals:
-    """Notes SIGINT (Ctrl-C) and SIGTERM, so that the run can save before it stops."""
+STOP_SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"  # as clusters send them
+STOP_SIGNALS = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
 
-    def __init__(self):
+
+class StopSignals:
+    """Notes Ctrl-C, SIGTERM and the like, so that the run can save before it stops.
+
+    Outside the main thread, where Python does not allow it, they do what they did before."""
+
+    def __init__(self, args, device):
+        self.args, self.device = args, device
         self.number = 0  # of the signal that came
-        for number_ in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number_, self.note)
+        self.before = {}  # signal -> its handler before this run
+        at_end(self.give_back)
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number_ in STOP_SIGNALS:
+            handler = signal.getsignal(number_)
+            ignored = handler == signal.SIG_IGN and number_ != signal.SIGINT  # as under nohup
+            if handler is not None and not ignored:  # None: C code has set it
+                self.before[number_] = handler
+                signal.signal(number_, self.note)
 
     def note(self, number_, _frame):
         self.number = number_
         if world_size() == 1:  # torchrun itself repeats the signal, and kills after 30 seconds
-            signal.signal(number_, signal.SIG_DFL)  # a second Ctrl-C ends the program at once
+            signal.signal(number_, self.before[number_])  # a second Ctrl-C ends at once
 
-    def agree(self, device):
-        """Let all processes know of a signal that came to one."""
-        number_ = torch.tensor(self.number, device=device)
-        dist.all_reduce(number_, dist.ReduceOp.MAX)
-        self.number = int(number_)
+    def came(self, step):
+        """True after a signal; under torchrun all agree every --log-every steps."""
+        if dist.is_initialized():
+            if step % self.args.log_every:
+                return False
+            number_ = torch.tensor(self.number, device=self.device)
+            dist.all_reduce(number_, dist.ReduceOp.MAX)
+            self.number = int(number_)
+        return self.number != 0
 
-    def restore(self):
-        for number_ in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number_, signal.SIG_DFL)
+    def leave(self, step, total_steps):
+        """End after a signal. Ctrl-C is a KeyboardInterrupt, so that a notebook lives on."""
+        if dist.is_initialized():
+            dist.barrier()  # until rank 0 has saved: torchrun ends all when the first one leaves
+        out = f" --out {self.args.out}" if self.args.out else ""
+        words = f"stopped after step {step} of {total_steps}; go on with --resume{out}"
+        say(words)
+        if self.number == signal.SIGINT:
+            raise KeyboardInterrupt(words)
+        sys.exit(128 + self.number)
+
+    def give_back(self):
+        for number_, handler in self.before.items():
+            signal.signal(number_, handler)
+        self.before = {}
 
 
 def open_folder(args):
     """(path of the run's folder, its open lock file on rank 0 or None elsewhere).
 
     Raises UserError if the folder holds a run, is in use or cannot be written."""
-    folder, lock = choose_folder(args), None
+    folder, lock = None, None
     if rank() == 0:
-        try:
-            os.makedirs(folder, exist_ok=True)
-            lock = open(os.path.join(folder, "lock"), "w")
-        except OSError as error:
-            raise UserError(f"--out {folder}: cannot write there ({error.strerror}); "
-                            "try another --out") from error
-        check(lock_file(lock),
+        for folder in candidate_folders(args):
+            lock = lock_folder(folder)
+            if lock and (args.resume or not holds_run(folder)):  # another may just have ended
+                at_end(lock.close)
+                break
+            lock = None
+        check(lock,
               f"--out {folder} is in use by another run; wait for it, or try another --out")
     if dist.is_initialized():
         box = [folder]
@@ -2278,30 +2435,36 @@ def run_name(args):
     return "-".join(filter(None, (args["method"], args["experiment"])))
 
 
-def choose_folder(args):
-    """--out, or runs/<method>-<dataset>-s<seed>, with -2, -3, ... if that holds a run.
+def candidate_folders(args):
+    """--out, or runs/<method>-<dataset>-s<seed> and the same with -2, -3, ... after the last run.
 
-    With --resume: the newest that holds a run. Without: raises UserError if --out holds one."""
+    With --resume: the last that was started. Without: raises UserError if --out holds a run."""
     base = args.out or os.path.join("runs", f"{run_name(vars(args))}-{args.dataset}-s{args.seed}")
     candidates = [base]
     if not args.out:
         candidates += [f"{base}-{i}" for i in range(2, 1000)]
-    taken = [path for path in candidates if holds_run(path)]
     if args.resume:
-        return taken[-1] if taken else base
+        return [path for path in candidates if holds_run(path, "config.json")][-1:] or [base]
+    taken = [i for i, path in enumerate(candidates) if holds_run(path)]
     check(not (args.out and taken), f"--out {base} already holds a run; "
           f"add --resume to go on with it, or try --out {base}-2")
-    return next(path for path in candidates if path not in taken)
+    return candidates[max(taken, default=-1) + 1:]
 
 
-def holds_run(folder):
-    """True if there is a checkpoint in the folder."""
-    files = os.path.join(folder, "last.pt"), os.path.join(folder, "previous.pt")
-    return any(os.path.isfile(file) for file in files)
+def holds_run(folder, *more):
+    """True if there is a checkpoint in the folder, or one of `more` files."""
+    names = "last.pt", "previous.pt", *more
+    return any(os.path.isfile(os.path.join(folder, name)) for name in names)
 
 
-def lock_file(file):
-    """True if this process now holds the lock on an open file. It ends with the process."""
+def lock_folder(folder):
+    """A folder's lock file, locked until it is closed; None if another process has locked it."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(os.path.join(folder, "lock"), "w")
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot write there ({error.strerror}); "
+                        "try another --out") from error
     try:
         if os.name == "nt":
             import msvcrt
@@ -2311,9 +2474,11 @@ def lock_file(file):
             import fcntl
 
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            return None
+        warn(f"{folder} cannot be locked ({error.strerror}): start no second run in it")
+    return file
 
 
 def stop_non_finite(step, what, folder):
@@ -2474,7 +2639,7 @@ def configuration(args, device):
     """The content of config.json: flags, command, versions, machine."""
     return {
         **vars(args),
-        "command": " ".join(sys.argv),
+        "command": command_line(args),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -2484,6 +2649,16 @@ def configuration(args, device):
         "processes": world_size(),
         "git": git_revision(),
     }
+
+
+def command_line(args):
+    """The command of a run, also of one that a notebook started."""
+    words = ["python", f"{run_name(vars(args))}.py"]
+    for name, _, default, _ in flags_of(type(args)):
+        value, option = args.given[name], "--" + name.replace("_", "-")
+        if value != default:
+            words += [option] if value is True else [option, str(value)]
+    return shlex.join(words)
 
 
 def processor_name(device):
