@@ -12,52 +12,52 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #
 # What a method file calls, in this order:
 #
-#    118  Args               the flags that all nine methods share
-#    108  flag               a field of Args: default, help, bounds
-#   1552  main               run train(); print an expected error as one line
-#   1311  parse_args         Args from the command line
-#    197  set_up             device, precision, other processes
-#    232  load_data          read or draw the data set: Data
-#    469  build_backbone     the network whose output is H
-#    513  build_optimizer    Adam, SGD, LARS or Muon
-#    555  gives_back         signal handlers, lock and processes, when train() ends
-#    574  Run                the run's folder, checkpoints, log and checks
-#    814  distribute         the model for several processes, or compiled
-#    593  Run.resume         the step to start from, usually 0
-#    289  Data.batches       the batches of an epoch, uint8
-#    830  step_seed          the seed of a step's random draws
-#    304  Data.augment       the random views of a batch
-#    836  learning_rate      the schedule's factor at a step
-#    606  Run.guard          a failed decomposition becomes a clear error
-#    824  gather             embeddings of all processes, with gradient
-#   1715  mean_over_ranks    the mean of a tensor over the processes (BYOL)
-#    187  world_size         the number of processes (MoCo)
-#    192  rank               this process's number among them (MoCo)
-#    611  Run.watch          note whether loss and gradients are finite
-#    618  Run.progress       stop if they were not; show the status line
-#    629  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    637  Run.mean_loss      the mean loss of the epoch
-#   1109  extract            H of a set of images
-#   1131  project            Z of H
-#   1168  collapse_metrics   how much of its space a set of embeddings fills
-#   1142  knn_accuracy       accuracy of a vote among the nearest training images
-#    646  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    685  Run.save_backbone  write backbone.pt
-#    693  Run.close          print the scores
+#    117  Args               the flags that all nine methods share
+#    107  flag               a field of Args: default, help, bounds
+#   1547  main               run train(); print an expected error as one line
+#   1310  parse_args         Args from the command line
+#    196  set_up             device, precision, other processes
+#    231  load_data          read or draw the data set: Data
+#    468  build_backbone     the network whose output is H
+#    512  build_optimizer    Adam, SGD, LARS or Muon
+#    554  gives_back         signal handlers, lock and processes, when train() ends
+#    573  Run                the run's folder, checkpoints, log and checks
+#    813  distribute         the model for several processes, or compiled
+#    592  Run.resume         the step to start from, usually 0
+#    288  Data.batches       the batches of an epoch, uint8
+#    829  step_seed          the seed of a step's random draws
+#    303  Data.augment       the random views of a batch
+#    835  learning_rate      the schedule's factor at a step
+#    605  Run.guard          a failed decomposition becomes a clear error
+#    823  gather             embeddings of all processes, with gradient
+#   1704  mean_over_ranks    the mean of a tensor over the processes (BYOL)
+#    186  world_size         the number of processes (MoCo)
+#    191  rank               this process's number among them (MoCo)
+#    610  Run.watch          note whether loss and gradients are finite
+#    617  Run.progress       stop if they were not; show the status line
+#    628  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    636  Run.mean_loss      the mean loss of the epoch
+#   1108  extract            H of a set of images
+#   1130  project            Z of H
+#   1167  collapse_metrics   how much of its space a set of embeddings fills
+#   1141  knn_accuracy       accuracy of a vote among the nearest training images
+#    645  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    684  Run.save_backbone  write backbone.pt
+#    692  Run.close          print the scores
 #
 # Part II:
 #
-#   1241  Command line: flags from Args, checks, and sizes to propose
-#   1458  Messages and errors
-#   1616  Several processes
-#   1777  Data sets by name
-#   1867  Folders of images
-#   2026  Streaming
-#   2147  Recipes of augmentation
-#   2220  ResNets, LARS, Muon
-#   2348  Run folder and signals
-#   2497  Resume
-#   2600  Files of a run
+#   1240  Command line: flags from Args, checks, and sizes to propose
+#   1457  Messages and errors
+#   1612  Several processes
+#   1766  Data sets by name
+#   1856  Folders of images
+#   2015  Streaming
+#   2136  Recipes of augmentation
+#   2209  ResNets, LARS, Muon
+#   2337  Run folder and signals
+#   2484  Resume
+#   2587  Files of a run
 
 import argparse
 import contextlib
@@ -76,7 +76,6 @@ import math
 import os
 import platform
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -1485,15 +1484,12 @@ def warn(text):
 
 
 def write_words(stream, text):
-    """Write to a stream, if it takes the words: a run does not end because it does not."""
+    """Write to a stream (None: closed). If it does not take the words, the run goes on."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"  # perhaps without a folder's letters
     try:
-        try:
-            stream.write(text)
-        except UnicodeEncodeError:  # it lacks a letter of a folder's name
-            encoding = stream.encoding
-            stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         stream.flush()
-    except (OSError, ValueError, AttributeError):  # `| head`, full disk; closed; None, as closed
+    except (OSError, ValueError, AttributeError):  # such as `| head`, or a full disk
         with contextlib.suppress(OSError, ValueError, AttributeError), to_nowhere(stream.fileno()):
             stream.flush()  # else these words would fail again with the next
 
@@ -1514,20 +1510,19 @@ def to_nowhere(number_):
 class StatusLine:
     """How far something is: a line that moves on a terminal, elsewhere one every 30 seconds."""
 
-    seconds = 30
-
-    def __init__(self):
-        self.visible, self.last = False, time.monotonic()
+    seconds, last, visible = 30, time.monotonic(), False
 
     def overdue(self):
         """True if nothing was printed for 30 seconds."""
         return rank() == 0 and time.monotonic() - self.last >= self.seconds
 
     def show(self, text):
-        if rank() == 0 and sys.stdout and not sys.stdout.closed and sys.stdout.isatty():
-            write_words(sys.stdout, f"\r{text[:shutil.get_terminal_size().columns - 1]}\033[K")
-            self.visible, self.last = True, time.monotonic()
-        elif self.overdue():
+        with contextlib.suppress(AttributeError, ValueError):  # no terminal, but closed or a Tee
+            if rank() == 0 and sys.stdout.isatty():
+                text = text[:shutil.get_terminal_size().columns - 1]
+                write_words(sys.stdout, f"\r{text}\033[K")
+                self.visible, self.last = True, time.monotonic()
+        if self.overdue():
             say(text)
 
     def clear(self):
@@ -1570,6 +1565,7 @@ def main(function, parse):
         words = explanation(error)
         if not words:
             raise
+        sys.unraisablehook = lambda _: None  # torch's half-made loaders fail once more as they go
         message = f"error: {words}"
     if message:
         if rank() > 0:
@@ -1596,8 +1592,8 @@ def explanation(error):
                 "or --stream if the images of a folder fill it")
     if isinstance(error, MemoryError) or mentions("can't allocate", "not enough memory"):
         return "out of memory; try a smaller --batch-size, --image-size or --proj-hidden"
-    if mentions("Too many open files", "ancdata"):
-        return "too few file descriptors; try `ulimit -n 4096`, or a smaller --num-workers"
+    if mentions("Too many open files", "ancdata", "temporarily unavailable"):
+        return "too few file descriptors or processes; try `ulimit -n 4096`, or fewer --num-workers"
     if mentions("shared memory", "</torch_", "No space left"):
         return "/dev/shm is too small; try docker --shm-size=8g, or --num-workers 0, and --resume"
     lost = mentions("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL")
@@ -1626,17 +1622,13 @@ def from_environment(name, otherwise):
 
 def check_launch():
     """Raise UserError if the environment tells of several processes, but not as torchrun does."""
-    for name in ("WORLD_SIZE", "RANK"):
-        text = os.environ.get(name, "0")
-        check(text.isdecimal(), f"{name}={text!r} in the environment is no number; {TORCHRUN}")
-    check(rank() < world_size(), f"RANK={rank()} in the environment does not fit "
-          f"WORLD_SIZE={world_size()}; {TORCHRUN}")
-    for size, number_ in (("SLURM_NTASKS", "SLURM_PROCID"), ("PMI_SIZE", "PMI_RANK"),
-                          ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
-        tasks = from_environment(size, 1)
-        check(tasks < 2 or number_ not in os.environ or "RANK" in os.environ,
-              f"{size}={tasks}: the tasks would not know of each other; try --ntasks=1, "
-              f"in it with torchrun --nproc_per_node={tasks}")
+    size, mine = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
+    check(size.isdecimal() and mine.isdecimal() and int(mine) < int(size),
+          f"WORLD_SIZE={size} and RANK={mine} in the environment do not fit; {TORCHRUN}")
+    tasks = from_environment("SLURM_NTASKS", 1)
+    alone = tasks == 1 or "RANK" in os.environ or "SLURM_PROCID" not in os.environ
+    check(alone, f"SLURM_NTASKS={tasks}, but these tasks do not know of each other; try "
+          f"--ntasks=1, in it with torchrun --nproc_per_node={tasks}")
 
 
 def set_up_gpu():
@@ -1655,17 +1647,14 @@ def set_up_gpu():
 
 def join_processes(device):
     """Join the other processes that torchrun started. Raises UserError if they do not come."""
-    wait = datetime.timedelta(seconds=30)
+    wait = datetime.timedelta(seconds=15 if rank() else 30)  # all but rank 0 try twice
     try:
         with to_nowhere(2):  # torch itself writes pages about a master that does not answer
-            store, *_ = next(dist.rendezvous("env://", timeout=wait))
-            if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun itself ends all if one ends
-                store.set(f"here {rank()}", "")
-                store.wait([f"here {i}" for i in range(world_size())], wait)
+            store = next(dist.rendezvous("env://", timeout=wait))[0]
     except (RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:100]
-        raise UserError(f"WORLD_SIZE={world_size()} in the environment, but no such processes in "
-                        f"30 seconds ({reason}); {TORCHRUN}") from error
+        raise UserError(f"WORLD_SIZE={world_size()} in the environment, but these processes do not "
+                        f"meet ({reason}); {TORCHRUN}") from error
     timeout = datetime.timedelta(hours=3)  # rank 0 may download
     store.set_timeout(timeout)
     cuda = device.type == "cuda"
@@ -2359,9 +2348,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal
 
 
 class StopSignals:
-    """Notes Ctrl-C, SIGTERM and the like, so that the run can save before it stops.
-
-    Outside the main thread, where Python does not allow it, they do what they did before."""
+    """Notes Ctrl-C, SIGTERM and the like, so that the run can save before it stops."""
 
     def __init__(self, args, device):
         self.args, self.device = args, device
@@ -2369,11 +2356,11 @@ class StopSignals:
         self.before = {}  # signal -> its handler before this run
         at_end(self.give_back)
         if threading.current_thread() is not threading.main_thread():
-            return
+            return  # Python would refuse
         for number_ in STOP_SIGNALS:
-            handler = signal.getsignal(number_)
+            handler = signal.getsignal(number_)  # None: C code has set it
             ignored = handler == signal.SIG_IGN and number_ != signal.SIGINT  # as under nohup
-            if handler is not None and not ignored:  # None: C code has set it
+            if handler is not None and not ignored:
                 self.before[number_] = handler
                 signal.signal(number_, self.note)
 
@@ -2637,9 +2624,11 @@ def write_metrics(folder, rows):
 
 def configuration(args, device):
     """The content of config.json: flags, command, versions, machine."""
+    defaults = {name: default for name, _, default, _ in flags_of(type(args))}
+    changed = {name: args.given[name] for name in defaults if args.given[name] != defaults[name]}
     return {
         **vars(args),
-        "command": command_line(args),
+        "command": f"{run_name(vars(args))}.py {as_flags(changed)}".replace(" True", ""),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -2649,16 +2638,6 @@ def configuration(args, device):
         "processes": world_size(),
         "git": git_revision(),
     }
-
-
-def command_line(args):
-    """The command of a run, also of one that a notebook started."""
-    words = ["python", f"{run_name(vars(args))}.py"]
-    for name, _, default, _ in flags_of(type(args)):
-        value, option = args.given[name], "--" + name.replace("_", "-")
-        if value != default:
-            words += [option] if value is True else [option, str(value)]
-    return shlex.join(words)
 
 
 def processor_name(device):
