@@ -552,16 +552,16 @@ ENDINGS = []  # an ExitStack of the train() that runs
 
 
 def gives_back(train):
-    """Decorates train(): however that ends, it calls what at_end() was given."""
+    """Decorates train(): however it ends, what at_end() was given is called."""
 
     @functools.wraps(train)
-    def train_and_give_back(*args, **more):
+    def train_alone(*args, **more):
         with TRAINING, contextlib.ExitStack() as ending:
             ENDINGS.append(ending)
             ending.callback(ENDINGS.pop)
             return train(*args, **more)
 
-    return train_and_give_back
+    return train_alone
 
 
 def at_end(function):
@@ -1484,7 +1484,7 @@ def warn(text):
 
 
 def write_words(stream, text):
-    """Write to a stream (None: closed). If it does not take the words, the run goes on."""
+    """Write to a stream (None: closed). The run goes on if it does not take the words."""
     encoding = getattr(stream, "encoding", None) or "utf-8"  # perhaps without a folder's letters
     try:
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
@@ -1627,8 +1627,8 @@ def check_launch():
           f"WORLD_SIZE={size} and RANK={mine} in the environment do not fit; {TORCHRUN}")
     tasks = from_environment("SLURM_NTASKS", 1)
     alone = tasks == 1 or "RANK" in os.environ or "SLURM_PROCID" not in os.environ
-    check(alone, f"SLURM_NTASKS={tasks}, but these tasks do not know of each other; try "
-          f"--ntasks=1, in it with torchrun --nproc_per_node={tasks}")
+    check(alone, f"SLURM_NTASKS={tasks}: such tasks do not know of each other; "
+          f"try --ntasks=1 with torchrun --nproc_per_node={tasks}")
 
 
 def set_up_gpu():
@@ -2016,14 +2016,14 @@ def decode(paths, labels, side):
 
 
 class Files:
-    """Images on the disk, decoded and cropped by loader processes, which stay for the whole run."""
+    """Images on the disk, decoded and cropped by loader processes that stay for the run."""
 
     def __init__(self, paths, size, side):
         """size: of a view; side: of the centre squares for measuring, as in memory; in pixels."""
         self.paths, self.size, self.side = paths, size, side
-        self.rows = torch.arange(len(paths))  # those of the paths that are meant
+        self.rows = torch.arange(len(paths))  # which of the paths
         self.pin_memory = False
-        self.idle = []  # loaders that wait for work, also for that of a part
+        self.idle = []  # loaders that wait for work
 
     def __len__(self):
         return len(self.rows)
@@ -2050,13 +2050,13 @@ class Files:
 
     def read(self, tasks, num_workers):
         """The results of lists of tasks. A UserError of a process comes without a traceback."""
-        loader = self.idle.pop() if self.idle else None
-        if loader is None:
-            loader = torch.utils.data.DataLoader(
+        if not self.idle:
+            self.idle.append(torch.utils.data.DataLoader(
                 FileTask(self.paths, self.size, self.side), batch_sampler=Tasks(),
                 num_workers=num_workers, persistent_workers=num_workers > 0,
-                pin_memory=self.pin_memory, worker_init_fn=leave_signals_to_the_main_process)
+                pin_memory=self.pin_memory, worker_init_fn=leave_signals_to_the_main_process))
             at_end(self.idle.clear)  # ends the processes
+        loader = self.idle.pop()
         loader.batch_sampler.tasks = tasks
         try:
             yield from loader

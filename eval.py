@@ -128,7 +128,7 @@ def check_writable(flag, path):
                  f"{flag} {path} is not the name of a PNG file; try {path}.png")
     common.check(not os.path.isdir(path), f"{flag} {path} is a folder; try a file name in it")
     if is_stream(path):
-        return common.check(os.access(path, os.W_OK), f"{flag} {path} cannot be written; try a file")
+        return common.check(os.access(path, os.W_OK), f"{flag} {path} is read-only; try a file")
     path = os.path.realpath(path)
     try:
         open(path + ".tmp", "wb").close()
