@@ -12,51 +12,52 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #
 # What a method file calls, in this order:
 #
-#    114  Args               the flags that all nine methods share
-#    104  flag               a field of Args: default, help, bounds
-#   1489  main               run train(); print an expected error as one line
-#   1302  parse_args         Args from the command line
-#    193  set_up             device, precision, other processes
-#    228  load_data          read or draw the data set: Data
-#    464  build_backbone     the network whose output is H
-#    508  build_optimizer    Adam, SGD, LARS or Muon
-#    547  Run                the run's folder, checkpoints, log and checks
-#    804  distribute         the model for several processes, or compiled
-#    565  Run.resume         the step to start from, usually 0
-#    285  Data.batches       the batches of an epoch, uint8
-#    820  step_seed          the seed of a step's random draws
-#    300  Data.augment       the random views of a batch
-#    826  learning_rate      the schedule's factor at a step
-#    578  Run.guard          a failed decomposition becomes a clear error
-#    814  gather             embeddings of all processes, with gradient
-#   1610  mean_over_ranks    the mean of a tensor over the processes (BYOL)
-#    183  world_size         the number of processes (MoCo)
-#    188  rank               this process's number among them (MoCo)
-#    583  Run.watch          note whether loss and gradients are finite
-#    588  Run.progress       stop if they were not; show the status line
-#    598  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    606  Run.mean_loss      the mean loss of the epoch
-#   1099  extract            H of a set of images
-#   1120  project            Z of H
-#   1157  collapse_metrics   how much of its space a set of embeddings fills
-#   1131  knn_accuracy       accuracy of a vote among the nearest training images
-#    615  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    654  Run.save_backbone  write backbone.pt
-#    662  Run.close          print the scores
+#    117  Args               the flags that all nine methods share
+#    107  flag               a field of Args: default, help, bounds
+#   1552  main               run train(); print an expected error as one line
+#   1312  parse_args         Args from the command line
+#    196  set_up             device, precision, other processes
+#    231  load_data          read or draw the data set: Data
+#    468  build_backbone     the network whose output is H
+#    512  build_optimizer    Adam, SGD, LARS or Muon
+#    554  gives_back         signal handlers, lock and processes, when train() ends
+#    573  Run                the run's folder, checkpoints, log and checks
+#    813  distribute         the model for several processes, or compiled
+#    592  Run.resume         the step to start from, usually 0
+#    288  Data.batches       the batches of an epoch, uint8
+#    829  step_seed          the seed of a step's random draws
+#    303  Data.augment       the random views of a batch
+#    835  learning_rate      the schedule's factor at a step
+#    605  Run.guard          a failed decomposition becomes a clear error
+#    823  gather             embeddings of all processes, with gradient
+#   1709  mean_over_ranks    the mean of a tensor over the processes (BYOL)
+#    186  world_size         the number of processes (MoCo)
+#    191  rank               this process's number among them (MoCo)
+#    610  Run.watch          note whether loss and gradients are finite
+#    617  Run.progress       stop if they were not; show the status line
+#    628  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    636  Run.mean_loss      the mean loss of the epoch
+#   1108  extract            H of a set of images
+#   1130  project            Z of H
+#   1167  collapse_metrics   how much of its space a set of embeddings fills
+#   1141  knn_accuracy       accuracy of a vote among the nearest training images
+#    645  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    684  Run.save_backbone  write backbone.pt
+#    692  Run.close          print the scores
 #
 # Part II:
 #
-#   1230  Command line: flags from Args, checks, and sizes to propose
-#   1451  Messages and errors
-#   1546  Several processes
-#   1672  Data sets by name
-#   1762  Folders of images
-#   1921  Streaming
-#   2028  Recipes of augmentation
-#   2101  ResNets, LARS, Muon
-#   2229  Run folder and signals
-#   2340  Resume
-#   2443  Files of a run
+#   1240  Command line: flags from Args, checks, and sizes to propose
+#   1462  Messages and errors
+#   1617  Several processes
+#   1771  Data sets by name
+#   1861  Folders of images
+#   2020  Streaming
+#   2141  Recipes of augmentation
+#   2214  ResNets, LARS, Muon
+#   2342  Run folder and signals
+#   2490  Resume
+#   2593  Files of a run
 
 import argparse
 import contextlib
@@ -64,6 +65,7 @@ import copy
 import csv
 import dataclasses
 import datetime
+import errno
 import functools
 import http.client
 import inspect
@@ -74,6 +76,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,12 +185,12 @@ class Args:
 
 def world_size():
     """The number of processes that torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return from_environment("WORLD_SIZE", 1)
 
 
 def rank():
     """This process's number among them, from 0; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
+    return from_environment("RANK", 0)
 
 
 def set_up(args):
@@ -317,6 +320,7 @@ class Data:
 def place(images, device):
     """uint8 [N, 3, H, W], numpy or torch -> a tensor on the device. Files stay as they are."""
     if isinstance(images, Files):
+        images.pin_memory = device.type == "cuda"
         return images
     return torch.as_tensor(images).to(device).contiguous()
 
@@ -332,7 +336,7 @@ def evenly_spaced(images, labels, count):
         return images, labels
     index = torch.linspace(0, len(images) - 1, count).long()
     if isinstance(images, Files):
-        part = Files([images.paths[i] for i in index], images.size, images.side)
+        part = images.part(index)
     else:
         part = images[index.to(images.device)]
     return part, None if labels is None else labels[index.to(labels.device)]
@@ -543,23 +547,46 @@ def build_optimizer(model, args):
 
 # ==== Run ====
 
+TRAINING = threading.RLock()  # one train() at a time: the random draws of two would mix
+ENDINGS = []  # an ExitStack of the train() that runs
+
+
+def gives_back(train):
+    """Decorates train(): however it ends, what at_end() was given is called."""
+
+    @functools.wraps(train)
+    def train_alone(*args, **more):
+        with TRAINING, contextlib.ExitStack() as ending:
+            ENDINGS.append(ending)
+            ending.callback(ENDINGS.pop)
+            return train(*args, **more)
+
+    return train_alone
+
+
+def at_end(function):
+    """Call function() when train() ends."""
+    for ending in ENDINGS[-1:]:
+        ending.callback(function)
+
 
 class Run:
     """One training: its folder, checkpoints, log and checks.
 
-    total_steps: those of all epochs. folder: its path. rows: a dict per finished epoch."""
+    total_steps: those of all epochs. folder: its path. rows: a dict per finished epoch.
+    scores: the closing kNN accuracies (0 ... 1) by name, empty without labels."""
 
     def __init__(self, args, model, optimizer, data):
         """Raises UserError if the folder cannot be used or the recipe does not fit the images."""
         self.args, self.model, self.optimizer, self.data = args, model, optimizer, data
         check_crops(args, data)
         self.total_steps = args.epochs * data.steps_per_epoch
-        self.rows = []
+        self.rows, self.scores = [], {}
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=data.device)  # this epoch's
         self.last_is_good = True  # False after a resume from previous.pt, until the next save
         self.clock = Clock()
-        self.signals = StopSignals()
-        self.folder, self.lock = open_folder(args)  # the lock lives as long as this object
+        self.signals = StopSignals(args, data.device)
+        self.folder, self.lock = open_folder(args)
         self.finite = FiniteWatch(model, data.device, self.folder)
 
     def resume(self):
@@ -584,24 +611,27 @@ class Run:
         """Add up the loss [] and note whether all numbers are finite, without waiting."""
         self.finite.note(step, loss)
         self.loss_sum += loss.detach()
+        if STATUS.overdue():  # --log-every slow steps can take many minutes
+            self.show_status(step + 1, loss)
 
     def progress(self, step, loss):
-        """Raise UserError if a number was not finite; on a terminal show the status line.
-
-        This waits for the device."""
+        """Raise UserError if a number was not finite; show the status. Waits for the device."""
         self.finite.check()
-        if rank() == 0 and sys.stdout.isatty():
-            done = step - (step - 1) // self.data.steps_per_epoch * self.data.steps_per_epoch
-            left = format_seconds((self.total_steps - step) * self.clock.epoch_seconds() / done)
-            say(f"\r{self.where(step)}  loss {loss.item():.4f}  {left} left\033[K", end="")
+        self.show_status(step, loss)
+
+    def show_status(self, step, loss):
+        """Tell step, loss and time left."""
+        done = (step - 1) % self.data.steps_per_epoch + 1
+        left = format_seconds((self.total_steps - step) * self.clock.epoch_seconds() / done)
+        STATUS.show(f"{self.where(step)}  loss {loss.item():.4f}  {left} left")
 
     def save_if_due(self, step):
-        """Inside an epoch: save every --save-every steps; after SIGINT or SIGTERM save and exit."""
-        stop = self.should_stop(step)
+        """Inside an epoch: save every --save-every steps; after Ctrl-C or SIGTERM save and exit."""
+        stop = self.signals.came(step)
         if stop or (self.args.save_every > 0 and step % self.args.save_every == 0):
             self.save(step)
         if stop:
-            self.leave(step)
+            self.signals.leave(step, self.total_steps)
 
     def mean_loss(self):
         """Mean loss of the epoch, a float. Its time for images/s ends here. Waits for the device.
@@ -625,13 +655,13 @@ class Run:
         if rank() == 0:
             write_metrics(self.folder, self.rows)
         left = (self.total_steps - step) * seconds / self.data.steps_per_epoch
-        say(f"{clear_line()}{self.where(step)}  {row_in_words(row)}  {format_seconds(left)} left")
+        say(f"{self.where(step)}  {row_in_words(row)}  {format_seconds(left)} left")
         collapse = collapse_in_words(row, row["dim"]) if "rank" in row else ""
         if collapse:
             say(collapse)
         self.clock.start_epoch()  # images/s of the next epoch do not count this one's checkpoint
-        if self.should_stop(step * self.args.log_every) and step < self.total_steps:
-            self.leave(step)
+        if self.signals.came(step * self.args.log_every) and step < self.total_steps:
+            self.signals.leave(step, self.total_steps)
 
     def save(self, step):
         """Write last.pt whole or not at all; the one before is kept as previous.pt.
@@ -653,14 +683,15 @@ class Run:
 
     def save_backbone(self):
         """Write backbone.pt: the backbone's weights under torchvision's own names."""
-        self.signals.restore()  # all else is saved, so Ctrl-C may end the program at once
+        self.signals.give_back()  # all else is saved, so Ctrl-C may end the program at once
         if rank() == 0:
             buffer = io.BytesIO()
             torch.save(self.model.backbone.state_dict(), buffer)
             write_file(os.path.join(self.folder, "backbone.pt"), buffer.getvalue())
 
     def close(self, scores):
-        """Print the last lines. scores: kNN accuracies (0 ... 1) by name, empty without labels."""
+        """Keep the scores, print the last lines."""
+        self.scores = scores
         if scores:
             first, *others = [f"{name} {100 * score:.2f} %" for name, score in scores.items()]
             test, bank = len(self.data.test), len(self.data.large_bank)
@@ -677,23 +708,6 @@ class Run:
         epoch = (step - 1) // self.data.steps_per_epoch + 1
         width = len(str(self.args.epochs))
         return f"epoch {epoch:{width}}/{self.args.epochs}  step {step}/{self.total_steps}"
-
-    def should_stop(self, step):
-        """True after SIGINT or SIGTERM; under torchrun all agree every --log-every steps."""
-        if dist.is_initialized():
-            if step % self.args.log_every:
-                return False
-            self.signals.agree(self.data.device)
-        return self.signals.number != 0
-
-    def leave(self, step):
-        """End the program after a signal."""
-        if dist.is_initialized():
-            dist.barrier()  # until rank 0 has saved: torchrun ends all when the first one leaves
-        out = f" --out {self.args.out}" if self.args.out else ""
-        say(f"{clear_line()}stopped after step {step} of {self.total_steps}; "
-            f"go on with --resume{out}")
-        sys.exit(128 + self.signals.number)
 
 
 class Clock:
@@ -726,7 +740,7 @@ class FiniteWatch:
         self.outputs = {}  # of each child of the model, in this step
         for name, child in model.named_children():
             self.outputs[name] = []
-            child.register_forward_hook(functools.partial(self.keep, name))
+            at_end(child.register_forward_hook(functools.partial(self.keep, name)).remove)
         self.gradients = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.watched = [f"the output of the {name}" for name in self.outputs] + ["the loss"]
         self.watched += [f"the gradient of {name}" for name, _ in self.gradients]
@@ -783,11 +797,6 @@ def row_in_words(row):
     if "rank" in row:
         words += f"  std*sqrt(d) {row['std_sqrt_d']:.2f}  rank {row['rank_1pct']:.0f}"
     return f"{words}  {row['images_per_s']:.0f} images/s"
-
-
-def clear_line():
-    """What removes the status line from a terminal."""
-    return "\r\033[K" if sys.stdout.isatty() else ""
 
 
 def format_seconds(seconds):
@@ -1096,12 +1105,12 @@ def change(name, x, *settings):
 
 
 @torch.no_grad()
-def extract(network, data, images, precision="fp32", batch_size=None):
+def extract(network, data, images, precision="fp32", batch_size=None, what="measuring"):
     """network(x) in eval mode for all images -> float32 [N, d] on the data's device.
 
     images: uint8 [N, 3, H, W] or Files. Under torchrun each process computes a share and gets all.
     batch_size: by default 500 up to 64 pixels and fewer above, to need less memory than training.
-    """
+    what: heads the status line."""
     batch_size = batch_size or max(1, min(500, 2**21 // data.size**2))
     was_training = network.training
     network.eval()
@@ -1110,7 +1119,8 @@ def extract(network, data, images, precision="fp32", batch_size=None):
     index = index.clamp(max=len(images) - 1)  # the last share is filled up with the last image
     bf16 = precision == "bf16"
     outputs = []
-    for x in data.eval_views(images, index, batch_size):
+    count = -(-len(index) // batch_size)
+    for x in said(data.eval_views(images, index, batch_size), count, f"{what}, batch"):
         with torch.autocast(data.device.type, torch.bfloat16, enabled=bf16):
             outputs.append(network(x).float())
     network.train(was_training)
@@ -1331,6 +1341,7 @@ def parse_args(kind, argv=None, description=None):
 
 def check_args(args):
     """Bring the values of an Args to their types, and check all that needs no data. UserError."""
+    check_launch()
     for name, type_, default, metadata in flags_of(type(args)):
         value, option = getattr(args, name), "--" + name.replace("_", "-")
         if value is None and default is None:
@@ -1463,54 +1474,110 @@ def check(condition, message):
         raise UserError(message)
 
 
-def say(text, end="\n"):
+def say(text):
     """Print on rank 0."""
     if rank() == 0:
-        with ignore_broken_pipe(sys.stdout):
-            print(text, end=end, flush=True)
+        STATUS.clear()
+        write_words(sys.stdout, f"{text}\n")
 
 
 def warn(text):
     """Print one line on stderr, on rank 0. The run goes on."""
     if rank() == 0:
-        with ignore_broken_pipe(sys.stderr):
-            print(text, file=sys.stderr, flush=True)
+        STATUS.clear()
+        write_words(sys.stderr, f"{text}\n")
+
+
+def write_words(stream, text):
+    """Write to a stream (None: closed). The run goes on if it does not take the words."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"  # perhaps without a folder's letters
+    try:
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except (OSError, ValueError, AttributeError):  # such as `| head`, or a full disk
+        with contextlib.suppress(OSError, ValueError, AttributeError), to_nowhere(stream.fileno()):
+            stream.flush()  # else these words would fail again with the next
 
 
 @contextlib.contextmanager
-def ignore_broken_pipe(stream):
-    """Go on if nobody reads the output any more (`| head`)."""
+def to_nowhere(number_):
+    """A context in which what is written to a file descriptor is lost."""
+    kept, nowhere = os.dup(number_), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number_)
     try:
         yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    finally:
+        os.dup2(kept, number_)
+        os.close(kept)
+        os.close(nowhere)
+
+
+class StatusLine:
+    """How far something is: a line that moves on a terminal, elsewhere one every 30 seconds."""
+
+    seconds, last, visible = 30, time.monotonic(), False
+
+    def overdue(self):
+        """True if nothing was printed for 30 seconds."""
+        return rank() == 0 and time.monotonic() - self.last >= self.seconds
+
+    def show(self, text):
+        with contextlib.suppress(AttributeError, ValueError):  # no terminal, but closed or a Tee
+            if rank() == 0 and sys.stdout.isatty():
+                text = text[:shutil.get_terminal_size().columns - 1]
+                write_words(sys.stdout, f"\r{text}\033[K")
+                self.visible, self.last = True, time.monotonic()
+        if self.overdue():
+            say(text)
+
+    def clear(self):
+        """Make room for other words."""
+        if self.visible:
+            write_words(sys.stdout, "\r\033[K")
+        self.visible, self.last = False, time.monotonic()
+
+
+STATUS = StatusLine()
+
+
+def said(items, count, what):
+    """The items, while the status line says `what 3/10, 0m12s left`."""
+    started = time.monotonic()
+    for i, item in enumerate(items, 1):
+        yield item
+        left = (time.monotonic() - started) / i * (count - i)
+        STATUS.show(f"{what} {i}/{count}, {format_seconds(left)} left")
 
 
 def main(function, parse):
     """Call function(parse()) and exit. An expected error is one line on stderr and status 2."""
+    for number_ in range(3):  # a file in the place of a closed stream would take its words
+        try:
+            os.fstat(number_)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     status, message = 2, ""
     try:
         function(parse())
         status = 0
     except UserError as error:
         message = f"error: {error}"
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted"
+    except KeyboardInterrupt as error:  # with words if they are printed already
+        status, message = 130, "" if error.args else "interrupted"
     except SystemExit as leave:  # after a signal, or by argparse (--help)
         status = leave.code or 0
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         words = explanation(error)
         if not words:
             raise
+        sys.unraisablehook = lambda _: None  # torch's half-made loaders fail once more as they go
         message = f"error: {words}"
     if message:
         if rank() > 0:
             time.sleep(3)  # the same error on rank 0 ends this process before it repeats the line
-        with ignore_broken_pipe(sys.stderr):
-            name = os.path.basename(sys.argv[0])
-            print(f"{name}: {message}", file=sys.stderr, flush=True)
-    with ignore_broken_pipe(sys.stdout):
-        sys.stdout.flush()
+        STATUS.clear()
+        write_words(sys.stderr, f"{os.path.basename(sys.argv[0])}: {message}\n")
+    write_words(sys.stdout, "")
     if dist.is_initialized() and status:
         os._exit(status)  # sys.exit would wait for pending communication, perhaps for ever
     if dist.is_initialized():
@@ -1519,7 +1586,7 @@ def main(function, parse):
 
 
 def explanation(error):
-    """One line about a MemoryError or RuntimeError that is not a bug, else an empty string."""
+    """One line about an error of the system that is not a bug, else an empty string."""
     words = " ".join(str(error).split())
 
     def mentions(*parts):
@@ -1530,6 +1597,10 @@ def explanation(error):
                 "or --stream if the images of a folder fill it")
     if isinstance(error, MemoryError) or mentions("can't allocate", "not enough memory"):
         return "out of memory; try a smaller --batch-size, --image-size or --proj-hidden"
+    if mentions("Too many open files", "ancdata", "temporarily unavailable"):
+        return "too few file descriptors or processes; try `ulimit -n 4096`, or fewer --num-workers"
+    if mentions("shared memory", "</torch_", "No space left"):
+        return "/dev/shm is too small; try docker --shm-size=8g, or --num-workers 0, and --resume"
     lost = mentions("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL")
     if world_size() > 1 and lost:
         return (f"process {rank()} lost another process, whose own message says why; "
@@ -1545,10 +1616,30 @@ def explanation(error):
 
 # ==== Several processes ====
 
+TORCHRUN = "start it with torchrun --nproc_per_node=N, or try `unset WORLD_SIZE RANK`"
+
+
+def from_environment(name, otherwise):
+    """The whole number in an environment variable, or `otherwise` if it holds none."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else otherwise
+
+
+def check_launch():
+    """Raise UserError if the environment tells of several processes, but not as torchrun does."""
+    size, mine = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
+    check(size.isdecimal() and mine.isdecimal() and int(mine) < int(size),
+          f"WORLD_SIZE={size} and RANK={mine} in the environment do not fit; {TORCHRUN}")
+    tasks = from_environment("SLURM_NTASKS", 1)
+    alone = tasks == 1 or "RANK" in os.environ or "SLURM_PROCID" not in os.environ
+    check(alone, f"SLURM_NTASKS={tasks}: such tasks do not know of each other; "
+          f"try --ntasks=1 with torchrun --nproc_per_node={tasks}")
+
 
 def set_up_gpu():
     """This process's GPU as a torch.device. Raises UserError if there are fewer than processes."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    local_rank = from_environment("LOCAL_RANK", 0) if world_size() > 1 else 0
+    device = torch.device("cuda", local_rank)
     gpus = torch.cuda.device_count()
     check(device.index < gpus, "torchrun started more processes than there are GPUs; "
           f"try --nproc_per_node={gpus}")
@@ -1560,12 +1651,20 @@ def set_up_gpu():
 
 
 def join_processes(device):
-    """Join the other processes that torchrun started."""
+    """Join the other processes that torchrun started. Raises UserError if they do not come."""
+    wait = datetime.timedelta(seconds=15 if rank() else 30)  # all but rank 0 try twice
+    try:
+        with to_nowhere(2):  # torch itself writes pages about a master that does not answer
+            store = next(dist.rendezvous("env://", timeout=wait))[0]
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"WORLD_SIZE={world_size()} in the environment, but these processes do not "
+                        f"meet ({reason}); {TORCHRUN}") from error
+    timeout = datetime.timedelta(hours=3)  # rank 0 may download
+    store.set_timeout(timeout)
     cuda = device.type == "cuda"
-    dist.init_process_group(
-        "nccl" if cuda else "gloo",
-        device_id=device if cuda else None,
-        timeout=datetime.timedelta(hours=3))  # rank 0 may download; torchrun ends all if one ends
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
+                            store=store, rank=rank(), world_size=world_size(), timeout=timeout)
 
 
 class GatherRows(torch.autograd.Function):
@@ -1840,7 +1939,7 @@ def data_from_files(args, device, train, labels, test, test_labels, class_names)
     shorter = check_large_enough(first, read_image(first))
     args.image_size = args.image_size or min(64, shorter)
     side = args.image_size if shorter <= args.image_size else math.ceil(args.image_size * 8 / 7)
-    copies = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process keeps all images
+    copies = from_environment("LOCAL_WORLD_SIZE", 1)  # each process keeps all images
     if device.type == "cuda":
         copies = 1
     size = 3 * side**2 * (len(train) + len(test or [])) * copies
@@ -1922,67 +2021,94 @@ def decode(paths, labels, side):
 
 
 class Files:
-    """Images on the disk, decoded and cropped by loader processes."""
+    """Images on the disk, decoded and cropped by loader processes that stay for the run."""
 
     def __init__(self, paths, size, side):
         """size: of a view; side: of the centre squares for measuring, as in memory; in pixels."""
         self.paths, self.size, self.side = paths, size, side
+        self.rows = torch.arange(len(paths))  # which of the paths
+        self.pin_memory = False
+        self.idle = []  # loaders that wait for work
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.rows)
+
+    def part(self, index):
+        """The images `index` as Files."""
+        part = copy.copy(self)
+        part.rows = self.rows[index]
+        return part
 
     def crops(self, batches, args, first_step, device):
         """For each row of `batches` [steps, n] a list of views, uint8 [n, 3, size, size].
 
         The crop is drawn from (seed, step, view, row of the global batch)."""
         recipe = [RECIPES[args.augment][v % len(RECIPES[args.augment])] for v in range(args.views)]
-        dataset = CropTask(self.paths, self.size, recipe, args.seed)
-        for views in read_batches(dataset, batch_sampler=crop_tasks(batches, first_step),
-                                  num_workers=args.num_workers, pin_memory=device.type == "cuda"):
+        tasks = crop_tasks(self.rows[batches], first_step, recipe, args.seed)
+        for views in self.read(tasks, args.num_workers):
             yield [view.to(device, non_blocking=True) for view in views]
 
     def centres(self, index, batch_size, num_workers):
         """Centre squares of the images `index` for measuring: yields uint8 [n, 3, side, side]."""
-        yield from read_batches(CentreTask(self.paths, self.side), batch_size=batch_size,
-                                sampler=index.tolist(), num_workers=num_workers)
+        parts = self.rows[index].split(batch_size)
+        yield from self.read(([(i,) for i in part.tolist()] for part in parts), num_workers)
+
+    def read(self, tasks, num_workers):
+        """The results of lists of tasks. A UserError of a process comes without a traceback."""
+        if not self.idle:
+            self.idle.append(torch.utils.data.DataLoader(
+                FileTask(self.paths, self.size, self.side), batch_sampler=Tasks(),
+                num_workers=num_workers, persistent_workers=num_workers > 0,
+                pin_memory=self.pin_memory, worker_init_fn=leave_signals_to_the_main_process))
+            at_end(self.idle.clear)  # ends the processes
+        loader = self.idle.pop()
+        loader.batch_sampler.tasks = tasks
+        try:
+            yield from loader
+        except UserError as error:
+            last_line = str(error).strip().splitlines()[-1]
+            raise UserError(last_line.split("UserError: ")[-1]) from None
+        finally:
+            self.idle.append(loader)
 
 
-def crop_tasks(batches, first_step):
-    """For each row of `batches` [steps, n]: [(step, row of the global batch, image), ...]."""
+class Tasks:
+    """A batch sampler whose lists of tasks are given anew for each epoch."""
+
+    def __iter__(self):
+        return iter(self.tasks)
+
+
+def crop_tasks(batches, first_step, *more):
+    """For each row of `batches` [steps, n]: [(image, step, row of global batch, *more), ...]."""
     for step, images in enumerate(batches.tolist(), first_step):
         first = rank() * len(images)
-        yield [(step, first + i, image) for i, image in enumerate(images)]
+        yield [(image, step, first + i, *more) for i, image in enumerate(images)]
 
 
 def leave_signals_to_the_main_process(_worker):
     """Let a loader process outlive Ctrl-C, and SIGTERM by five seconds, until the run is saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number_ in STOP_SIGNALS:
+        signal.signal(number_, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: threading.Timer(5, os._exit, (0,)).start())
 
 
-def read_batches(dataset, **settings):
-    """The batches of a DataLoader. A UserError of a loader process comes without a traceback."""
-    try:
-        yield from torch.utils.data.DataLoader(
-            dataset, worker_init_fn=leave_signals_to_the_main_process, **settings)
-    except UserError as error:
-        last_line = str(error).strip().splitlines()[-1]
-        raise UserError(last_line.split("UserError: ")[-1]) from None
+class FileTask(torch.utils.data.Dataset):
+    """What a loader process does: a task of crop_tasks -> the views, (image,) -> its centre."""
 
-
-class CropTask(torch.utils.data.Dataset):
-    """An item of crop_tasks -> the cropped views of its image."""
-
-    def __init__(self, paths, size, recipe, seed):
-        self.paths, self.size, self.recipe, self.seed = paths, size, recipe, seed
+    def __init__(self, paths, size, side):
+        self.paths, self.size, self.side = paths, size, side
 
     def __getitem__(self, task):
-        step, row, index = task
+        index, *crop = task
         image = read_or_next(self.paths, index)
+        if not crop:
+            return to_square(image, self.side)
+        step, row, recipe, seed = crop
         views = []
-        for number_of_view, view in enumerate(self.recipe):
+        for number_of_view, view in enumerate(recipe):
             crop = next((op for op in view if op[0] == "crop"), None)
-            rng = np.random.default_rng((self.seed, 2, step, number_of_view, row))
+            rng = np.random.default_rng((seed, 2, step, number_of_view, row))
             views.append(crop_one(image, crop, self.size, rng))
         return views
 
@@ -1995,19 +2121,6 @@ def crop_one(image, crop, size, rng):
     interpolation = torchvision.transforms.InterpolationMode(crop[3])
     return functional.resized_crop(image, top, left, height, width, [size, size], interpolation,
                                    antialias=True)
-
-
-class CentreTask(torch.utils.data.Dataset):
-    """An image's index -> its centre square."""
-
-    def __init__(self, paths, side):
-        self.paths, self.side = paths, side
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
-        return to_square(read_or_next(self.paths, index), self.side)
 
 
 def read_or_next(paths, index):
@@ -2235,43 +2348,72 @@ FREE_ON_RESUME = {"epochs", "out", "resume", "device", "num_workers", "log_every
                   "compile", "data_dir", "given"}
 
 
-class StopSignals:
-    """Notes SIGINT (Ctrl-C) and SIGTERM, so that the run can save before it stops."""
+STOP_SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"  # as clusters send them
+STOP_SIGNALS = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
 
-    def __init__(self):
+
+class StopSignals:
+    """Notes Ctrl-C, SIGTERM and the like, so that the run can save before it stops."""
+
+    def __init__(self, args, device):
+        self.args, self.device = args, device
         self.number = 0  # of the signal that came
-        for number_ in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number_, self.note)
+        self.before = {}  # signal -> its handler before this run
+        at_end(self.give_back)
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python would refuse
+        for number_ in STOP_SIGNALS:
+            handler = signal.getsignal(number_)  # None: C code has set it
+            ignored = handler == signal.SIG_IGN and number_ != signal.SIGINT  # as under nohup
+            if handler is not None and not ignored:
+                self.before[number_] = handler
+                signal.signal(number_, self.note)
 
     def note(self, number_, _frame):
         self.number = number_
         if world_size() == 1:  # torchrun itself repeats the signal, and kills after 30 seconds
-            signal.signal(number_, signal.SIG_DFL)  # a second Ctrl-C ends the program at once
+            signal.signal(number_, self.before[number_])  # a second Ctrl-C ends at once
 
-    def agree(self, device):
-        """Let all processes know of a signal that came to one."""
-        number_ = torch.tensor(self.number, device=device)
-        dist.all_reduce(number_, dist.ReduceOp.MAX)
-        self.number = int(number_)
+    def came(self, step):
+        """True after a signal; under torchrun all agree every --log-every steps."""
+        if dist.is_initialized():
+            if step % self.args.log_every:
+                return False
+            number_ = torch.tensor(self.number, device=self.device)
+            dist.all_reduce(number_, dist.ReduceOp.MAX)
+            self.number = int(number_)
+        return self.number != 0
 
-    def restore(self):
-        for number_ in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number_, signal.SIG_DFL)
+    def leave(self, step, total_steps):
+        """End after a signal. Ctrl-C is a KeyboardInterrupt, so that a notebook lives on."""
+        if dist.is_initialized():
+            dist.barrier()  # until rank 0 has saved: torchrun ends all when the first one leaves
+        out = f" --out {self.args.out}" if self.args.out else ""
+        words = f"stopped after step {step} of {total_steps}; go on with --resume{out}"
+        say(words)
+        if self.number == signal.SIGINT:
+            raise KeyboardInterrupt(words)
+        sys.exit(128 + self.number)
+
+    def give_back(self):
+        for number_, handler in self.before.items():
+            signal.signal(number_, handler)
+        self.before = {}
 
 
 def open_folder(args):
     """(path of the run's folder, its open lock file on rank 0 or None elsewhere).
 
     Raises UserError if the folder holds a run, is in use or cannot be written."""
-    folder, lock = choose_folder(args), None
+    folder, lock = None, None
     if rank() == 0:
-        try:
-            os.makedirs(folder, exist_ok=True)
-            lock = open(os.path.join(folder, "lock"), "w")
-        except OSError as error:
-            raise UserError(f"--out {folder}: cannot write there ({error.strerror}); "
-                            "try another --out") from error
-        check(lock_file(lock),
+        for folder in candidate_folders(args):
+            lock = lock_folder(folder)
+            if lock and (args.resume or not holds_run(folder)):  # another may just have ended
+                at_end(lock.close)
+                break
+            lock = None
+        check(lock,
               f"--out {folder} is in use by another run; wait for it, or try another --out")
     if dist.is_initialized():
         box = [folder]
@@ -2285,31 +2427,37 @@ def run_name(args):
     return "/".join(filter(None, (args["method"], args["experiment"])))
 
 
-def choose_folder(args):
-    """--out, or runs/<method>-<dataset>-s<seed>, with -2, -3, ... if that holds a run.
+def candidate_folders(args):
+    """--out, or runs/<method>-<dataset>-s<seed> and the same with -2, -3, ... after the last run.
 
-    With --resume: the newest that holds a run. Without: raises UserError if --out holds one."""
+    With --resume: the last that was started. Without: raises UserError if --out holds a run."""
     name = run_name(vars(args)).replace("/", "-")
     base = args.out or os.path.join("runs", f"{name}-{args.dataset}-s{args.seed}")
     candidates = [base]
     if not args.out:
         candidates += [f"{base}-{i}" for i in range(2, 1000)]
-    taken = [path for path in candidates if holds_run(path)]
     if args.resume:
-        return taken[-1] if taken else base
+        return [path for path in candidates if holds_run(path, "config.json")][-1:] or [base]
+    taken = [i for i, path in enumerate(candidates) if holds_run(path)]
     check(not (args.out and taken), f"--out {base} already holds a run; "
           f"add --resume to go on with it, or try --out {base}-2")
-    return next(path for path in candidates if path not in taken)
+    return candidates[max(taken, default=-1) + 1:]
 
 
-def holds_run(folder):
-    """True if there is a checkpoint in the folder."""
-    files = os.path.join(folder, "last.pt"), os.path.join(folder, "previous.pt")
-    return any(os.path.isfile(file) for file in files)
+def holds_run(folder, *more):
+    """True if there is a checkpoint in the folder, or one of `more` files."""
+    names = "last.pt", "previous.pt", *more
+    return any(os.path.isfile(os.path.join(folder, name)) for name in names)
 
 
-def lock_file(file):
-    """True if this process now holds the lock on an open file. It ends with the process."""
+def lock_folder(folder):
+    """A folder's lock file, locked until it is closed; None if another process has locked it."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(os.path.join(folder, "lock"), "w")
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot write there ({error.strerror}); "
+                        "try another --out") from error
     try:
         if os.name == "nt":
             import msvcrt
@@ -2319,9 +2467,11 @@ def lock_file(file):
             import fcntl
 
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            return None
+        warn(f"{folder} cannot be locked ({error.strerror}): start no second run in it")
+    return file
 
 
 def stop_non_finite(step, what, folder):
@@ -2480,9 +2630,11 @@ def write_metrics(folder, rows):
 
 def configuration(args, device):
     """The content of config.json: flags, command, versions, machine."""
+    defaults = {name: default for name, _, default, _ in flags_of(type(args))}
+    changed = {name: args.given[name] for name in defaults if args.given[name] != defaults[name]}
     return {
         **vars(args),
-        "command": " ".join(sys.argv),
+        "command": f"{run_name(vars(args))}.py {as_flags(changed)}".replace(" True", ""),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,

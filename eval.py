@@ -127,12 +127,35 @@ def check_writable(flag, path):
     common.check(flag == "--json" or path.lower().endswith(".png"),
                  f"{flag} {path} is not the name of a PNG file; try {path}.png")
     common.check(not os.path.isdir(path), f"{flag} {path} is a folder; try a file name in it")
+    if is_stream(path):
+        return common.check(os.access(path, os.W_OK), f"{flag} {path} is read-only; try a file")
+    path = os.path.realpath(path)
     try:
         open(path + ".tmp", "wb").close()
         os.remove(path + ".tmp")
     except OSError as error:
         raise common.UserError(f"{flag} {path} cannot be written ({error.strerror}); "
                                "try a folder that exists") from error
+
+
+def is_stream(path):
+    """True for a device, a FIFO or what this program prints to: written into, not replaced."""
+    if not os.path.exists(path):
+        return False
+    printed = [number for number in (1, 2) if os.path.exists(number)]
+    return not os.path.isfile(path) or any(os.path.samefile(path, number) for number in printed)
+
+
+def write_output(path, content):
+    """Write bytes to a file, to the target of a link, or into a stream. Raises UserError."""
+    if not is_stream(path):
+        return common.write_file(os.path.realpath(path), content)
+    try:
+        with open(path, "ab") as stream:
+            stream.write(content)
+    except OSError as error:
+        raise common.UserError(f"{path} could not be written ({error.strerror}); "
+                               "try a file in its place") from error
 
 
 # ==============================================================================
@@ -246,13 +269,17 @@ def test_count(data):
     return 0 if data.test is data.labelled_train else len(data.test)
 
 
-def extract(network, data, args):
-    """network(x) as [bank [N, d], queries [M, d]]; without test images both are the bank."""
+def extract(network, data, args, name):
+    """network(x) as [bank [N, d], queries [M, d]]; without test images both are the bank.
+
+    name: of these features, for the status line."""
     settings = dict(precision=args.precision, batch_size=args.batch_size)
-    bank = common.extract(network, data, data.labelled_train, **settings)
+    bank = common.extract(network, data, data.labelled_train, what=f"{name} of training images",
+                          **settings)
     if test_count(data) == 0:
         return [bank, bank]
-    return [bank, common.extract(network, data, data.test, **settings)]
+    return [bank, common.extract(network, data, data.test, what=f"{name} of test images",
+                                 **settings)]
 
 
 def whiten_in_slices(z, size, whiten, seed=0):
@@ -324,7 +351,7 @@ def probe_learning_rate(epoch, epochs):
     return 1e-2 * (1e-6 / 1e-2) ** (epoch / epochs)
 
 
-def linear_probe(x, y, rows, x_test, y_test, epochs=500, seed=0):
+def linear_probe(x, y, rows, x_test, y_test, epochs=500, seed=0, what="linear probe"):
     """(top-1, top-5) accuracy, 0 ... 1, of a linear layer on fixed features.
 
     x [N, d], y [N]: it is trained on these `rows`. x_test [M, d], y_test [M]: it is measured on
@@ -337,7 +364,7 @@ def linear_probe(x, y, rows, x_test, y_test, epochs=500, seed=0):
     classes = int(max(y.max(), y_test.max())) + 1
     layer = nn.Linear(x.shape[1], classes).to(x.device)
     optimizer = torch.optim.Adam(layer.parameters(), weight_decay=5e-6, fused=True)
-    for epoch in range(epochs):
+    for epoch in common.said(range(epochs), epochs, f"{what}, epoch"):
         optimizer.param_groups[0]["lr"] = probe_learning_rate(epoch, epochs)
         order = rows[torch.randperm(len(rows))].to(x.device)
         for batch in order.split(1000):  # the last one may be smaller
@@ -352,17 +379,20 @@ def linear_probe(x, y, rows, x_test, y_test, epochs=500, seed=0):
     return hits[:, 0].mean().item(), top5
 
 
-def accuracies(x, data, rows, args):
+def accuracies(x, data, rows, args, name):
     """{"5-NN", "200-NN", "linear", "top-5"}, 0 ... 1; without a probe only the first two.
 
-    x: features as [bank, queries]. rows: those of the bank whose labels the probe may see."""
+    x: features as [bank, queries], called `name` in the status line. rows: those of the bank whose
+    labels the probe may see."""
     bank, queries = x
     labels, test_labels = data.train_labels, data.test_labels
     knn = functools.partial(common.knn_accuracy, bank, labels, queries, test_labels)
+    common.STATUS.show(f"{name}: 5-NN and 200-NN")
     figures = {"5-NN": knn(k=5, temperature=None), "200-NN": knn(k=200, temperature=0.1)}
     if args.probe_epochs:
         figures["linear"], figures["top-5"] = linear_probe(
-            bank, labels, rows, queries, test_labels, epochs=args.probe_epochs, seed=args.seed)
+            bank, labels, rows, queries, test_labels, epochs=args.probe_epochs, seed=args.seed,
+            what=f"{name}: linear probe")
     return figures
 
 
@@ -394,7 +424,7 @@ def evaluate(run, data, args):
     Sets run.h and run.z, H and Z as [bank, queries]; run.z is None if only the backbone could be
     rebuilt. Raises UserError if H is not finite."""
     say_heading(run, data, args)
-    run.h = extract(run.model.backbone, data, args)
+    run.h = extract(run.model.backbone, data, args, "H")
     common.check(all(part.isfinite().all() for part in run.h),
                  f"{run.path}: the backbone's output is not finite; try an earlier checkpoint")
     wanted, left_out = args.features, []
@@ -422,7 +452,7 @@ def evaluate(run, data, args):
             continue
         results[name] = figures = {"dim": x[0].shape[1]}
         if data.labelled:
-            figures.update(accuracies(x, data, rows, args))
+            figures.update(accuracies(x, data, rows, args, FEATURES[name]))
             cells = ["-" if figures[c] is None else f"{100 * figures[c]:.2f}" for c in columns]
             say_row(FEATURES[name], [figures["dim"], *cells], widths)
         if name != "raw":
@@ -460,11 +490,11 @@ def features(name, run, data, args):
     if name == "W":
         return whitened(run, run.z, args.seed)
     if name == "untrained":
-        return extract(run.untrained.backbone, data, args)
+        return extract(run.untrained.backbone, data, args, FEATURES[name])
     common.check(data.labelled, "no labelled training and test images")
     size = 12 * data.size**2 * (len(data.labelled_train) + test_count(data))  # bytes of float32
     common.check(size <= common.MEMORY_LIMIT, "they do not fit in memory")
-    return extract(nn.Flatten(), data, args)  # raw pixels
+    return extract(nn.Flatten(), data, args, FEATURES[name])  # raw pixels
 
 
 def say_row(name, cells, widths):
@@ -507,7 +537,7 @@ def write_sheet(path, tiles):
     sheet = make_grid(large, nrow=tiles.shape[1], padding=2, pad_value=1.0)
     buffer = io.BytesIO()
     save_image(sheet, buffer, format="png")
-    common.write_file(path, buffer.getvalue())
+    write_output(path, buffer.getvalue())
     common.say(f"{path}: {sheet.shape[2]}x{sheet.shape[1]} pixels")
 
 
@@ -632,7 +662,7 @@ def draw_plot(path, spectra):
     panels[0].legend(fontsize="small")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
-    common.write_file(path, buffer.getvalue())
+    write_output(path, buffer.getvalue())
     common.say(f"{path}: spectra and training curves")
 
 
@@ -641,6 +671,7 @@ def draw_plot(path, spectra):
 # ==============================================================================
 
 
+@common.gives_back
 def run(args):
     """Measure all runs that the flags name. Raises UserError."""
     if args.plot:
@@ -666,7 +697,7 @@ def run(args):
     if args.plot:
         draw_plot(args.plot, spectra)
     if args.json:
-        common.write_file(args.json, (json.dumps(reports, indent=1) + "\n").encode())
+        write_output(args.json, (json.dumps(reports, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

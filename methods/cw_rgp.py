@@ -195,6 +195,7 @@ def build(args):
 # ==============================================================================
 
 
+@common.gives_back  # signal handlers and the lock on the folder, however it ends
 def train(args, build=build):
     """Train a model as `args` say. Returns the finished run. Raises common.UserError."""
     # ---- Set up --------------------------------------------------------------
