@@ -157,7 +157,8 @@ class Args:
     resume: bool = flag(False, "go on from the last checkpoint in the run folder, if there is one")
     eval_every: int = flag(1, "epochs between two measurements of kNN and collapse; 0: at the end",
                            least=0)
-    save_every: int = flag(0, "steps between two extra checkpoints inside an epoch; 0: none", least=0)
+    save_every: int = flag(0, "steps between two extra checkpoints inside an epoch; 0: none", least=0,
+                          example=100)
     log_every: int = flag(10, "steps between two looks at the loss, which wait for the device",
                           least=1)
 
