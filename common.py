@@ -12,53 +12,54 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #
 # What a method file calls, in this order:
 #
-#    114  Args               the flags that all nine methods share
-#    104  flag               a field of Args: default, help, bounds
-#   1476  main               run train(); print an expected error as one line
-#   1298  parse_args         Args from the command line
-#    192  set_up             device, precision, other processes
-#    227  load_data          read or draw the data set: Data
-#    463  build_backbone     the network whose output is H
-#    507  build_optimizer    Adam, SGD, LARS or Muon
-#    546  Run                the run's folder, checkpoints, log and checks
-#    803  distribute         the model for several processes, or compiled
-#    564  Run.resume         the step to start from, usually 0
-#    284  Data.batches       the batches of an epoch, uint8
-#    819  step_seed          the seed of a step's random draws
-#    299  Data.augment       the random views of a batch
-#    825  learning_rate      the schedule's factor at a step
-#    577  Run.guard          a failed decomposition becomes a clear error
-#    813  gather             embeddings of all processes, with gradient
-#   1597  mean_over_ranks    the mean of a tensor over the processes (BYOL)
-#    182  world_size         the number of processes (MoCo)
-#    187  rank               this process's number among them (MoCo)
-#    582  Run.watch          note whether loss and gradients are finite
-#    587  Run.progress       stop if they were not; show the status line
-#    597  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    605  Run.mean_loss      the mean loss of the epoch
-#   1098  extract            H of a set of images
-#   1119  project            Z of H
-#   1156  collapse_metrics   how much of its space a set of embeddings fills
-#   1130  knn_accuracy       accuracy of a vote among the nearest training images
-#    614  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    653  Run.save_backbone  write backbone.pt
-#    661  Run.close          print the scores
+#    115  Args               the flags that all nine methods share
+#    105  flag               a field of Args: default, help, bounds
+#   1510  main               run train(); print an expected error as one line
+#   1309  parse_args         Args from the command line
+#    198  set_up             device, precision, other processes
+#    233  load_data          read or draw the data set: Data
+#    473  build_backbone     the network whose output is H
+#    517  build_optimizer    Adam, SGD, LARS or Muon
+#    556  Run                the run's folder, checkpoints, log and checks
+#    813  distribute         the model for several processes, or compiled
+#    574  Run.resume         the step to start from, usually 0
+#    296  Data.batches       the batches of an epoch, uint8
+#    829  step_seed          the seed of a step's random draws
+#    309  Data.augment       the random views of a batch
+#    835  learning_rate      the schedule's factor at a step
+#    587  Run.guard          a failed decomposition becomes a clear error
+#    823  gather             embeddings of all processes, with gradient
+#   1631  mean_over_ranks    the mean of a tensor over the processes (BYOL)
+#    188  world_size         the number of processes (MoCo)
+#    193  rank               this process's number among them (MoCo)
+#    592  Run.watch          note whether loss and gradients are finite
+#    597  Run.progress       stop if they were not; show the status line
+#    607  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    615  Run.mean_loss      the mean loss of the epoch
+#   1108  extract            H of a set of images
+#   1129  project            Z of H
+#   1166  collapse_metrics   how much of its space a set of embeddings fills
+#   1140  knn_accuracy       accuracy of a vote among the nearest training images
+#    624  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    663  Run.save_backbone  write backbone.pt
+#    671  Run.close          print the scores
 #
 # Part II:
 #
-#   1229  Command line: flags from Args, checks, and sizes to propose
-#   1438  Messages and errors
-#   1533  Several processes
-#   1659  Data sets by name
-#   1749  Folders of images
-#   1908  Streaming
-#   2015  Recipes of augmentation
-#   2088  ResNets, LARS, Muon
-#   2216  Run folder and signals
-#   2326  Resume
-#   2429  Files of a run
+#   1239  Command line: flags from Args, checks, and sizes to propose
+#   1472  Messages and errors
+#   1567  Several processes
+#   1693  Data sets by name
+#   1783  Folders of images
+#   1942  Streaming
+#   2049  Recipes of augmentation
+#   2122  ResNets, LARS, Muon
+#   2250  Run folder and signals
+#   2376  Resume
+#   2585  Files of a run
 
 import argparse
+import collections
 import contextlib
 import copy
 import csv
@@ -130,23 +131,27 @@ class Args:
     views: int = flag(2, "views of each image", least=2, most=16)
 
     backbone: str = flag("tiny", "`tiny`, or a torchvision ResNet by name, such as resnet18")
-    proj_hidden: int = flag(1024, "width of the hidden layers of the projector", least=1)
-    proj_dim: int = flag(128, "d, channels of the embedding Z, the projector's output", least=2)
+    proj_hidden: int = flag(1024, "width of the hidden layers of the projector", least=1,
+                            most=2**14)
+    proj_dim: int = flag(128, "d, channels of the embedding Z, the projector's output", least=2,
+                         most=2**14)
     proj_layers: int = flag(2, "linear layers of the projector", least=1, most=8)
 
-    epochs: int = flag(10, "passes over the training images", least=1)
-    batch_size: int = flag(256, "images in a step, in all processes together", least=2)
+    epochs: int = flag(10, "passes over the training images", least=1, most=10**6)
+    batch_size: int = flag(256, "images in a step, in all processes together", least=2, most=2**20)
     optimizer: str = flag("adam", "sgd and lars have momentum 0.9; muon is Muon for the filters of "
                           "convolutions and Adam for the rest", choices="adam sgd lars muon")
-    lr: float = flag(3e-3, "peak learning rate, not scaled by the batch size", above=0, example=3e-3)
+    lr: float = flag(3e-3, "peak learning rate, not scaled by the batch size", above=0, most=10**4,
+                     example=3e-3)
     lr_bias: float | None = flag(None, "peak learning rate of biases and norm layers "
-                                 "(default: --lr)", above=0, example=3e-3)
+                                 "(default: --lr)", above=0, most=10**4, example=3e-3)
     lr_filters: float | None = flag(None, "peak learning rate of the filters of convolutions with "
-                                    "--optimizer muon (default: 0.1)", above=0, example=0.1)
+                                    "--optimizer muon (default: 0.1)", above=0, most=10**4,
+                                    example=0.1)
     weight_decay: float = flag(1e-6, "weight of the L2 penalty; lars leaves out biases and norm "
-                               "layers, muon the filters", least=0)
+                               "layers, muon the filters", least=0, most=100)
     warmup: int | None = flag(None, "steps in which the learning rate rises (default: a tenth of "
-                              "the run, at most 500)", least=0, example=500)
+                              "the run, at most 500)", least=0, most=10**9, example=500)
     schedule: str = flag("cosine", "how the rate falls; `step`: to a fifth when 50 epochs are "
                          "left, and again when 25 are", choices="cosine step constant")
     seed: int = flag(0, "of weights, order, views and every other random draw", least=0,
@@ -278,18 +283,22 @@ class Data:
         self.steps_per_epoch = len(self.train) // args.batch_size
         in_memory = not isinstance(self.train, Files)
         self.must_be_cropped = in_memory and self.train.shape[2:] != (self.size, self.size)
-        largest = 2 ** int(math.log2(max(2, len(self.train))))
-        check(self.steps_per_epoch > 0, f"--batch-size {args.batch_size} is larger than the data "
-              f"set of {len(self.train)} images; try --batch-size {largest}")
+        if self.steps_per_epoch == 0:
+            vars(args).update(images=len(self.train))
+            check_rules(args)
+
+    def order(self, epoch):
+        """The images of an epoch's global batches: int64 [steps, batch size]."""
+        order = np.random.default_rng((self.args.seed, 1, epoch)).permutation(len(self.train))
+        order = order[: self.steps_per_epoch * self.args.batch_size]
+        return torch.from_numpy(order).view(self.steps_per_epoch, -1)
 
     def batches(self, epoch, first=0):
         """This process's rows of each global batch of an epoch, from batch `first` on.
 
         Yields uint8 [n, 3, H, W], or lists of cropped views from Files. The order is a function of
         (seed, epoch). The last, incomplete batch is left out."""
-        order = np.random.default_rng((self.args.seed, 1, epoch)).permutation(len(self.train))
-        order = torch.from_numpy(order[: self.steps_per_epoch * self.args.batch_size])
-        mine = order.view(self.steps_per_epoch, world_size(), -1)[first:, rank()]
+        mine = self.order(epoch).view(self.steps_per_epoch, world_size(), -1)[first:, rank()]
         if isinstance(self.train, Files):
             first_step = epoch * self.steps_per_epoch + first
             yield from self.train.crops(mine, self.args, first_step, self.device)
@@ -560,7 +569,7 @@ class Run:
         self.clock = Clock()
         self.signals = StopSignals()
         self.folder, self.lock = open_folder(args)  # the lock lives as long as this object
-        self.finite = FiniteWatch(model, data.device, self.folder)
+        self.finite = FiniteWatch(model, data, self.folder)
 
     def resume(self):
         """The step to start from: 0, or with --resume that of the last good checkpoint.
@@ -568,8 +577,8 @@ class Run:
         Loads that checkpoint, writes config.json. Raises UserError if it is of another run."""
         checkpoint = None
         if self.args.resume:
-            checkpoint = load_last(self.folder)
-            check_resume(self, checkpoint)
+            checkpoint = load_last(self.folder, functools.partial(check_same_run, self))
+            check_same_step(self, checkpoint)
         if rank() == 0:  # only now: a refused --resume leaves config.json as it was
             config = json.dumps(configuration(self.args, self.data.device), indent=1)
             write_file(os.path.join(self.folder, "config.json"), config.encode())
@@ -720,9 +729,9 @@ class FiniteWatch:
 
     NEVER = 2**31 - 1
 
-    def __init__(self, model, device, folder):
+    def __init__(self, model, data, folder):
         """folder: that of the run."""
-        self.folder = folder
+        self.data, self.folder = data, folder
         self.outputs = {}  # of each child of the model, in this step
         for name, child in model.named_children():
             self.outputs[name] = []
@@ -730,7 +739,7 @@ class FiniteWatch:
         self.gradients = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.watched = [f"the output of the {name}" for name in self.outputs] + ["the loss"]
         self.watched += [f"the gradient of {name}" for name, _ in self.gradients]
-        self.first_bad = torch.full((len(self.watched),), self.NEVER, device=device)
+        self.first_bad = torch.full((len(self.watched),), self.NEVER, device=data.device)
 
     def keep(self, name, module, _inputs, output):
         if module.training:
@@ -760,7 +769,7 @@ class FiniteWatch:
         first_bad = self.first_bad.tolist()
         if min(first_bad) < self.NEVER:
             what = self.watched[first_bad.index(min(first_bad))]
-            stop_non_finite(min(first_bad), what, self.folder)
+            stop_non_finite(min(first_bad), what, self.data, self.folder)
 
     @contextlib.contextmanager
     def guard(self, step):
@@ -771,8 +780,8 @@ class FiniteWatch:
             self.check(agree=False)  # an earlier step; other processes may not have failed here
             for name, outputs in self.outputs.items():
                 if not all(bool(output.isfinite().all()) for output in outputs):
-                    stop_non_finite(step, f"the output of the {name}", self.folder)
-            stop_non_finite(step, "the whitening", self.folder)
+                    stop_non_finite(step, f"the output of the {name}", self.data, self.folder)
+            stop_non_finite(step, "the whitening", self.data, self.folder)
 
 
 def row_in_words(row):
@@ -1326,8 +1335,8 @@ def parse_args(kind, argv=None, description=None):
     return kind(**vars(parser.parse_args(argv)))
 
 
-def check_args(args):
-    """Bring the values of an Args to their types, and check all that needs no data. UserError."""
+def check_values(args):
+    """Bring the values of an Args to their types, and check each by itself. UserError."""
     for name, type_, default, metadata in flags_of(type(args)):
         value, option = getattr(args, name), "--" + name.replace("_", "-")
         if value is None and default is None:
@@ -1348,6 +1357,11 @@ def check_args(args):
     names = resnet_names()
     check(args.backbone == "tiny" or args.backbone in names,
           f"--backbone {args.backbone} is unknown; try tiny, {', '.join(names[:5])}")
+
+
+def check_args(args):
+    """Check the values of an Args by themselves and together, as far as that needs no data."""
+    check_values(args)
     check(args.dataset != "folder" or args.data_dir != "data" or os.path.isdir("data"),
           "--dataset folder needs --data-dir DIR, the folder of your images")
     check(args.optimizer == "muon" or args.lr_filters is None, "--lr-filters needs --optimizer "
@@ -1368,10 +1382,21 @@ def completed(args, device):
     return args
 
 
+MEMORY = math.inf  # bytes; a GPU that has too few says so itself
+if hasattr(os, "sysconf"):
+    MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def rules_of(args):
     """The rules of sizes that hold for every method, then the method's own."""
     multiple = args.batch_size % world_size() == 0
+    images = vars(args).get("images") or (10_000 if args.dataset == "patterns" else 2**20)
+    side = args.image_size or 32
+    need = 250 * side**2 * args.batch_size * args.views / world_size()  # measured with `tiny`
+    fits = need < MEMORY or (args.device != "cpu" and torch.cuda.is_available())
     return [(multiple, f"--batch-size must be a multiple of the {world_size()} processes"),
+            (args.batch_size <= images, f"--batch-size must be at most {images} images, all of them"),
+            (fits, f"--batch-size and --views of {side} pixels need {need / 2**30:.0f} GB of memory"),
             *args.rules()]
 
 
@@ -1525,7 +1550,7 @@ def explanation(error):
         return ("out of GPU memory; try a smaller --batch-size or --precision bf16, "
                 "or --stream if the images of a folder fill it")
     if isinstance(error, MemoryError) or mentions("can't allocate", "not enough memory"):
-        return "out of memory; try a smaller --batch-size, --image-size or --proj-hidden"
+        return "out of memory; try a smaller --batch-size, --image-size, --views or --proj-dim"
     lost = mentions("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL")
     if world_size() > 1 and lost:
         return (f"process {rank()} lost another process, whose own message says why; "
@@ -2319,26 +2344,40 @@ def lock_file(file):
         return False
 
 
-def stop_non_finite(step, what, folder):
+def stop_non_finite(step, what, data, folder):
     """Raise UserError about a number that is not finite, with its likely cause."""
-    cause = ("the weights diverged or an input is not finite: "
-             "try a smaller --lr or a longer --warmup")
-    if what in ("the loss", "the whitening"):
-        cause = ("the embeddings do not fill their space, or the learning rate is too high: "
-                 "try --eps 1e-3 where there is one, or a smaller --lr")
+    args, cause = data.args, "the weights diverged or an input is not finite"
+    rate = max(("lr", "lr_bias", "lr_filters"), key=lambda name: getattr(args, name) or 0)
+    remedy = f"a smaller --{rate.replace('_', '-')} or a longer --warmup"
+    whitens = what == "the whitening" or hasattr(args, "eps") or hasattr(args, "groups")
+    if whitens and not what.startswith("the output"):
+        count = identical_images(data, step)
+        cause = "the embeddings do not fill their space, or the learning rate is too high"
+        if count:
+            cause = f"{count} of the batch's {args.batch_size} images are identical"
+            remedy = "it without them"
+        if hasattr(args, "eps"):
+            remedy = f"--eps {min(max(1e-3, 10 * args.eps), 0.5):g}, or {remedy}"
     kept = "no checkpoint was written yet"
     if os.path.isfile(os.path.join(folder, "last.pt")):
         kept = "the last good checkpoint stays"
-    raise UserError(f"step {step}: {what} is not finite; likely cause: {cause}; {folder}: {kept}")
+    raise UserError(f"step {step}: {what} is not finite; likely cause: {cause}: try {remedy}; "
+                    f"{folder}: {kept}")
+
+
+def identical_images(data, step):
+    """How many images of a step's global batch equal another one of it."""
+    epoch, number = divmod(step, data.steps_per_epoch)
+    parts = data.eval_views(data.train, data.order(epoch)[number], 100)
+    counts = collections.Counter(x.numpy().tobytes() for part in parts for x in part.cpu())
+    return sum(count for count in counts.values() if count > 1)
 
 
 # ==== Resume ====
 
 
-def check_resume(run, checkpoint):
-    """Raise UserError if the checkpoint (a dict or None) cannot be resumed by this run."""
-    if checkpoint:
-        check_same_run(run, checkpoint)
+def check_same_step(run, checkpoint):
+    """Raise UserError unless all processes have the same checkpoint (a dict or None)."""
     if dist.is_initialized():
         step = checkpoint["step"] if checkpoint else 0
         largest_smallest = torch.tensor([step, -step], device=run.data.device)
@@ -2348,10 +2387,12 @@ def check_resume(run, checkpoint):
 
 
 def check_same_run(run, checkpoint):
-    """Raise UserError if flags, images or method differ from those of the checkpoint."""
+    """Raise UserError if flags, images or method differ from those of the checkpoint, and
+    DamagedError if a number or tensor in it cannot be one of this run."""
     before, now = checkpoint["args"], vars(run.args)
     check(run_name(before) == run_name(now), f"--resume: {run.folder} is a run of "
           f"{run_name(before)}, not of {run_name(now)}; try another --out")
+    check_entries(checkpoint, type(run.args))
     for name in sorted(set(now) - FREE_ON_RESUME):
         flag, value = "--" + name.replace("_", "-"), before.get(name)
         remedy = f"{flag} {value}"
@@ -2364,8 +2405,103 @@ def check_same_run(run, checkpoint):
     images = run.data.fingerprint
     check(checkpoint["data"] == images, f"--resume: --data-dir held {checkpoint['data']} and now "
           f"holds {images}; restore it, or try another --out")
+    steps, rows = run.data.steps_per_epoch, checkpoint["rows"]
+    fits = all(row["step"] == row["epoch"] * steps for row in rows)
+    whole(fits and checkpoint["step"] // steps == len(rows), "step does not fit rows")
     check(checkpoint["step"] <= run.total_steps, f"--resume: --epochs {now['epochs']} is fewer "
           f"than already trained; try --epochs {before['epochs']}")
+    check_like(checkpoint["model"], run.model.state_dict(), "model")
+    check_optimizer(checkpoint, run)
+
+
+class DamagedError(UserError):
+    """A checkpoint that is damaged; the one before it may be whole."""
+
+
+def whole(condition, entry):
+    """Raise DamagedError about an entry unless the condition holds."""
+    if not condition:
+        raise DamagedError(entry)
+
+
+def described(value):
+    """The type of an entry; of a tensor its dtype and shape."""
+    if torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta:
+        return f"{value.dtype} {list(value.shape)}"
+    return "dict" if isinstance(value, dict) else type(value).__name__
+
+
+def check_like(value, like, entry):
+    """Raise DamagedError unless `value` has the types, names and shapes of `like`, and numbers that
+    are finite, and not negative where that cannot be."""
+    kind, name = described(like), entry.split(".")[-1]
+    whole(described(value) == kind, f"{entry} is {described(value)}, not {kind}")
+    if kind == "dict" and like:
+        for key in sorted({*like, *value}, key=str):
+            whole(key in value, f"{entry}.{key} is missing")
+            whole(key in like, f"{entry}.{key} is unknown")
+            check_like(value[key], like[key], f"{entry}.{key}")
+    elif torch.is_tensor(value):
+        signed = name not in ("step", "exp_avg_sq", "running_var", "num_batches_tracked")
+        whole(value.isfinite().all(), f"{entry} is not finite")
+        whole(signed or (value >= 0).all(), f"{entry} is negative")
+    elif kind in ("int", "float"):
+        whole(abs(value) < math.inf, f"{entry} is not finite")
+        whole(value >= 0 or name in ("loss", "entropy"), f"{entry} is negative")
+
+
+def check_entries(checkpoint, kind):
+    """Raise DamagedError if an entry is one that no run writes. kind: the class of the run's Args."""
+    like = {"step": 1, "rows": [], "seconds": 0.0, "epoch_seconds": 0.0, "data": "",
+            "loss_sum": torch.zeros((), dtype=torch.float64)}
+    check_like({name: checkpoint.get(name) for name in like}, like, "entry")
+    check_saved_args(checkpoint["args"], kind)
+    like = {"epoch": 1, "step": 1, "loss": 0.0, "lr": 0.0, "images_per_s": 0.0, "seconds": 0.0}
+    figures = dict.fromkeys([*collapse_metrics(torch.eye(3)), "rank_h"], 0.0)
+    for i, row in enumerate(checkpoint["rows"], 1):
+        whole(isinstance(row, dict), f"rows.{i} is {described(row)}")
+        knn = "" if row.get("knn") == "" else 0.0  # "" if it was not measured
+        check_like(row, {**like, "knn": knn, **(figures if "rank_h" in row else {})}, f"rows.{i}")
+        whole(row["epoch"] == i and (knn or row["knn"] <= 1), f"rows.{i} is another epoch's")
+    whole(checkpoint["step"] > 0, "step is 0")
+
+
+def check_saved_args(args, kind):
+    """Raise DamagedError unless the args of a checkpoint are such as an Args of this kind can have."""
+    trial = kind.__new__(kind)
+    for field in dataclasses.fields(kind):
+        value = args.get(field.name, ...)
+        plain = type(value) in (str, int, float, bool, type(None))
+        whole(plain, f"args.{field.name} is {described(value)}")
+        setattr(trial, field.name, value)
+    try:
+        check_values(trial)
+    except UserError as error:
+        raise DamagedError(f"args: {error}") from None
+    for name, value in vars(trial).items():
+        whole(type(value) is type(args[name]), f"args.{name} is {args[name]!r}")
+    fit = args["image_size"] and all(holds for holds, _ in trial.rules())
+    whole(fit, "args has sizes that do not fit")
+
+
+def check_optimizer(checkpoint, run):
+    """Raise DamagedError unless the state of the optimizer is one that this run can have."""
+    names = {"sgd": ["momentum_buffer"], "lars": ["velocity"]}
+    names = names.get(run.args.optimizer, ["step", "exp_avg", "exp_avg_sq"])
+    saved, like = checkpoint["optimizer"], {}
+    for group in run.optimizer.param_groups:
+        for p in group["params"]:
+            mine = ["step", "average"] if group["filters"] else names
+            like[len(like)] = {n: torch.zeros(()) if n == "step" else p for n in mine}
+    check_like(saved, {"state": like, "param_groups": []}, "optimizer")
+    steps = [entry["step"] for entry in saved["state"].values() if "step" in entry]
+    whole(not steps or max(steps) == checkpoint["step"], "optimizer.state is of another step")
+
+    def fixed(groups):
+        return [sorted((name, repr(group[name])) for name in group if name != "lr") for group in groups]
+
+    whole(fixed(saved["param_groups"]) == fixed(run.optimizer.state_dict()["param_groups"]),
+          "optimizer.param_groups differs")
 
 
 def restore(run, checkpoint):
@@ -2375,7 +2511,8 @@ def restore(run, checkpoint):
         return 0
     run.last_is_good = checkpoint["file"] == "last.pt"
     run.model.load_state_dict(checkpoint["model"])
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    groups = run.optimizer.state_dict()["param_groups"]
+    run.optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
     run.loss_sum.copy_(checkpoint["loss_sum"])
     run.rows = checkpoint["rows"]
     run.clock.run_before = checkpoint["seconds"]
@@ -2391,17 +2528,18 @@ def restore(run, checkpoint):
     return step
 
 
-def load_last(folder):
+def load_last(folder, accept=None):
     """The newest readable checkpoint of a run folder, with its name under "file", or None.
 
-    A warning names a damaged one. Raises UserError if there are only such."""
+    A warning names a damaged one. Raises UserError if there are only such. accept(checkpoint) may
+    raise DamagedError too."""
     faults = []
     for name in ("last.pt", "previous.pt"):
         path = os.path.join(folder, name)
         if os.path.exists(path):
             try:
-                checkpoint = load_checkpoint(path)
-            except UserError as error:
+                checkpoint = load_checkpoint(path, accept)
+            except DamagedError as error:
                 faults.append(str(error))
                 continue
             if faults:
@@ -2413,25 +2551,34 @@ def load_last(folder):
     return None
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, accept=None):
     """A checkpoint of a run as a dict. Nothing in the file is executed (weights_only).
 
-    Raises UserError if it is damaged or something else."""
+    Raises UserError if it is damaged or something else. accept: as in load_last."""
     check(os.path.isfile(path), f"{path}: no such file; try runs/<run>/last.pt")
     try:
         with zipfile.ZipFile(path) as archive:  # torch itself does not compare the checksums
             damaged = archive.testzip()
-        check(damaged is None, f"{path} is damaged ({damaged})")
+        whole(damaged is None, f"{path} is damaged ({damaged})")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+        raise DamagedError(f"{path} cannot be read ({error.strerror})") from error
     except Exception as error:  # torch raises many kinds for a file that is cut short or no zip
-        raise UserError(f"{path} is not a checkpoint of these scripts, or is cut short "
-                        f"({type(error).__name__})") from error
-    check(isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT,
-          f"{path} is not a checkpoint of these scripts; try runs/<run>/last.pt")
+        raise DamagedError(f"{path} is not a checkpoint of these scripts, or is cut short "
+                           f"({type(error).__name__})") from error
+    known = isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT
+    whole(known, f"{path} is not a checkpoint of these scripts; try runs/<run>/last.pt")
+    try:
+        for name, like in {"args": {}, "model": {}, "optimizer": {}}.items():
+            check_like(checkpoint.get(name), like, name)
+        for name in ("method", "experiment"):
+            check_like(checkpoint["args"].get(name), "", f"args.{name}")
+        if accept:
+            accept(checkpoint)
+    except DamagedError as error:
+        raise DamagedError(f"{path} was damaged or edited: {error}") from None
     return checkpoint
 
 

@@ -61,7 +61,7 @@ class Args(common.Args):
     proj_layers: int = 2
     groups: int = common.flag(4, "g, random groups of the d channels", least=1)
     w_size: int = common.flag(64, "w, images whitened together, at most d / g", least=2)
-    w_iter: int = common.flag(4, "times a step cuts the batch into slices", least=1)
+    w_iter: int = common.flag(4, "times a step cuts the batch into slices", least=1, most=100)
     eps: float = common.flag(0.0, "share of I mixed into the covariance", least=0, below=1)
 
     def rules(self):
