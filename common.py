@@ -14,49 +14,49 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #
 #    115  Args               the flags that all nine methods share
 #    105  flag               a field of Args: default, help, bounds
-#   1510  main               run train(); print an expected error as one line
-#   1309  parse_args         Args from the command line
+#   1506  main               run train(); print an expected error as one line
+#   1305  parse_args         Args from the command line
 #    198  set_up             device, precision, other processes
 #    233  load_data          read or draw the data set: Data
-#    473  build_backbone     the network whose output is H
-#    517  build_optimizer    Adam, SGD, LARS or Muon
-#    556  Run                the run's folder, checkpoints, log and checks
-#    813  distribute         the model for several processes, or compiled
-#    574  Run.resume         the step to start from, usually 0
-#    296  Data.batches       the batches of an epoch, uint8
-#    829  step_seed          the seed of a step's random draws
-#    309  Data.augment       the random views of a batch
-#    835  learning_rate      the schedule's factor at a step
-#    587  Run.guard          a failed decomposition becomes a clear error
-#    823  gather             embeddings of all processes, with gradient
-#   1631  mean_over_ranks    the mean of a tensor over the processes (BYOL)
+#    469  build_backbone     the network whose output is H
+#    513  build_optimizer    Adam, SGD, LARS or Muon
+#    552  Run                the run's folder, checkpoints, log and checks
+#    809  distribute         the model for several processes, or compiled
+#    570  Run.resume         the step to start from, usually 0
+#    290  Data.batches       the batches of an epoch, uint8
+#    825  step_seed          the seed of a step's random draws
+#    305  Data.augment       the random views of a batch
+#    831  learning_rate      the schedule's factor at a step
+#    583  Run.guard          a failed decomposition becomes a clear error
+#    819  gather             embeddings of all processes, with gradient
+#   1627  mean_over_ranks    the mean of a tensor over the processes (BYOL)
 #    188  world_size         the number of processes (MoCo)
 #    193  rank               this process's number among them (MoCo)
-#    592  Run.watch          note whether loss and gradients are finite
-#    597  Run.progress       stop if they were not; show the status line
-#    607  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    615  Run.mean_loss      the mean loss of the epoch
-#   1108  extract            H of a set of images
-#   1129  project            Z of H
-#   1166  collapse_metrics   how much of its space a set of embeddings fills
-#   1140  knn_accuracy       accuracy of a vote among the nearest training images
-#    624  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    663  Run.save_backbone  write backbone.pt
-#    671  Run.close          print the scores
+#    588  Run.watch          note whether loss and gradients are finite
+#    593  Run.progress       stop if they were not; show the status line
+#    603  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    611  Run.mean_loss      the mean loss of the epoch
+#   1104  extract            H of a set of images
+#   1125  project            Z of H
+#   1162  collapse_metrics   how much of its space a set of embeddings fills
+#   1136  knn_accuracy       accuracy of a vote among the nearest training images
+#    620  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    659  Run.save_backbone  write backbone.pt
+#    667  Run.close          print the scores
 #
 # Part II:
 #
-#   1239  Command line: flags from Args, checks, and sizes to propose
-#   1472  Messages and errors
-#   1567  Several processes
-#   1693  Data sets by name
-#   1783  Folders of images
-#   1942  Streaming
-#   2049  Recipes of augmentation
-#   2122  ResNets, LARS, Muon
-#   2250  Run folder and signals
-#   2376  Resume
-#   2585  Files of a run
+#   1235  Command line: flags from Args, checks, and sizes to propose
+#   1468  Messages and errors
+#   1563  Several processes
+#   1689  Data sets by name
+#   1779  Folders of images
+#   1938  Streaming
+#   2045  Recipes of augmentation
+#   2118  ResNets, LARS, Muon
+#   2246  Run folder and signals
+#   2374  Resume
+#   2566  Files of a run
 
 import argparse
 import collections
@@ -287,18 +287,14 @@ class Data:
             vars(args).update(images=len(self.train))
             check_rules(args)
 
-    def order(self, epoch):
-        """The images of an epoch's global batches: int64 [steps, batch size]."""
-        order = np.random.default_rng((self.args.seed, 1, epoch)).permutation(len(self.train))
-        order = order[: self.steps_per_epoch * self.args.batch_size]
-        return torch.from_numpy(order).view(self.steps_per_epoch, -1)
-
     def batches(self, epoch, first=0):
         """This process's rows of each global batch of an epoch, from batch `first` on.
 
         Yields uint8 [n, 3, H, W], or lists of cropped views from Files. The order is a function of
         (seed, epoch). The last, incomplete batch is left out."""
-        mine = self.order(epoch).view(self.steps_per_epoch, world_size(), -1)[first:, rank()]
+        order = np.random.default_rng((self.args.seed, 1, epoch)).permutation(len(self.train))
+        order = torch.from_numpy(order[: self.steps_per_epoch * self.args.batch_size])
+        mine = order.view(self.steps_per_epoch, world_size(), -1)[first:, rank()]
         if isinstance(self.train, Files):
             first_step = epoch * self.steps_per_epoch + first
             yield from self.train.crops(mine, self.args, first_step, self.device)
@@ -1382,7 +1378,7 @@ def completed(args, device):
     return args
 
 
-MEMORY = math.inf  # bytes; a GPU that has too few says so itself
+MEMORY = math.inf  # bytes of the machine
 if hasattr(os, "sysconf"):
     MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -1392,11 +1388,11 @@ def rules_of(args):
     multiple = args.batch_size % world_size() == 0
     images = vars(args).get("images") or (10_000 if args.dataset == "patterns" else 2**20)
     side = args.image_size or 32
-    need = 250 * side**2 * args.batch_size * args.views / world_size()  # measured with `tiny`
+    need = 250 * side**2 * args.batch_size * args.views / world_size()  # bytes, of `tiny`
     fits = need < MEMORY or (args.device != "cpu" and torch.cuda.is_available())
     return [(multiple, f"--batch-size must be a multiple of the {world_size()} processes"),
             (args.batch_size <= images, f"--batch-size must be at most {images} images, all of them"),
-            (fits, f"--batch-size and --views of {side} pixels need {need / 2**30:.0f} GB of memory"),
+            (fits, f"--batch-size and --views of {side} pixels fill {need / 2**30:.0f} GB"),
             *args.rules()]
 
 
@@ -2368,7 +2364,9 @@ def stop_non_finite(step, what, data, folder):
 def identical_images(data, step):
     """How many images of a step's global batch equal another one of it."""
     epoch, number = divmod(step, data.steps_per_epoch)
-    parts = data.eval_views(data.train, data.order(epoch)[number], 100)
+    order = np.random.default_rng((data.args.seed, 1, epoch)).permutation(len(data.train))
+    rows = torch.from_numpy(order).split(data.args.batch_size)[number]  # as in Data.batches
+    parts = data.eval_views(data.train, rows, 100)
     counts = collections.Counter(x.numpy().tobytes() for part in parts for x in part.cpu())
     return sum(count for count in counts.values() if count > 1)
 
@@ -2410,98 +2408,81 @@ def check_same_run(run, checkpoint):
     whole(fits and checkpoint["step"] // steps == len(rows), "step does not fit rows")
     check(checkpoint["step"] <= run.total_steps, f"--resume: --epochs {now['epochs']} is fewer "
           f"than already trained; try --epochs {before['epochs']}")
-    check_like(checkpoint["model"], run.model.state_dict(), "model")
+    check_weights(checkpoint["model"], run.model)
     check_optimizer(checkpoint, run)
 
 
 class DamagedError(UserError):
-    """A checkpoint that is damaged; the one before it may be whole."""
+    """An entry of a checkpoint cannot be right; the checkpoint before may be whole."""
 
 
-def whole(condition, entry):
-    """Raise DamagedError about an entry unless the condition holds."""
+def whole(condition, message):
+    """Raise DamagedError(message) unless the condition holds."""
     if not condition:
-        raise DamagedError(entry)
+        raise DamagedError(message)
 
 
 def described(value):
     """The type of an entry; of a tensor its dtype and shape."""
-    if torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta:
+    if torch.is_tensor(value):
         return f"{value.dtype} {list(value.shape)}"
     return "dict" if isinstance(value, dict) else type(value).__name__
 
 
 def check_like(value, like, entry):
-    """Raise DamagedError unless `value` has the types, names and shapes of `like`, and numbers that
-    are finite, and not negative where that cannot be."""
+    """Raise DamagedError unless `value` has the type, the shape and all names of `like`, and
+    numbers that are finite, and not negative where that cannot be."""
     kind, name = described(like), entry.split(".")[-1]
     whole(described(value) == kind, f"{entry} is {described(value)}, not {kind}")
-    if kind == "dict" and like:
-        for key in sorted({*like, *value}, key=str):
+    if kind == "dict":
+        for key in like:
             whole(key in value, f"{entry}.{key} is missing")
-            whole(key in like, f"{entry}.{key} is unknown")
             check_like(value[key], like[key], f"{entry}.{key}")
     elif torch.is_tensor(value):
+        dense = value.layout == torch.strided and value.device.type == "cpu"
+        whole(dense and value.isfinite().all(), f"{entry} is not finite")
         signed = name not in ("step", "exp_avg_sq", "running_var", "num_batches_tracked")
-        whole(value.isfinite().all(), f"{entry} is not finite")
         whole(signed or (value >= 0).all(), f"{entry} is negative")
     elif kind in ("int", "float"):
-        whole(abs(value) < math.inf, f"{entry} is not finite")
-        whole(value >= 0 or name in ("loss", "entropy"), f"{entry} is negative")
+        signed = name in ("loss", "entropy")
+        whole(abs(value) < math.inf and (signed or value >= 0), f"{entry} is {value}")
+
+
+def check_weights(weights, model):
+    """Raise DamagedError unless the model can have these weights."""
+    like = model.state_dict()
+    check_like(weights, like, "model")
+    whole(len(weights) == len(like), "model has unknown entries")
 
 
 def check_entries(checkpoint, kind):
-    """Raise DamagedError if an entry is one that no run writes. kind: the class of the run's Args."""
-    like = {"step": 1, "rows": [], "seconds": 0.0, "epoch_seconds": 0.0, "data": "",
-            "loss_sum": torch.zeros((), dtype=torch.float64)}
-    check_like({name: checkpoint.get(name) for name in like}, like, "entry")
-    check_saved_args(checkpoint["args"], kind)
-    like = {"epoch": 1, "step": 1, "loss": 0.0, "lr": 0.0, "images_per_s": 0.0, "seconds": 0.0}
-    figures = dict.fromkeys([*collapse_metrics(torch.eye(3)), "rank_h"], 0.0)
+    """Raise DamagedError unless a run could have these rows and args. kind: its class of Args."""
     for i, row in enumerate(checkpoint["rows"], 1):
         whole(isinstance(row, dict), f"rows.{i} is {described(row)}")
-        knn = "" if row.get("knn") == "" else 0.0  # "" if it was not measured
-        check_like(row, {**like, "knn": knn, **(figures if "rank_h" in row else {})}, f"rows.{i}")
-        whole(row["epoch"] == i and (knn or row["knn"] <= 1), f"rows.{i} is another epoch's")
-    whole(checkpoint["step"] > 0, "step is 0")
-
-
-def check_saved_args(args, kind):
-    """Raise DamagedError unless the args of a checkpoint are such as an Args of this kind can have."""
-    trial = kind.__new__(kind)
-    for field in dataclasses.fields(kind):
-        value = args.get(field.name, ...)
-        plain = type(value) in (str, int, float, bool, type(None))
-        whole(plain, f"args.{field.name} is {described(value)}")
-        setattr(trial, field.name, value)
+        like = dict.fromkeys([*row, "loss", "lr", "images_per_s", "seconds"], 0.0)
+        like.update(epoch=1, step=1, knn="" if row.get("knn") == "" else 0.0)
+        check_like(row, like, f"rows.{i}")
+        whole(row["epoch"] == i, f"rows.{i}.epoch is {row['epoch']}")
+    trial, args = kind.__new__(kind), checkpoint["args"]
+    vars(trial).update({f.name: args.get(f.name, ...) for f in dataclasses.fields(kind)})
+    before = repr(vars(trial))
     try:
         check_values(trial)
-    except UserError as error:
+    except (UserError, RuntimeError) as error:
         raise DamagedError(f"args: {error}") from None
-    for name, value in vars(trial).items():
-        whole(type(value) is type(args[name]), f"args.{name} is {args[name]!r}")
-    fit = args["image_size"] and all(holds for holds, _ in trial.rules())
-    whole(fit, "args has sizes that do not fit")
+    fits = repr(vars(trial)) == before and all(holds for holds, _ in trial.rules())
+    whole(fits, "args has a value of another type, or sizes that do not fit")
 
 
 def check_optimizer(checkpoint, run):
-    """Raise DamagedError unless the state of the optimizer is one that this run can have."""
-    names = {"sgd": ["momentum_buffer"], "lars": ["velocity"]}
-    names = names.get(run.args.optimizer, ["step", "exp_avg", "exp_avg_sq"])
-    saved, like = checkpoint["optimizer"], {}
-    for group in run.optimizer.param_groups:
-        for p in group["params"]:
-            mine = ["step", "average"] if group["filters"] else names
-            like[len(like)] = {n: torch.zeros(()) if n == "step" else p for n in mine}
-    check_like(saved, {"state": like, "param_groups": []}, "optimizer")
-    steps = [entry["step"] for entry in saved["state"].values() if "step" in entry]
-    whole(not steps or max(steps) == checkpoint["step"], "optimizer.state is of another step")
-
-    def fixed(groups):
-        return [sorted((name, repr(group[name])) for name in group if name != "lr") for group in groups]
-
-    whole(fixed(saved["param_groups"]) == fixed(run.optimizer.state_dict()["param_groups"]),
-          "optimizer.param_groups differs")
+    """Raise DamagedError unless this is a state of the run's optimizer. Changes the weights."""
+    for p in run.model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    run.optimizer.step()  # makes a state to compare with
+    run.optimizer.zero_grad()
+    check_like(checkpoint["optimizer"], run.optimizer.state_dict(), "optimizer")
+    states, step = checkpoint["optimizer"]["state"].values(), checkpoint["step"]
+    whole(max(s.get("step", step) for s in states) == step, "optimizer.state is of another step")
 
 
 def restore(run, checkpoint):
@@ -2511,7 +2492,7 @@ def restore(run, checkpoint):
         return 0
     run.last_is_good = checkpoint["file"] == "last.pt"
     run.model.load_state_dict(checkpoint["model"])
-    groups = run.optimizer.state_dict()["param_groups"]
+    groups = run.optimizer.state_dict()["param_groups"]  # by the flags
     run.optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
     run.loss_sum.copy_(checkpoint["loss_sum"])
     run.rows = checkpoint["rows"]
@@ -2531,8 +2512,8 @@ def restore(run, checkpoint):
 def load_last(folder, accept=None):
     """The newest readable checkpoint of a run folder, with its name under "file", or None.
 
-    A warning names a damaged one. Raises UserError if there are only such. accept(checkpoint) may
-    raise DamagedError too."""
+    A warning names a damaged one. Raises UserError if there are only such. accept(checkpoint)
+    raises DamagedError too."""
     faults = []
     for name in ("last.pt", "previous.pt"):
         path = os.path.join(folder, name)
@@ -2570,15 +2551,15 @@ def load_checkpoint(path, accept=None):
                            f"({type(error).__name__})") from error
     known = isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT
     whole(known, f"{path} is not a checkpoint of these scripts; try runs/<run>/last.pt")
+    like = {"args": {"method": "", "experiment": "", "image_size": 1}, "step": 1, "model": {},
+            "optimizer": {"state": {}}, "loss_sum": torch.zeros((), dtype=torch.float64),
+            "rows": [], "seconds": 0.0, "epoch_seconds": 0.0, "data": ""}
     try:
-        for name, like in {"args": {}, "model": {}, "optimizer": {}}.items():
-            check_like(checkpoint.get(name), like, name)
-        for name in ("method", "experiment"):
-            check_like(checkpoint["args"].get(name), "", f"args.{name}")
+        check_like(checkpoint, like, "checkpoint")
         if accept:
             accept(checkpoint)
     except DamagedError as error:
-        raise DamagedError(f"{path} was damaged or edited: {error}") from None
+        raise DamagedError(f"{path} is damaged or was edited: {error}") from None
     return checkpoint
 
 
