@@ -162,8 +162,8 @@ class Args:
     resume: bool = flag(False, "go on from the last checkpoint in the run folder, if there is one")
     eval_every: int = flag(1, "epochs between two measurements of kNN and collapse; 0: at the end",
                            least=0)
-    save_every: int = flag(0, "steps between two extra checkpoints inside an epoch; 0: none", least=0,
-                          example=100)
+    save_every: int = flag(0, "steps between two extra checkpoints inside an epoch; 0: none",
+                           least=0, example=100)
     log_every: int = flag(10, "steps between two looks at the loss, which wait for the device",
                           least=1)
 
@@ -1257,7 +1257,8 @@ def number(kind, least=None, most=None, above=None, below=None, example=None):
     def parse(text):
         with contextlib.suppress(ValueError, OverflowError, TypeError):
             value = kind(text)
-            exact = isinstance(text, str) or (value == text and not isinstance(text, (bool, np.bool_)))
+            exact = value == text and not isinstance(text, (bool, np.bool_))
+            exact = exact or isinstance(text, str)
             high = (most is None or value <= most) and (below is None or value < below)
             low = (least is None or value >= least) and (above is None or value > above)
             if exact and math.isfinite(value) and high and low:

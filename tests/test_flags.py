@@ -339,10 +339,10 @@ def proposed_at_once(method, sizes, parse=False):
 @pytest.mark.parametrize("method", SIZES)
 def test_what_a_size_message_proposes_works_at_once(monkeypatch, method, kind):
     rng, refused = random.Random(f"{method} {kind}"), 0
-    for i in range(300):
+    for i in range(120):
         monkeypatch.setenv("WORLD_SIZE", str(rng.choice((1, 2, 3, 6, 8))) if i % 2 else "1")
         refused += proposed_at_once(method, drawn_sizes(rng, method, kind), parse=i % 10 == 0)
-    assert refused > 100, refused  # else the sizes above are no test
+    assert refused > 50, refused  # else the sizes above are no test
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -256,7 +256,7 @@ def test_moco_enqueues_after_the_logits():
     assert not torch.cdist(model.queue, queue).eq(0).any() and torch.allclose(model.queue[:4], keys) and not model.queue.requires_grad
 
 
-def test_moco_rebinds_target_parameters():
+def test_moco_rebinds_key_parameters():
     """official and solo-learn write `param_k.data = ...`: new storage at every step, which compile, DDP and saved references miss."""
     parameter = nn.Parameter(torch.ones(3))
     address = parameter.data_ptr()

@@ -386,7 +386,7 @@ def content(folder):
 
 
 OTHER = [("moco", "--lr", "0.01"), ("moco", "--batch-size", "32"), ("moco", "--queue-size", "128"), ("moco", "--momentum", "0.5"),
-         ("moco", "--temperature", "0.3"), ("moco", "--seed", "1"), ("moco", "--stream",), ("shuffled_dbn", "--no-shuffle"), ("simsiam", "--no-stop-gradient"),
+         ("moco", "--temperature", "0.3"), ("moco", "--seed", "1"), ("shuffled_dbn", "--no-shuffle"), ("simsiam", "--no-stop-gradient"),
          ("moco", "--bn-splits", "1"),
          ("moco", "--weight-decay", "0.1"), ("moco", "--augment", "byol"), ("moco", "--schedule", "constant"), ("moco", "--warmup", "1"),
          ("moco", "--optimizer", "sgd"), ("moco", "--lr-bias", "0.5"), ("moco", "--views", "3"), ("moco", "--proj-dim", "16"),
