@@ -14,8 +14,8 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #
 #    115  Args               the flags that all nine methods share
 #    105  flag               a field of Args: default, help, bounds
-#   1506  main               run train(); print an expected error as one line
-#   1305  parse_args         Args from the command line
+#   1507  main               run train(); print an expected error as one line
+#   1306  parse_args         Args from the command line
 #    198  set_up             device, precision, other processes
 #    233  load_data          read or draw the data set: Data
 #    469  build_backbone     the network whose output is H
@@ -29,7 +29,7 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #    831  learning_rate      the schedule's factor at a step
 #    583  Run.guard          a failed decomposition becomes a clear error
 #    819  gather             embeddings of all processes, with gradient
-#   1627  mean_over_ranks    the mean of a tensor over the processes (BYOL)
+#   1628  mean_over_ranks    the mean of a tensor over the processes (BYOL)
 #    188  world_size         the number of processes (MoCo)
 #    193  rank               this process's number among them (MoCo)
 #    588  Run.watch          note whether loss and gradients are finite
@@ -47,16 +47,16 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 # Part II:
 #
 #   1235  Command line: flags from Args, checks, and sizes to propose
-#   1468  Messages and errors
-#   1563  Several processes
-#   1689  Data sets by name
-#   1779  Folders of images
-#   1938  Streaming
-#   2045  Recipes of augmentation
-#   2118  ResNets, LARS, Muon
-#   2246  Run folder and signals
-#   2374  Resume
-#   2566  Files of a run
+#   1469  Messages and errors
+#   1564  Several processes
+#   1690  Data sets by name
+#   1780  Folders of images
+#   1939  Streaming
+#   2046  Recipes of augmentation
+#   2119  ResNets, LARS, Muon
+#   2247  Run folder and signals
+#   2375  Resume
+#   2567  Files of a run
 
 import argparse
 import collections
