@@ -15,38 +15,38 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #    115  Args               the flags that all nine methods share
 #    105  flag               a field of Args: default, help, bounds
 #   1507  main               run train(); print an expected error as one line
-#   1306  parse_args         Args from the command line
-#    198  set_up             device, precision, other processes
-#    233  load_data          read or draw the data set: Data
-#    469  build_backbone     the network whose output is H
-#    513  build_optimizer    Adam, SGD, LARS or Muon
-#    552  Run                the run's folder, checkpoints, log and checks
-#    809  distribute         the model for several processes, or compiled
-#    570  Run.resume         the step to start from, usually 0
-#    290  Data.batches       the batches of an epoch, uint8
-#    825  step_seed          the seed of a step's random draws
-#    305  Data.augment       the random views of a batch
-#    831  learning_rate      the schedule's factor at a step
-#    583  Run.guard          a failed decomposition becomes a clear error
-#    819  gather             embeddings of all processes, with gradient
+#   1305  parse_args         Args from the command line
+#    197  set_up             device, precision, other processes
+#    232  load_data          read or draw the data set: Data
+#    468  build_backbone     the network whose output is H
+#    512  build_optimizer    Adam, SGD, LARS or Muon
+#    551  Run                the run's folder, checkpoints, log and checks
+#    808  distribute         the model for several processes, or compiled
+#    569  Run.resume         the step to start from, usually 0
+#    289  Data.batches       the batches of an epoch, uint8
+#    824  step_seed          the seed of a step's random draws
+#    304  Data.augment       the random views of a batch
+#    830  learning_rate      the schedule's factor at a step
+#    582  Run.guard          a failed decomposition becomes a clear error
+#    818  gather             embeddings of all processes, with gradient
 #   1628  mean_over_ranks    the mean of a tensor over the processes (BYOL)
-#    188  world_size         the number of processes (MoCo)
-#    193  rank               this process's number among them (MoCo)
-#    588  Run.watch          note whether loss and gradients are finite
-#    593  Run.progress       stop if they were not; show the status line
-#    603  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    611  Run.mean_loss      the mean loss of the epoch
-#   1104  extract            H of a set of images
-#   1125  project            Z of H
-#   1162  collapse_metrics   how much of its space a set of embeddings fills
-#   1136  knn_accuracy       accuracy of a vote among the nearest training images
-#    620  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    659  Run.save_backbone  write backbone.pt
-#    667  Run.close          print the scores
+#    187  world_size         the number of processes (MoCo)
+#    192  rank               this process's number among them (MoCo)
+#    587  Run.watch          note whether loss and gradients are finite
+#    592  Run.progress       stop if they were not; show the status line
+#    602  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    610  Run.mean_loss      the mean loss of the epoch
+#   1103  extract            H of a set of images
+#   1124  project            Z of H
+#   1161  collapse_metrics   how much of its space a set of embeddings fills
+#   1135  knn_accuracy       accuracy of a vote among the nearest training images
+#    619  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    658  Run.save_backbone  write backbone.pt
+#    666  Run.close          print the scores
 #
 # Part II:
 #
-#   1235  Command line: flags from Args, checks, and sizes to propose
+#   1234  Command line: flags from Args, checks, and sizes to propose
 #   1469  Messages and errors
 #   1564  Several processes
 #   1690  Data sets by name
@@ -56,7 +56,7 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #   2119  ResNets, LARS, Muon
 #   2247  Run folder and signals
 #   2375  Resume
-#   2567  Files of a run
+#   2566  Files of a run
 
 import argparse
 import collections
@@ -133,12 +133,11 @@ class Args:
     backbone: str = flag("tiny", "`tiny`, or a torchvision ResNet by name, such as resnet18")
     proj_hidden: int = flag(1024, "width of the hidden layers of the projector", least=1,
                             most=2**14)
-    proj_dim: int = flag(128, "d, channels of the embedding Z, the projector's output", least=2,
-                         most=2**14)
+    proj_dim: int = flag(128, "d, channels of the embedding Z, the projector's output", least=2)
     proj_layers: int = flag(2, "linear layers of the projector", least=1, most=8)
 
     epochs: int = flag(10, "passes over the training images", least=1, most=10**6)
-    batch_size: int = flag(256, "images in a step, in all processes together", least=2, most=2**20)
+    batch_size: int = flag(256, "images in a step, in all processes together", least=2)
     optimizer: str = flag("adam", "sgd and lars have momentum 0.9; muon is Muon for the filters of "
                           "convolutions and Adam for the rest", choices="adam sgd lars muon")
     lr: float = flag(3e-3, "peak learning rate, not scaled by the batch size", above=0, most=10**4,
@@ -1392,8 +1391,9 @@ def rules_of(args):
     need = 250 * side**2 * args.batch_size * args.views / world_size()  # bytes, of `tiny`
     fits = need < MEMORY or (args.device != "cpu" and torch.cuda.is_available())
     return [(multiple, f"--batch-size must be a multiple of the {world_size()} processes"),
-            (args.batch_size <= images, f"--batch-size must be at most {images} images, all of them"),
-            (fits, f"--batch-size and --views of {side} pixels fill {need / 2**30:.0f} GB"),
+            (args.batch_size <= images, f"--batch-size must be at most {images}, the number of images"),
+            (args.proj_dim <= 2**14, "--proj-dim must be at most 16384"),
+            (fits, f"--batch-size and --views of {side} pixels need {need / 2**30:.0f} GB"),
             *args.rules()]
 
 
@@ -2409,7 +2409,7 @@ def check_same_run(run, checkpoint):
     whole(fits and checkpoint["step"] // steps == len(rows), "step does not fit rows")
     check(checkpoint["step"] <= run.total_steps, f"--resume: --epochs {now['epochs']} is fewer "
           f"than already trained; try --epochs {before['epochs']}")
-    check_weights(checkpoint["model"], run.model)
+    check_like(checkpoint["model"], run.model.state_dict(), "model")
     check_optimizer(checkpoint, run)
 
 
@@ -2439,6 +2439,8 @@ def check_like(value, like, entry):
         for key in like:
             whole(key in value, f"{entry}.{key} is missing")
             check_like(value[key], like[key], f"{entry}.{key}")
+        more = entry in ("checkpoint", "checkpoint.args") or not like
+        whole(more or len(value) == len(like), f"{entry} has unknown entries")
     elif torch.is_tensor(value):
         dense = value.layout == torch.strided and value.device.type == "cpu"
         whole(dense and value.isfinite().all(), f"{entry} is not finite")
@@ -2446,24 +2448,20 @@ def check_like(value, like, entry):
         whole(signed or (value >= 0).all(), f"{entry} is negative")
     elif kind in ("int", "float"):
         signed = name in ("loss", "entropy")
-        whole(abs(value) < math.inf and (signed or value >= 0), f"{entry} is {value}")
-
-
-def check_weights(weights, model):
-    """Raise DamagedError unless the model can have these weights."""
-    like = model.state_dict()
-    check_like(weights, like, "model")
-    whole(len(weights) == len(like), "model has unknown entries")
+        whole(abs(value) < math.inf and (signed or value >= 0), f"{entry} is out of range")
 
 
 def check_entries(checkpoint, kind):
     """Raise DamagedError unless a run could have these rows and args. kind: its class of Args."""
+    figures = [*collapse_metrics(torch.eye(3)), "rank_h"]
     for i, row in enumerate(checkpoint["rows"], 1):
         whole(isinstance(row, dict), f"rows.{i} is {described(row)}")
-        like = dict.fromkeys([*row, "loss", "lr", "images_per_s", "seconds"], 0.0)
-        like.update(epoch=1, step=1, knn="" if row.get("knn") == "" else 0.0)
+        names = ["loss", "lr", "images_per_s", "seconds", *(figures if len(row) > 7 else [])]
+        like = {**dict.fromkeys(names, 0.0), "epoch": 1, "step": 1}
+        like["knn"] = "" if row.get("knn") == "" else 0.0
         check_like(row, like, f"rows.{i}")
-        whole(row["epoch"] == i, f"rows.{i}.epoch is {row['epoch']}")
+        fits = row["epoch"] == i and (row["knn"] or 0) <= 1
+        whole(fits, f"rows.{i} has another epoch or a knn above 1")
     trial, args = kind.__new__(kind), checkpoint["args"]
     vars(trial).update({f.name: args.get(f.name, ...) for f in dataclasses.fields(kind)})
     before = repr(vars(trial))
@@ -2482,8 +2480,9 @@ def check_optimizer(checkpoint, run):
     run.optimizer.step()  # makes a state to compare with
     run.optimizer.zero_grad()
     check_like(checkpoint["optimizer"], run.optimizer.state_dict(), "optimizer")
-    states, step = checkpoint["optimizer"]["state"].values(), checkpoint["step"]
-    whole(max(s.get("step", step) for s in states) == step, "optimizer.state is of another step")
+    states = checkpoint["optimizer"]["state"].values()
+    steps = {float(state["step"]) for state in states if "exp_avg" in state}
+    whole(steps <= {checkpoint["step"]}, "optimizer.state is of another step")
 
 
 def restore(run, checkpoint):
@@ -2537,7 +2536,7 @@ def load_checkpoint(path, accept=None):
     """A checkpoint of a run as a dict. Nothing in the file is executed (weights_only).
 
     Raises UserError if it is damaged or something else. accept: as in load_last."""
-    check(os.path.isfile(path), f"{path}: no such file; try runs/<run>/last.pt")
+    whole(os.path.isfile(path), f"{path}: no such file; try runs/<run>/last.pt")
     try:
         with zipfile.ZipFile(path) as archive:  # torch itself does not compare the checksums
             damaged = archive.testzip()
@@ -2553,7 +2552,7 @@ def load_checkpoint(path, accept=None):
     known = isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT
     whole(known, f"{path} is not a checkpoint of these scripts; try runs/<run>/last.pt")
     like = {"args": {"method": "", "experiment": "", "image_size": 1}, "step": 1, "model": {},
-            "optimizer": {"state": {}}, "loss_sum": torch.zeros((), dtype=torch.float64),
+            "optimizer": {}, "loss_sum": torch.zeros((), dtype=torch.float64),
             "rows": [], "seconds": 0.0, "epoch_seconds": 0.0, "data": ""}
     try:
         check_like(checkpoint, like, "checkpoint")

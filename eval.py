@@ -197,7 +197,7 @@ def rebuild(run, weights, device):
     torch.manual_seed(args.seed)  # as the method's train() does
     run.untrained = build(args).to(device, memory_format=torch.channels_last).eval()
     run.model = build(args).to(device, memory_format=torch.channels_last).eval()
-    common.check_weights(weights, run.model)
+    common.check_like(weights, run.model.state_dict(), "model")
     run.model.load_state_dict(weights)
 
 

@@ -126,7 +126,7 @@ def rename(path):
 
 def filled(number):
     def fill(tensor):
-        tensor = tensor.clone()
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
         tensor.view(-1)[0] = number
         return tensor
     return fill
@@ -154,8 +154,8 @@ EDITS = {
     "batches negative": (put(COUNT, torch.tensor(-3)), BAD, "num_batches_tracked is negative"),
     "batches float": (put(COUNT, torch.tensor(3.0)), BAD, "num_batches_tracked"),
     "no optimizer": (drop("optimizer"), BAD, "optimizer"), "optimizer text": (put("optimizer", "adam"), BAD, "optimizer"),
-    "optimizer empty": (put("optimizer", {}), BAD, "optimizer"),
-    "state None": (put("optimizer.state", None), BAD, "optimizer.state"),
+    "optimizer empty": (put("optimizer", {}), UNUSED, "optimizer"),
+    "state None": (put("optimizer.state", None), UNUSED, "optimizer.state"),
     "state empty": (put("optimizer.state", {}), UNUSED, "optimizer.state"),
     "state lacks one": (drop("optimizer.state.1"), UNUSED, "optimizer.state.1 is missing"),
     "state under a name": (put("optimizer.state", lambda s: {str(k): v for k, v in s.items()}), UNUSED, "optimizer.state"),
@@ -172,9 +172,10 @@ EDITS = {
     "row None": (put("rows.0", None), BAD, "rows.1"), "row without loss": (drop("rows.0.loss"), BAD, "rows.1.loss"),
     "row with another name": (rename("rows.0.lr"), BAD, "rows.1.lr"), "row's loss nan": (put("rows.0.loss", math.nan), BAD, "rows.1.loss"),
     "row's loss text": (put("rows.0.loss", "low"), BAD, "rows.1.loss"), "row's loss nested": (put("rows.0.loss", {"loss": 1.0}), BAD, "rows.1.loss"),
+    "row without rank": (drop("rows.0.rank"), BAD, "rows.1.rank"), "row with another rank": (rename("rows.0.rank_h"), BAD, "rows.1.rank_h"),
     "row's rank inf": (put("rows.0.rank", math.inf), BAD, "rows.1.rank"), "row's seconds negative": (put("rows.0.seconds", -1.0), BAD, "rows.1"),
-    "row's step": (put("rows.0.step", 3), UNUSED, "rows"), "row's epoch": (put("rows.0.epoch", 7), BAD, "rows.1.epoch"),
-    "row's knn": (put("rows.0.knn", 65.0), BAD, "rows.1.knn"), "row's knn text": (put("rows.0.knn", "high"), BAD, "rows.1.knn"),
+    "row's step": (put("rows.0.step", 3), UNUSED, "rows"), "row's epoch": (put("rows.0.epoch", 7), BAD, "rows.1"),
+    "row's knn": (put("rows.0.knn", 65.0), BAD, "rows.1"), "row's knn text": (put("rows.0.knn", "high"), BAD, "rows.1.knn"),
     "no seconds": (drop("seconds"), BAD, "seconds"), "seconds nan": (put("seconds", math.nan), BAD, "seconds"),
     "seconds text": (put("seconds", "long"), BAD, "seconds"), "seconds negative": (put("seconds", -1.0), BAD, "seconds"),
     "seconds None": (put("seconds", None), BAD, "seconds"), "seconds larger": (put("seconds", lambda s: s + 1000), HARMLESS, ""),
@@ -235,6 +236,7 @@ def edits_of_a_state(name):
         yield "negative", lambda state: state.update({name: -state[name] - 1})
     if name == "step":
         yield "later", lambda state: state.update({name: state[name] + 1})
+        yield "earlier", lambda state: state.update({name: state[name] - 1})
 
 
 @pytest.mark.parametrize("method, name", [(m, n) for m in STATE for n in STATE[m]])
@@ -242,7 +244,8 @@ def test_the_state_of_each_optimizer_is_compared(stopped, images, tmp_path, meth
     """A moment of another shape ended in SIGSEGV: the fused kernels look at no shape."""
     for i, (what, change) in enumerate(edits_of_a_state(name)):
         def edit(checkpoint):
-            change(next(state for state in checkpoint["optimizer"]["state"].values() if name in state))
+            states = [state for state in checkpoint["optimizer"]["state"].values() if name in state]
+            change(states[-1] if name == "step" else states[0])  # Muon's filters, the first ones, do not use theirs
         folder = edited(stopped(method), tmp_path / str(i), edit)
         print(what)
         holds(run_here(method, arguments(method, images, folder, "--resume")), folder, "optimizer.state")
@@ -289,7 +292,7 @@ def changed(value, rng):
     """(what was done, another value), of another type, shape or range."""
     anything = [None, "", "text", -1, 2.5, True, [], {}, {"nested": {"more": [1]}}, math.nan, -math.inf, 10**30, torch.zeros(2, 3)]
     if torch.is_tensor(value) and value.numel() and rng.random() < 0.7:
-        return rng.choice([("reshaped", value.reshape(-1, 1)), ("longer", torch.cat([value.view(-1), value.view(-1)])),
+        return rng.choice([("reshaped", value.reshape(-1, 1)), ("longer", torch.cat([value.reshape(-1)] * 2)),
                            ("complex", value.to(torch.complex64)), ("integers", value.short()),
                            ("nan", value * math.nan), ("inf", value / 0)])
     if isinstance(value, (int, float)) and rng.random() < 0.5:
