@@ -14,8 +14,8 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #
 #    115  Args               the flags that all nine methods share
 #    105  flag               a field of Args: default, help, bounds
-#   1507  main               run train(); print an expected error as one line
-#   1305  parse_args         Args from the command line
+#   1509  main               run train(); print an expected error as one line
+#   1306  parse_args         Args from the command line
 #    197  set_up             device, precision, other processes
 #    232  load_data          read or draw the data set: Data
 #    468  build_backbone     the network whose output is H
@@ -29,7 +29,7 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #    830  learning_rate      the schedule's factor at a step
 #    582  Run.guard          a failed decomposition becomes a clear error
 #    818  gather             embeddings of all processes, with gradient
-#   1628  mean_over_ranks    the mean of a tensor over the processes (BYOL)
+#   1630  mean_over_ranks    the mean of a tensor over the processes (BYOL)
 #    187  world_size         the number of processes (MoCo)
 #    192  rank               this process's number among them (MoCo)
 #    587  Run.watch          note whether loss and gradients are finite
@@ -47,16 +47,16 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 # Part II:
 #
 #   1234  Command line: flags from Args, checks, and sizes to propose
-#   1469  Messages and errors
-#   1564  Several processes
-#   1690  Data sets by name
-#   1780  Folders of images
-#   1939  Streaming
-#   2046  Recipes of augmentation
-#   2119  ResNets, LARS, Muon
-#   2247  Run folder and signals
-#   2375  Resume
-#   2566  Files of a run
+#   1471  Messages and errors
+#   1566  Several processes
+#   1692  Data sets by name
+#   1782  Folders of images
+#   1941  Streaming
+#   2048  Recipes of augmentation
+#   2121  ResNets, LARS, Muon
+#   2249  Run folder and signals
+#   2377  Resume
+#   2568  Files of a run
 
 import argparse
 import collections
@@ -105,7 +105,7 @@ DATASETS = ("patterns", "cifar10", "cifar100", "stl10", "tinyimagenet", "folder"
 def flag(default, help, least=None, most=None, above=None, below=None, choices=None, example=None):
     """A field of Args with a help text and bounds; `above` and `below` are exclusive.
 
-    choices: the allowed words, in one string. example: a value for messages that say what to try."""
+    choices: the allowed words, in one string. example: a value for messages, what to try."""
     metadata = {"help": help, "least": least, "most": most, "above": above, "below": below}
     metadata.update(choices=choices and choices.split(), example=example)
     return dataclasses.field(default=default, metadata=metadata)
@@ -1279,7 +1279,8 @@ def flags_of(kind):
             raise TypeError(f"{kind.__name__}.{name} needs a type, as in `{name}: int = ...`")
     flags, hints = [], typing.get_type_hints(kind)  # not field.type, which may be text
     for field in dataclasses.fields(kind):
-        above = [vars(base).get("__dataclass_fields__", {}).get(field.name) for base in kind.__mro__]
+        known = [vars(base).get("__dataclass_fields__", {}) for base in kind.__mro__]
+        above = [fields.get(field.name) for fields in known]
         metadata = next((f.metadata for f in above if f is not None and f.metadata), None)
         if metadata is not None:
             type_ = hints[field.name]
@@ -1308,7 +1309,7 @@ def parse_args(kind, argv=None, description=None):
     description: the method's docstring, whose first line heads --help."""
     flags = flags_of(kind)
     method = kind.method
-    first_line = (description or f"{method}.").strip().splitlines()[0]  # python -OO has no docstrings
+    first_line = (description or f"{method}.").strip().splitlines()[0]  # None under python -OO
     parser = OneLineParser(prog=f"{method}.py", description=first_line, allow_abbrev=False)
     shared = {name for name, *_ in flags_of(Args)}
     groups = {"": parser.add_argument_group(f"{method}'s own")}
@@ -1391,7 +1392,7 @@ def rules_of(args):
     need = 250 * side**2 * args.batch_size * args.views / world_size()  # bytes, of `tiny`
     fits = need < MEMORY or (args.device != "cpu" and torch.cuda.is_available())
     return [(multiple, f"--batch-size must be a multiple of the {world_size()} processes"),
-            (args.batch_size <= images, f"--batch-size must be at most {images}, the number of images"),
+            (args.batch_size <= images, f"--batch-size must be at most {images}, all images"),
             (args.proj_dim <= 2**14, "--proj-dim must be at most 16384"),
             (fits, f"--batch-size and --views of {side} pixels need {need / 2**30:.0f} GB"),
             *args.rules()]
@@ -1421,6 +1422,7 @@ def mentioned(texts, sizes):
 
 
 def as_flags(sizes):
+    """{"proj_dim": 64} -> "--proj-dim 64"."""
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in sizes.items())
 
 

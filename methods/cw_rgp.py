@@ -5,8 +5,7 @@ Code: winci-ai/CW-RGP (official)
 
 Idea: Two views of an image should have the same embedding once the embeddings are whitened.
     Channel whitening makes samples uncorrelated over the channels, so batches may be small.
-    Random groups of channels demand more: a slice must have rank w in every group.
-    Equal images in a slice make S singular and L NaN; --eps mixes I into S, so S is invertible.
+    Random groups demand more: rank w in each. Equal images lack it, so L is NaN; --eps mixes in I.
 
 Loss: for views of a slice of w images, Z [w, d], and each of g random groups k of channels
     X = Z - mean over the channels, of all groups

@@ -168,7 +168,7 @@ def flags_of(script):
 
 
 @pytest.mark.parametrize("script, text, named, proposed", [
-    ("vicreg", "--batch-size 128", "--batch-size 128: --batch-size must be at most 64, the number of images", ("--batch-size", "64")),
+    ("vicreg", "--batch-size 128", "--batch-size 128: --batch-size must be at most 64, all images", ("--batch-size", "64")),
     ("vicreg", "--image-size 16 --augment none", "--augment none does not crop", ("--augment", "crop-flip")),
 ])
 def test_what_only_the_images_can_tell(script, text, named, proposed, small_folder, tmp_path, monkeypatch):
