@@ -14,7 +14,7 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #
 #    115  Args               the flags that all nine methods share
 #    105  flag               a field of Args: default, help, bounds
-#   1509  main               run train(); print an expected error as one line
+#   1511  main               run train(); print an expected error as one line
 #   1306  parse_args         Args from the command line
 #    197  set_up             device, precision, other processes
 #    232  load_data          read or draw the data set: Data
@@ -29,7 +29,7 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #    830  learning_rate      the schedule's factor at a step
 #    582  Run.guard          a failed decomposition becomes a clear error
 #    818  gather             embeddings of all processes, with gradient
-#   1630  mean_over_ranks    the mean of a tensor over the processes (BYOL)
+#   1632  mean_over_ranks    the mean of a tensor over the processes (BYOL)
 #    187  world_size         the number of processes (MoCo)
 #    192  rank               this process's number among them (MoCo)
 #    587  Run.watch          note whether loss and gradients are finite
@@ -47,16 +47,16 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 # Part II:
 #
 #   1234  Command line: flags from Args, checks, and sizes to propose
-#   1471  Messages and errors
-#   1566  Several processes
-#   1692  Data sets by name
-#   1782  Folders of images
-#   1941  Streaming
-#   2048  Recipes of augmentation
-#   2121  ResNets, LARS, Muon
-#   2249  Run folder and signals
-#   2377  Resume
-#   2568  Files of a run
+#   1473  Messages and errors
+#   1568  Several processes
+#   1694  Data sets by name
+#   1784  Folders of images
+#   1943  Streaming
+#   2050  Recipes of augmentation
+#   2123  ResNets, LARS, Muon
+#   2251  Run folder and signals
+#   2379  Resume
+#   2570  Files of a run
 
 import argparse
 import collections
@@ -1177,7 +1177,7 @@ def collapse_metrics(z, eps=1e-4):
     Raises UserError if z is not finite."""
     z = z.detach().double().cpu()
     check(z.isfinite().all(), "the network's output in eval mode is not finite: the weights "
-          "diverged; try a smaller --lr or a longer --warmup")
+          "diverged; try a smaller --lr (--lr-bias) or a longer --warmup")
     n, d = z.shape
     std = F.normalize(z, dim=1).std(0, unbiased=False)
     centred = z - z.mean(0)
@@ -1406,11 +1406,13 @@ def check_rules(args):
         sizes = {name: default for name, type_, default, _ in flags_of(type(args)) if type_ is int}
         names = mentioned(broken + [text for _, text in rules], sizes)
         found = nearest_changes(args, names, sizes)
-        if found is None:  # more than two have to change: let it be all
-            others = copy.copy(args)
-            vars(others).update((name, sizes[name]) for name in names)
-            nearest = nearest_changes(others, names, sizes) or {}
-            found = {name: nearest.get(name, sizes[name]) for name in names}
+        others, halvings = copy.copy(args), 0
+        while found is None:  # more than two have to change: let it be all, to the defaults or less
+            usual = {name: max(min(3, sizes[name]), sizes[name] >> halvings) for name in names}
+            vars(others).update(usual)
+            nearest = nearest_changes(others, names, sizes)
+            found = None if nearest is None and halvings < 20 else {**usual, **(nearest or {})}
+            halvings += 1
         now = as_flags({name: getattr(args, name) for name in mentioned(broken, sizes)})
         raise UserError(f"{now}: {broken[0]}; try {as_flags(found)}")
 
