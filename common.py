@@ -12,54 +12,55 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #
 # What a method file calls, in this order:
 #
-#    117  Args               the flags that all nine methods share
-#    107  flag               a field of Args: default, help, bounds
-#   1552  main               run train(); print an expected error as one line
-#   1312  parse_args         Args from the command line
-#    196  set_up             device, precision, other processes
-#    231  load_data          read or draw the data set: Data
-#    468  build_backbone     the network whose output is H
-#    512  build_optimizer    Adam, SGD, LARS or Muon
-#    554  gives_back         signal handlers, lock and processes, when train() ends
-#    573  Run                the run's folder, checkpoints, log and checks
-#    813  distribute         the model for several processes, or compiled
-#    592  Run.resume         the step to start from, usually 0
-#    288  Data.batches       the batches of an epoch, uint8
-#    829  step_seed          the seed of a step's random draws
-#    303  Data.augment       the random views of a batch
-#    835  learning_rate      the schedule's factor at a step
-#    605  Run.guard          a failed decomposition becomes a clear error
-#    823  gather             embeddings of all processes, with gradient
-#   1709  mean_over_ranks    the mean of a tensor over the processes (BYOL)
-#    186  world_size         the number of processes (MoCo)
-#    191  rank               this process's number among them (MoCo)
-#    610  Run.watch          note whether loss and gradients are finite
-#    617  Run.progress       stop if they were not; show the status line
-#    628  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    636  Run.mean_loss      the mean loss of the epoch
-#   1108  extract            H of a set of images
-#   1130  project            Z of H
-#   1167  collapse_metrics   how much of its space a set of embeddings fills
-#   1141  knn_accuracy       accuracy of a vote among the nearest training images
-#    645  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    684  Run.save_backbone  write backbone.pt
-#    692  Run.close          print the scores
+#    118  Args               the flags that all nine methods share
+#    108  flag               a field of Args: default, help, bounds
+#   1574  main               run train(); print an expected error as one line
+#   1315  parse_args         Args from the command line
+#    199  set_up             device, precision, other processes
+#    234  load_data          read or draw the data set: Data
+#    471  build_backbone     the network whose output is H
+#    515  build_optimizer    Adam, SGD, LARS or Muon
+#    557  gives_back         signal handlers, lock and processes, when train() ends
+#    576  Run                the run's folder, checkpoints, log and checks
+#    816  distribute         the model for several processes, or compiled
+#    595  Run.resume         the step to start from, usually 0
+#    291  Data.batches       the batches of an epoch, uint8
+#    832  step_seed          the seed of a step's random draws
+#    306  Data.augment       the random views of a batch
+#    838  learning_rate      the schedule's factor at a step
+#    608  Run.guard          a failed decomposition becomes a clear error
+#    826  gather             embeddings of all processes, with gradient
+#   1731  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#    189  world_size         the number of processes (MoCo)
+#    194  rank               this process's number among them (MoCo)
+#    613  Run.watch          note whether loss and gradients are finite
+#    620  Run.progress       stop if they were not; show the status line
+#    631  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    639  Run.mean_loss      the mean loss of the epoch
+#   1111  extract            H of a set of images
+#   1133  project            Z of H
+#   1170  collapse_metrics   how much of its space a set of embeddings fills
+#   1144  knn_accuracy       accuracy of a vote among the nearest training images
+#    648  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    687  Run.save_backbone  write backbone.pt
+#    695  Run.close          print the scores
 #
 # Part II:
 #
-#   1240  Command line: flags from Args, checks, and sizes to propose
-#   1462  Messages and errors
-#   1617  Several processes
-#   1771  Data sets by name
-#   1861  Folders of images
-#   2020  Streaming
-#   2141  Recipes of augmentation
-#   2214  ResNets, LARS, Muon
-#   2342  Run folder and signals
-#   2490  Resume
-#   2593  Files of a run
+#   1243  Command line: flags from Args, checks, and sizes to propose
+#   1484  Messages and errors
+#   1639  Several processes
+#   1793  Data sets by name
+#   1883  Folders of images
+#   2042  Streaming
+#   2163  Recipes of augmentation
+#   2236  ResNets, LARS, Muon
+#   2364  Run folder and signals
+#   2530  Resume
+#   2721  Files of a run
 
 import argparse
+import collections
 import contextlib
 import copy
 import csv
@@ -133,23 +134,25 @@ class Args:
     views: int = flag(2, "views of each image", least=2, most=16)
 
     backbone: str = flag("tiny", "`tiny`, or a torchvision ResNet by name, such as resnet18")
-    proj_hidden: int = flag(1024, "width of the hidden layers of the projector", least=1)
+    proj_hidden: int = flag(1024, "width of the hidden layers of the projector", least=1,
+                            most=2**14)
     proj_dim: int = flag(128, "d, channels of the embedding Z, the projector's output", least=2)
     proj_layers: int = flag(2, "linear layers of the projector", least=1, most=8)
 
-    epochs: int = flag(10, "passes over the training images", least=1)
+    epochs: int = flag(10, "passes over the training images", least=1, most=10**6)
     batch_size: int = flag(256, "images in a step, in all processes together", least=2)
     optimizer: str = flag("adam", "sgd and lars have momentum 0.9; muon is Muon for the filters of "
                           "convolutions and Adam for the rest", choices="adam sgd lars muon")
-    lr: float = flag(3e-3, "peak learning rate, not scaled by the batch size", above=0)
+    lr: float = flag(3e-3, "peak learning rate, not scaled by the batch size", above=0, most=10**4)
     lr_bias: float | None = flag(None, "peak learning rate of biases and norm layers "
-                                 "(default: --lr)", above=0, example=3e-3)
+                                 "(default: --lr)", above=0, most=10**4, example=3e-3)
     lr_filters: float | None = flag(None, "peak learning rate of the filters of convolutions with "
-                                    "--optimizer muon (default: 0.1)", above=0, example=0.1)
+                                    "--optimizer muon (default: 0.1)", above=0, most=10**4,
+                                    example=0.1)
     weight_decay: float = flag(1e-6, "weight of the L2 penalty; lars leaves out biases and norm "
-                               "layers, muon the filters", least=0)
+                               "layers, muon the filters", least=0, most=100)
     warmup: int | None = flag(None, "steps in which the learning rate rises (default: a tenth of "
-                              "the run, at most 500)", least=0, example=500)
+                              "the run, at most 500)", least=0, most=10**9, example=500)
     schedule: str = flag("cosine", "how the rate falls; `step`: to a fifth when 50 epochs are "
                          "left, and again when 25 are", choices="cosine step constant")
     seed: int = flag(0, "of weights, order, views and every other random draw", least=0,
@@ -281,9 +284,9 @@ class Data:
         self.steps_per_epoch = len(self.train) // args.batch_size
         in_memory = not isinstance(self.train, Files)
         self.must_be_cropped = in_memory and self.train.shape[2:] != (self.size, self.size)
-        largest = 2 ** int(math.log2(max(2, len(self.train))))
-        check(self.steps_per_epoch > 0, f"--batch-size {args.batch_size} is larger than the data "
-              f"set of {len(self.train)} images; try --batch-size {largest}")
+        if self.steps_per_epoch == 0:
+            vars(args).update(images=len(self.train))
+            check_rules(args)
 
     def batches(self, epoch, first=0):
         """This process's rows of each global batch of an epoch, from batch `first` on.
@@ -587,7 +590,7 @@ class Run:
         self.clock = Clock()
         self.signals = StopSignals(args, data.device)
         self.folder, self.lock = open_folder(args)
-        self.finite = FiniteWatch(model, data.device, self.folder)
+        self.finite = FiniteWatch(model, data, self.folder)
 
     def resume(self):
         """The step to start from: 0, or with --resume that of the last good checkpoint.
@@ -595,8 +598,8 @@ class Run:
         Loads that checkpoint, writes config.json. Raises UserError if it is of another run."""
         checkpoint = None
         if self.args.resume:
-            checkpoint = load_last(self.folder)
-            check_resume(self, checkpoint)
+            checkpoint = load_last(self.folder, functools.partial(check_same_run, self))
+            check_same_step(self, checkpoint)
         if rank() == 0:  # only now: a refused --resume leaves config.json as it was
             config = json.dumps(configuration(self.args, self.data.device), indent=1)
             write_file(os.path.join(self.folder, "config.json"), config.encode())
@@ -734,9 +737,9 @@ class FiniteWatch:
 
     NEVER = 2**31 - 1
 
-    def __init__(self, model, device, folder):
+    def __init__(self, model, data, folder):
         """folder: that of the run."""
-        self.folder = folder
+        self.data, self.folder = data, folder
         self.outputs = {}  # of each child of the model, in this step
         for name, child in model.named_children():
             self.outputs[name] = []
@@ -744,7 +747,7 @@ class FiniteWatch:
         self.gradients = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.watched = [f"the output of the {name}" for name in self.outputs] + ["the loss"]
         self.watched += [f"the gradient of {name}" for name, _ in self.gradients]
-        self.first_bad = torch.full((len(self.watched),), self.NEVER, device=device)
+        self.first_bad = torch.full((len(self.watched),), self.NEVER, device=data.device)
 
     def keep(self, name, module, _inputs, output):
         if module.training:
@@ -774,7 +777,7 @@ class FiniteWatch:
         first_bad = self.first_bad.tolist()
         if min(first_bad) < self.NEVER:
             what = self.watched[first_bad.index(min(first_bad))]
-            stop_non_finite(min(first_bad), what, self.folder)
+            stop_non_finite(min(first_bad), what, self.data, self.folder)
 
     @contextlib.contextmanager
     def guard(self, step):
@@ -785,8 +788,8 @@ class FiniteWatch:
             self.check(agree=False)  # an earlier step; other processes may not have failed here
             for name, outputs in self.outputs.items():
                 if not all(bool(output.isfinite().all()) for output in outputs):
-                    stop_non_finite(step, f"the output of the {name}", self.folder)
-            stop_non_finite(step, "the whitening", self.folder)
+                    stop_non_finite(step, f"the output of the {name}", self.data, self.folder)
+            stop_non_finite(step, "the whitening", self.data, self.folder)
 
 
 def row_in_words(row):
@@ -1183,7 +1186,7 @@ def collapse_metrics(z, eps=1e-4):
     Raises UserError if z is not finite."""
     z = z.detach().double().cpu()
     check(z.isfinite().all(), "the network's output in eval mode is not finite: the weights "
-          "diverged; try a smaller --lr or a longer --warmup")
+          "diverged; try a smaller --lr (--lr-bias) or a longer --warmup")
     n, d = z.shape
     std = F.normalize(z, dim=1).std(0, unbiased=False)
     centred = z - z.mean(0)
@@ -1339,9 +1342,8 @@ def parse_args(kind, argv=None, description=None):
     return kind(**vars(parser.parse_args(argv)))
 
 
-def check_args(args):
-    """Bring the values of an Args to their types, and check all that needs no data. UserError."""
-    check_launch()
+def check_values(args):
+    """Bring the values of an Args to their types, and check each by itself. UserError."""
     for name, type_, default, metadata in flags_of(type(args)):
         value, option = getattr(args, name), "--" + name.replace("_", "-")
         if value is None and default is None:
@@ -1362,6 +1364,12 @@ def check_args(args):
     names = resnet_names()
     check(args.backbone == "tiny" or args.backbone in names,
           f"--backbone {args.backbone} is unknown; try tiny, {', '.join(names[:5])}")
+
+
+def check_args(args):
+    """Check the values of an Args by themselves and together, as far as that needs no data."""
+    check_launch()
+    check_values(args)
     check(args.dataset != "folder" or args.data_dir != "data" or os.path.isdir("data"),
           "--dataset folder needs --data-dir DIR, the folder of your images")
     check(args.optimizer == "muon" or args.lr_filters is None, "--lr-filters needs --optimizer "
@@ -1382,10 +1390,22 @@ def completed(args, device):
     return args
 
 
+MEMORY = math.inf  # bytes of the machine
+if hasattr(os, "sysconf"):
+    MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def rules_of(args):
     """The rules of sizes that hold for every method, then the method's own."""
     multiple = args.batch_size % world_size() == 0
+    images = vars(args).get("images") or (10_000 if args.dataset == "patterns" else 2**20)
+    side = args.image_size or 32
+    need = 250 * side**2 * args.batch_size * args.views / world_size()  # bytes, of `tiny`
+    fits = need < MEMORY or (args.device != "cpu" and torch.cuda.is_available())
     return [(multiple, f"--batch-size must be a multiple of the {world_size()} processes"),
+            (args.batch_size <= images, f"--batch-size must be at most {images}, all images"),
+            (args.proj_dim <= 2**14, "--proj-dim must be at most 16384"),
+            (fits, f"--batch-size and --views of {side} pixels need {need / 2**30:.0f} GB"),
             *args.rules()]
 
 
@@ -1397,11 +1417,13 @@ def check_rules(args):
         sizes = {name: default for name, type_, default, _ in flags_of(type(args)) if type_ is int}
         names = mentioned(broken + [text for _, text in rules], sizes)
         found = nearest_changes(args, names, sizes)
-        if found is None:  # more than two have to change: let it be all
-            others = copy.copy(args)
-            vars(others).update((name, sizes[name]) for name in names)
-            nearest = nearest_changes(others, names, sizes) or {}
-            found = {name: nearest.get(name, sizes[name]) for name in names}
+        others, halvings = copy.copy(args), 0
+        while found is None:  # more than two have to change: let it be all, to the defaults or less
+            usual = {name: max(min(3, sizes[name]), sizes[name] >> halvings) for name in names}
+            vars(others).update(usual)
+            nearest = nearest_changes(others, names, sizes)
+            found = None if nearest is None and halvings < 20 else {**usual, **(nearest or {})}
+            halvings += 1
         now = as_flags({name: getattr(args, name) for name in mentioned(broken, sizes)})
         raise UserError(f"{now}: {broken[0]}; try {as_flags(found)}")
 
@@ -1596,7 +1618,7 @@ def explanation(error):
         return ("out of GPU memory; try a smaller --batch-size or --precision bf16, "
                 "or --stream if the images of a folder fill it")
     if isinstance(error, MemoryError) or mentions("can't allocate", "not enough memory"):
-        return "out of memory; try a smaller --batch-size, --image-size or --proj-hidden"
+        return "out of memory; try a smaller --batch-size, --image-size, --views or --proj-dim"
     if mentions("Too many open files", "ancdata", "temporarily unavailable"):
         return "too few file descriptors or processes; try `ulimit -n 4096`, or fewer --num-workers"
     if mentions("shared memory", "</torch_", "No space left"):
@@ -2474,26 +2496,42 @@ def lock_folder(folder):
     return file
 
 
-def stop_non_finite(step, what, folder):
+def stop_non_finite(step, what, data, folder):
     """Raise UserError about a number that is not finite, with its likely cause."""
-    cause = ("the weights diverged or an input is not finite: "
-             "try a smaller --lr or a longer --warmup")
-    if what in ("the loss", "the whitening"):
-        cause = ("the embeddings do not fill their space, or the learning rate is too high: "
-                 "try --eps 1e-3 where there is one, or a smaller --lr")
+    args, cause = data.args, "the weights diverged or an input is not finite"
+    rate = max(("lr", "lr_bias", "lr_filters"), key=lambda name: getattr(args, name) or 0)
+    remedy = f"a smaller --{rate.replace('_', '-')} or a longer --warmup"
+    whitens = what == "the whitening" or hasattr(args, "eps") or hasattr(args, "groups")
+    if whitens and not what.startswith("the output"):
+        count = identical_images(data, step)
+        cause = "the embeddings do not fill their space, or the learning rate is too high"
+        if count:
+            cause = f"{count} of the batch's {args.batch_size} images are identical"
+            remedy = "it without them"
+        if hasattr(args, "eps"):
+            remedy = f"--eps {min(max(1e-3, 10 * args.eps), 0.5):g}, or {remedy}"
     kept = "no checkpoint was written yet"
     if os.path.isfile(os.path.join(folder, "last.pt")):
         kept = "the last good checkpoint stays"
-    raise UserError(f"step {step}: {what} is not finite; likely cause: {cause}; {folder}: {kept}")
+    raise UserError(f"step {step}: {what} is not finite; likely cause: {cause}: try {remedy}; "
+                    f"{folder}: {kept}")
+
+
+def identical_images(data, step):
+    """How many images of a step's global batch equal another one of it."""
+    epoch, number = divmod(step, data.steps_per_epoch)
+    order = np.random.default_rng((data.args.seed, 1, epoch)).permutation(len(data.train))
+    rows = torch.from_numpy(order).split(data.args.batch_size)[number]  # as in Data.batches
+    parts = data.eval_views(data.train, rows, 100)
+    counts = collections.Counter(x.numpy().tobytes() for part in parts for x in part.cpu())
+    return sum(count for count in counts.values() if count > 1)
 
 
 # ==== Resume ====
 
 
-def check_resume(run, checkpoint):
-    """Raise UserError if the checkpoint (a dict or None) cannot be resumed by this run."""
-    if checkpoint:
-        check_same_run(run, checkpoint)
+def check_same_step(run, checkpoint):
+    """Raise UserError unless all processes have the same checkpoint (a dict or None)."""
     if dist.is_initialized():
         step = checkpoint["step"] if checkpoint else 0
         largest_smallest = torch.tensor([step, -step], device=run.data.device)
@@ -2503,10 +2541,12 @@ def check_resume(run, checkpoint):
 
 
 def check_same_run(run, checkpoint):
-    """Raise UserError if flags, images or method differ from those of the checkpoint."""
+    """Raise UserError if flags, images or method differ from those of the checkpoint, and
+    DamagedError if a number or tensor in it cannot be one of this run."""
     before, now = checkpoint["args"], vars(run.args)
     check(run_name(before) == run_name(now), f"--resume: {run.folder} is a run of "
           f"{run_name(before)}, not of {run_name(now)}; try another --out")
+    check_entries(checkpoint, type(run.args))
     for name in sorted(set(now) - FREE_ON_RESUME):
         flag, value = "--" + name.replace("_", "-"), before.get(name)
         remedy = f"{flag} {value}"
@@ -2519,8 +2559,85 @@ def check_same_run(run, checkpoint):
     images = run.data.fingerprint
     check(checkpoint["data"] == images, f"--resume: --data-dir held {checkpoint['data']} and now "
           f"holds {images}; restore it, or try another --out")
+    steps, rows = run.data.steps_per_epoch, checkpoint["rows"]
+    fits = all(row["step"] == row["epoch"] * steps for row in rows)
+    whole(fits and checkpoint["step"] // steps == len(rows), "step does not fit rows")
     check(checkpoint["step"] <= run.total_steps, f"--resume: --epochs {now['epochs']} is fewer "
           f"than already trained; try --epochs {before['epochs']}")
+    check_like(checkpoint["model"], run.model.state_dict(), "model")
+    check_optimizer(checkpoint, run)
+
+
+class DamagedError(UserError):
+    """An entry of a checkpoint cannot be right; the checkpoint before may be whole."""
+
+
+def whole(condition, message):
+    """Raise DamagedError(message) unless the condition holds."""
+    if not condition:
+        raise DamagedError(message)
+
+
+def described(value):
+    """The type of an entry; of a tensor its dtype and shape."""
+    if torch.is_tensor(value):
+        return f"{value.dtype} {list(value.shape)}"
+    return "dict" if isinstance(value, dict) else type(value).__name__
+
+
+def check_like(value, like, entry):
+    """Raise DamagedError unless `value` has the type, the shape and all names of `like`, and
+    numbers that are finite, and not negative where that cannot be."""
+    kind, name = described(like), entry.split(".")[-1]
+    whole(described(value) == kind, f"{entry} is {described(value)}, not {kind}")
+    if kind == "dict":
+        for key in like:
+            whole(key in value, f"{entry}.{key} is missing")
+            check_like(value[key], like[key], f"{entry}.{key}")
+        more = entry in ("checkpoint", "checkpoint.args") or not like
+        whole(more or len(value) == len(like), f"{entry} has unknown entries")
+    elif torch.is_tensor(value):
+        dense = value.layout == torch.strided and value.device.type == "cpu"
+        whole(dense and value.isfinite().all(), f"{entry} is not finite")
+        signed = name not in ("step", "exp_avg_sq", "running_var", "num_batches_tracked")
+        whole(signed or (value >= 0).all(), f"{entry} is negative")
+    elif kind in ("int", "float"):
+        signed = name in ("loss", "entropy")
+        whole(abs(value) < math.inf and (signed or value >= 0), f"{entry} is out of range")
+
+
+def check_entries(checkpoint, kind):
+    """Raise DamagedError unless a run could have these rows and args. kind: its class of Args."""
+    figures = [*collapse_metrics(torch.eye(3)), "rank_h"]
+    for i, row in enumerate(checkpoint["rows"], 1):
+        whole(isinstance(row, dict), f"rows.{i} is {described(row)}")
+        names = ["loss", "lr", "images_per_s", "seconds", *(figures if len(row) > 7 else [])]
+        like = {**dict.fromkeys(names, 0.0), "epoch": 1, "step": 1}
+        like["knn"] = "" if row.get("knn") == "" else 0.0
+        check_like(row, like, f"rows.{i}")
+        fits = row["epoch"] == i and (row["knn"] or 0) <= 1
+        whole(fits, f"rows.{i} has another epoch or a knn above 1")
+    trial, args = kind.__new__(kind), checkpoint["args"]
+    vars(trial).update({f.name: args.get(f.name, ...) for f in dataclasses.fields(kind)})
+    before = repr(vars(trial))
+    try:
+        check_values(trial)
+    except (UserError, RuntimeError) as error:
+        raise DamagedError(f"args: {error}") from None
+    fits = repr(vars(trial)) == before and all(holds for holds, _ in trial.rules())
+    whole(fits, "args has a value of another type, or sizes that do not fit")
+
+
+def check_optimizer(checkpoint, run):
+    """Raise DamagedError unless this is a state of the run's optimizer. Changes the weights."""
+    for p in run.model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    run.optimizer.step()  # makes a state to compare with
+    run.optimizer.zero_grad()
+    check_like(checkpoint["optimizer"], run.optimizer.state_dict(), "optimizer")
+    states = checkpoint["optimizer"]["state"].values()
+    steps = {float(state["step"]) for state in states if "exp_avg" in state}
+    whole(steps <= {checkpoint["step"]}, "optimizer.state is of another step")
 
 
 def restore(run, checkpoint):
@@ -2530,7 +2647,8 @@ def restore(run, checkpoint):
         return 0
     run.last_is_good = checkpoint["file"] == "last.pt"
     run.model.load_state_dict(checkpoint["model"])
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    groups = run.optimizer.state_dict()["param_groups"]  # by the flags
+    run.optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
     run.loss_sum.copy_(checkpoint["loss_sum"])
     run.rows = checkpoint["rows"]
     run.clock.run_before = checkpoint["seconds"]
@@ -2546,17 +2664,18 @@ def restore(run, checkpoint):
     return step
 
 
-def load_last(folder):
+def load_last(folder, accept=None):
     """The newest readable checkpoint of a run folder, with its name under "file", or None.
 
-    A warning names a damaged one. Raises UserError if there are only such."""
+    A warning names a damaged one. Raises UserError if there are only such. accept(checkpoint)
+    raises DamagedError too."""
     faults = []
     for name in ("last.pt", "previous.pt"):
         path = os.path.join(folder, name)
         if os.path.exists(path):
             try:
-                checkpoint = load_checkpoint(path)
-            except UserError as error:
+                checkpoint = load_checkpoint(path, accept)
+            except DamagedError as error:
                 faults.append(str(error))
                 continue
             if faults:
@@ -2568,25 +2687,34 @@ def load_last(folder):
     return None
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, accept=None):
     """A checkpoint of a run as a dict. Nothing in the file is executed (weights_only).
 
-    Raises UserError if it is damaged or something else."""
-    check(os.path.isfile(path), f"{path}: no such file; try runs/<run>/last.pt")
+    Raises UserError if it is damaged or something else. accept: as in load_last."""
+    whole(os.path.isfile(path), f"{path}: no such file; try runs/<run>/last.pt")
     try:
         with zipfile.ZipFile(path) as archive:  # torch itself does not compare the checksums
             damaged = archive.testzip()
-        check(damaged is None, f"{path} is damaged ({damaged})")
+        whole(damaged is None, f"{path} is damaged ({damaged})")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+        raise DamagedError(f"{path} cannot be read ({error.strerror})") from error
     except Exception as error:  # torch raises many kinds for a file that is cut short or no zip
-        raise UserError(f"{path} is not a checkpoint of these scripts, or is cut short "
-                        f"({type(error).__name__})") from error
-    check(isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT,
-          f"{path} is not a checkpoint of these scripts; try runs/<run>/last.pt")
+        raise DamagedError(f"{path} is not a checkpoint of these scripts, or is cut short "
+                           f"({type(error).__name__})") from error
+    known = isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT
+    whole(known, f"{path} is not a checkpoint of these scripts; try runs/<run>/last.pt")
+    like = {"args": {"method": "", "experiment": "", "image_size": 1}, "step": 1, "model": {},
+            "optimizer": {}, "loss_sum": torch.zeros((), dtype=torch.float64),
+            "rows": [], "seconds": 0.0, "epoch_seconds": 0.0, "data": ""}
+    try:
+        check_like(checkpoint, like, "checkpoint")
+        if accept:
+            accept(checkpoint)
+    except DamagedError as error:
+        raise DamagedError(f"{path} is damaged or was edited: {error}") from None
     return checkpoint
 
 

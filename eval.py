@@ -174,23 +174,27 @@ def load_run(path, device):
 
     Raises UserError if it cannot be read or does not fit the method's file."""
     folder = path if os.path.isdir(path) else os.path.dirname(path)
-    checkpoint = common.load_last(path) if os.path.isdir(path) else common.load_checkpoint(path)
-    common.check(checkpoint is not None,
+    run = SimpleNamespace(path=path, folder=folder)
+    load = common.load_last if os.path.isdir(path) else common.load_checkpoint
+    common.check(load(path, functools.partial(accept, run, device)) is not None,
                  f"{path}: no last.pt in this folder; try runs/<run>/last.pt")
-    flags = checkpoint.get("args")
-    method = flags.get("method") if isinstance(flags, dict) else None
-    common.check(is_method(method), f"{path} is a run of the unknown method {method!r}; "
+    return run
+
+
+def accept(run, device, checkpoint):
+    """Complete a run by its checkpoint. Raises UserError, DamagedError for damaged entries."""
+    method = checkpoint["args"]["method"]
+    common.check(is_method(method), f"{run.path} is a run of the unknown method {method!r}; "
                  f"put {method}.py into {METHOD_FOLDERS[0]}")
-    run = SimpleNamespace(path=path, folder=folder, name=method, args=SimpleNamespace(**flags))
-    run.module = importlib.import_module(method)
+    run.name, run.module = method, importlib.import_module(method)
+    common.check_entries(checkpoint, run.module.Args)
+    run.step, run.args = checkpoint["step"], SimpleNamespace(**checkpoint["args"])
     try:
-        run.step = checkpoint["step"]
         rebuild(run, checkpoint["model"], device)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise common.UserError(f"{path} does not fit {method}.py ({type(error).__name__}: "
+        raise common.UserError(f"{run.path} does not fit {method}.py ({type(error).__name__}: "
                                f"{reason}); try the {method}.py it was trained with") from error
-    return run
 
 
 def is_method(name):
@@ -203,8 +207,6 @@ def is_method(name):
 def rebuild(run, weights, device):
     """Set a run's name, experiment, backbone_only, untrained and model. weights: of the model."""
     args = run.args
-    for name in run.module.Args.__annotations__:
-        getattr(args, name)  # AttributeError if the checkpoint lacks a flag of the method
     run.experiment, run.backbone_only, build = None, "", run.module.build
     if getattr(args, "experiment", ""):
         run.name = f"{args.method}/{args.experiment}"
@@ -218,6 +220,7 @@ def rebuild(run, weights, device):
     torch.manual_seed(args.seed)  # as the method's train() does
     run.untrained = build(args).to(device, memory_format=torch.channels_last).eval()
     run.model = build(args).to(device, memory_format=torch.channels_last).eval()
+    common.check_like(weights, run.model.state_dict(), "model")
     run.model.load_state_dict(weights)
 
 

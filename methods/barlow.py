@@ -60,7 +60,7 @@ class Args(common.Args):
     proj_hidden: int = 1024
     proj_dim: int = 512
     proj_layers: int = 2
-    lambd: float = common.flag(0.0051, "weight of the terms off the diagonal", least=0)
+    lambd: float = common.flag(0.0051, "weight of the terms off the diagonal", least=0, most=10**6)
 
 
 def parse_args(argv=None):

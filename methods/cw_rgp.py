@@ -5,7 +5,7 @@ Code: winci-ai/CW-RGP (official)
 
 Idea: Two views of an image should have the same embedding once the embeddings are whitened.
     Channel whitening makes samples uncorrelated over the channels, so batches may be small.
-    Random groups of channels demand more: a slice must have rank w in every group.
+    Random groups demand more: rank w in each. Equal images lack it, so L is NaN; --eps mixes in I.
 
 Loss: for views of a slice of w images, Z [w, d], and each of g random groups k of channels
     X = Z - mean over the channels, of all groups
@@ -61,7 +61,7 @@ class Args(common.Args):
     proj_layers: int = 2
     groups: int = common.flag(4, "g, random groups of the d channels", least=1)
     w_size: int = common.flag(64, "w, images whitened together, at most d / g", least=2)
-    w_iter: int = common.flag(4, "times a step cuts the batch into slices", least=1)
+    w_iter: int = common.flag(4, "times a step cuts the batch into slices", least=1, most=100)
     eps: float = common.flag(0.0, "share of I mixed into the covariance", least=0, below=1)
 
     def rules(self):

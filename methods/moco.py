@@ -61,9 +61,9 @@ class Args(common.Args):
     proj_hidden: int = 512
     proj_dim: int = 128
     proj_layers: int = 1
-    queue_size: int = common.flag(4096, "K, keys in the queue; on ImageNet 65536", least=1)
+    queue_size: int = common.flag(4096, "K, keys of the queue; ImageNet 65536", least=1, most=2**20)
     momentum: float = common.flag(0.99, "share of the target kept in a step", least=0, most=1)
-    temperature: float = common.flag(0.1, "tau; lower: similar negatives count more", above=0)
+    temperature: float = common.flag(0.1, "tau; lower: similar negatives count more", least=1e-4)
     bn_splits: int = common.flag(8, "parts of a batch, each with its own batch norm", least=1)
 
     def rules(self):

@@ -60,7 +60,7 @@ class Args(common.Args):
     proj_hidden: int = 512
     proj_dim: int = 128
     proj_layers: int = 2
-    temperature: float = common.flag(0.5, "tau; lower: similar negatives count more", above=0)
+    temperature: float = common.flag(0.5, "tau; lower: similar negatives count more", least=1e-4)
 
 
 def parse_args(argv=None):

@@ -58,7 +58,7 @@ class Args(common.Args):
     proj_hidden: int = 2048
     proj_dim: int = 2048
     proj_layers: int = 2
-    pred_hidden: int = common.flag(512, "width of the predictor's hidden layer", least=1)
+    pred_hidden: int = common.flag(512, "the predictor's hidden width", least=1, most=2**14)
     predictor: str = common.flag("mlp", "`none` removes it: collapses", choices="mlp none")
     no_stop_gradient: bool = common.flag(False, "let the gradient into the targets: collapses")
 

@@ -60,9 +60,9 @@ class Args(common.Args):
     proj_hidden: int = 1024
     proj_dim: int = 512
     proj_layers: int = 2
-    inv: float = common.flag(25.0, "weight of the invariance term", least=0)
-    var: float = common.flag(25.0, "weight of the variance term; 0 collapses", least=0)
-    cov: float = common.flag(1.0, "weight of the covariance term; 0: few dimensions", least=0)
+    inv: float = common.flag(25.0, "weight of the invariance term", least=0, most=10**6)
+    var: float = common.flag(25.0, "weight of the variance term; 0 collapses", least=0, most=10**6)
+    cov: float = common.flag(1.0, "weight of the covariance term; 0: low rank", least=0, most=10**6)
 
 
 def parse_args(argv=None):

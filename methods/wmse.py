@@ -62,7 +62,7 @@ class Args(common.Args):
     proj_layers: int = 2
     whitening: str = common.flag("cholesky", "bn/none collapse", choices="cholesky zca pca bn none")
     w_size: int = common.flag(128, "w, images whitened together, above d", least=3)
-    w_iter: int = common.flag(1, "times a step cuts the batch into slices", least=1)
+    w_iter: int = common.flag(1, "times a step cuts the batch into slices", least=1, most=100)
     eps: float = common.flag(0.0, "share of I mixed into the covariance", least=0, below=1)
 
     def rules(self):

@@ -76,7 +76,7 @@ def measure(name, backbone, flags, repeats, with_loss=True):
     model = module.build(args).to(device, memory_format=torch.channels_last).train()
     optimizer = common.build_optimizer(model, args)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    watch = SimpleNamespace(finite=common.FiniteWatch(model, device, ""), loss_sum=loss_sum)  # what Run.watch uses of a run
+    watch = SimpleNamespace(finite=common.FiniteWatch(model, SimpleNamespace(device=device), ""), loss_sum=loss_sum)  # what Run.watch uses of a run
     autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -244,7 +244,7 @@ import sys
 sys.path[:0] = [{root!r}, {methods!r}]
 import common, simclr
 load = common.load_last
-common.load_last = lambda folder: load(folder) if common.rank() == 0 else None
+common.load_last = lambda folder, accept: load(folder, accept) if common.rank() == 0 else None
 common.main(simclr.train, lambda: simclr.parse_args(sys.argv[1:]))
 """
 

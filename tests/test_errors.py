@@ -199,7 +199,7 @@ def test_a_batch_larger_than_the_data_set_is_refused_and_the_advice_works(flags,
 
 
 def test_a_network_that_no_memory_holds_is_one_line(flags):
-    refused(run_here("cw_rgp", flags("cw_rgp", "--proj-hidden", 10**12)), "memory")
+    refused(run_here("cw_rgp", flags("cw_rgp", "--batch-size", 2**20, "--image-size", 1024)), "GB", "--batch-size")
 
 
 # ---- the run folder ------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ def test_a_backbone_that_does_not_fit_is_one_line(trained, tmp_path):
     weights = {name: w for name, w in checkpoint["model"].items() if "running_var" not in name}
     changed(trained, tmp_path / "last.pt", model=weights, args={**checkpoint["args"], "experiment": "no-such-experiment"})
     result = run_here("eval", [*QUICK, tmp_path / "last.pt"])
-    assert is_one_line_error(result) and "does not fit" in result.err
+    assert is_one_line_error(result) and "running_var is missing" in result.err
 
 
 def test_an_experiment_builds_its_model_and_whitens(trained, tmp_path, monkeypatch):
@@ -439,7 +439,8 @@ def test_bad_flags(trained, argv, words, tmp_path, monkeypatch):
     ("zero bytes", "not a checkpoint"),
     ("other dict", "not a checkpoint"), ("flipped bit", "damaged"), ("unknown method", "unknown method"),
     ("path as method", "unknown method"),
-    ("no flags", "unknown method"), ("flag missing", "does not fit"), ("other weights", "does not fit"), ("no weights", "does not fit"),
+    ("no flags", "args is missing"), ("flag missing", "--w-size"), ("other weights", "backbone.layers.0.weight is missing"),
+    ("no weights", "model is missing"),
     ("not finite", "not finite")])
 def test_bad_checkpoints(trained, tmp_path, kind, words):
     path, whole = tmp_path / "last.pt", (trained / "last.pt").read_bytes()

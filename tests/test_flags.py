@@ -28,17 +28,17 @@ SHARED = {
     "augment": (str, "w-mse", RECIPES),
     "views": (int, 2, "[2, 16]"),
     "backbone": (str, "tiny", ""),
-    "proj_hidden": (int, 1024, "[1, inf)"),
+    "proj_hidden": (int, 1024, "[1, 16384]"),
     "proj_dim": (int, 128, "[2, inf)"),
     "proj_layers": (int, 2, "[1, 8]"),
-    "epochs": (int, 10, "[1, inf)"),
+    "epochs": (int, 10, "[1, 1000000]"),
     "batch_size": (int, 256, "[2, inf)"),
     "optimizer": (str, "adam", "adam sgd lars muon"),
-    "lr": (float, 0.003, "(0, inf)"),
-    "lr_bias": (float, None, "(0, inf)"),
-    "lr_filters": (float, None, "(0, inf)"),
-    "weight_decay": (float, 1e-6, "[0, inf)"),
-    "warmup": (int, None, "[0, inf)"),
+    "lr": (float, 0.003, "(0, 10000]"),
+    "lr_bias": (float, None, "(0, 10000]"),
+    "lr_filters": (float, None, "(0, 10000]"),
+    "weight_decay": (float, 1e-6, "[0, 100]"),
+    "warmup": (int, None, "[0, 1000000000]"),
     "schedule": (str, "cosine", "cosine step constant"),
     "seed": (int, 0, "[0, 2147483647]"),
     "out": (str, None, ""),
@@ -64,17 +64,17 @@ OTHER_DEFAULTS = {
     "cw_rgp": dict(proj_hidden=1024, proj_dim=512, proj_layers=2),
 }
 OWN = {
-    "simclr": {"temperature": (float, 0.5, "(0, inf)")},
-    "moco": {"queue_size": (int, 4096, "[1, inf)"), "momentum": (float, 0.99, "[0, 1]"), "temperature": (float, 0.1, "(0, inf)"),
+    "simclr": {"temperature": (float, 0.5, "[0.0001, inf)")},
+    "moco": {"queue_size": (int, 4096, "[1, 1048576]"), "momentum": (float, 0.99, "[0, 1]"), "temperature": (float, 0.1, "[0.0001, inf)"),
              "bn_splits": (int, 8, "[1, inf)")},
     "byol": {"momentum": (float, 0.99, "[0, 1]"), "predictor": (str, "mlp", "mlp none")},
-    "simsiam": {"pred_hidden": (int, 512, "[1, inf)"), "predictor": (str, "mlp", "mlp none"), "no_stop_gradient": (bool, False, "")},
-    "barlow": {"lambd": (float, 0.0051, "[0, inf)")},
-    "vicreg": {"inv": (float, 25.0, "[0, inf)"), "var": (float, 25.0, "[0, inf)"), "cov": (float, 1.0, "[0, inf)")},
-    "wmse": {"whitening": (str, "cholesky", "cholesky zca pca bn none"), "w_size": (int, 128, "[3, inf)"), "w_iter": (int, 1, "[1, inf)"),
+    "simsiam": {"pred_hidden": (int, 512, "[1, 16384]"), "predictor": (str, "mlp", "mlp none"), "no_stop_gradient": (bool, False, "")},
+    "barlow": {"lambd": (float, 0.0051, "[0, 1000000]")},
+    "vicreg": {"inv": (float, 25.0, "[0, 1000000]"), "var": (float, 25.0, "[0, 1000000]"), "cov": (float, 1.0, "[0, 1000000]")},
+    "wmse": {"whitening": (str, "cholesky", "cholesky zca pca bn none"), "w_size": (int, 128, "[3, inf)"), "w_iter": (int, 1, "[1, 100]"),
              "eps": (float, 0.0, "[0, 1)")},
     "shuffled_dbn": {"groups": (int, 0, "[0, inf)"), "no_shuffle": (bool, False, "")},
-    "cw_rgp": {"groups": (int, 4, "[1, inf)"), "w_size": (int, 64, "[2, inf)"), "w_iter": (int, 4, "[1, inf)"), "eps": (float, 0.0, "[0, 1)")},
+    "cw_rgp": {"groups": (int, 4, "[1, inf)"), "w_size": (int, 64, "[2, inf)"), "w_iter": (int, 4, "[1, 100]"), "eps": (float, 0.0, "[0, 1)")},
 }
 
 
@@ -224,7 +224,7 @@ def test_types_written_as_text_are_types_all_the_same(tmp_path, monkeypatch):
 
 def test_an_overridden_default_keeps_help_and_bounds():
     for module, lr in (("byol", 0.001), ("simsiam", 0.002), ("simclr", 0.003)):
-        with pytest.raises(common.UserError, match="^--lr: '-1' is not a number above 0; try "):
+        with pytest.raises(common.UserError, match="^--lr: '-1' is not a number above 0 and at most 10000; try "):
             args_of(module, lr=-1)
         shown = " ".join(run_here(module, ["--help"]).out.split())
         assert f"--lr X peak learning rate, not scaled by the batch size (default: {lr})" in shown
@@ -306,7 +306,8 @@ def drawn_sizes(rng, method, kind):
         value = {"usual": rng.randint(1, 40 if flag in ("--groups", "--bn-splits") else 600), "any": int(10 ** rng.uniform(0, 6)),
                  "huge": rng.choice(HUGE)}[kind]
         if rng.random() < 0.75:
-            sizes[flag] = str(max(least, min(value, 16) if flag == "--views" else value))
+            most = {"--views": 16, "--queue-size": 2**20}.get(flag, value)  # of themselves, without a rule
+            sizes[flag] = str(max(least, min(value, most)))
     return sizes
 
 
