@@ -12,53 +12,54 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #
 # What a method file calls, in this order:
 #
-#    114  Args               the flags that all nine methods share
-#    104  flag               a field of Args: default, help, bounds
-#   1476  main               run train(); print an expected error as one line
-#   1298  parse_args         Args from the command line
-#    192  set_up             device, precision, other processes
-#    227  load_data          read or draw the data set: Data
-#    463  build_backbone     the network whose output is H
-#    507  build_optimizer    Adam, SGD, LARS or Muon
-#    546  Run                the run's folder, checkpoints, log and checks
-#    803  distribute         the model for several processes, or compiled
-#    564  Run.resume         the step to start from, usually 0
-#    284  Data.batches       the batches of an epoch, uint8
-#    819  step_seed          the seed of a step's random draws
-#    299  Data.augment       the random views of a batch
-#    825  learning_rate      the schedule's factor at a step
-#    577  Run.guard          a failed decomposition becomes a clear error
-#    813  gather             embeddings of all processes, with gradient
-#   1597  mean_over_ranks    the mean of a tensor over the processes (BYOL)
-#    182  world_size         the number of processes (MoCo)
-#    187  rank               this process's number among them (MoCo)
-#    582  Run.watch          note whether loss and gradients are finite
-#    587  Run.progress       stop if they were not; show the status line
-#    597  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    605  Run.mean_loss      the mean loss of the epoch
-#   1098  extract            H of a set of images
-#   1119  project            Z of H
-#   1156  collapse_metrics   how much of its space a set of embeddings fills
-#   1130  knn_accuracy       accuracy of a vote among the nearest training images
-#    614  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    653  Run.save_backbone  write backbone.pt
-#    661  Run.close          print the scores
+#    115  Args               the flags that all nine methods share
+#    105  flag               a field of Args: default, help, bounds
+#   1500  main               run train(); print an expected error as one line
+#   1322  parse_args         Args from the command line
+#    195  set_up             device, precision, other processes
+#    230  load_data          read or draw the data set: Data
+#    487  build_backbone     the network whose output is H
+#    531  build_optimizer    Adam, SGD, LARS or Muon
+#    570  Run                the run's folder, checkpoints, log and checks
+#    827  distribute         the model for several processes, or compiled
+#    588  Run.resume         the step to start from, usually 0
+#    308  Data.batches       the batches of an epoch, uint8
+#    843  step_seed          the seed of a step's random draws
+#    323  Data.augment       the random views of a batch
+#    849  learning_rate      the schedule's factor at a step
+#    601  Run.guard          a failed decomposition becomes a clear error
+#    837  gather             embeddings of all processes, with gradient
+#   1621  mean_over_ranks    the mean of a tensor over the processes (BYOL)
+#    185  world_size         the number of processes (MoCo)
+#    190  rank               this process's number among them (MoCo)
+#    606  Run.watch          note whether loss and gradients are finite
+#    611  Run.progress       stop if they were not; show the status line
+#    621  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    629  Run.mean_loss      the mean loss of the epoch
+#   1122  extract            H of a set of images
+#   1143  project            Z of H
+#   1180  collapse_metrics   how much of its space a set of embeddings fills
+#   1154  knn_accuracy       accuracy of a vote among the nearest training images
+#    638  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    677  Run.save_backbone  write backbone.pt
+#    685  Run.close          print the scores
 #
 # Part II:
 #
-#   1229  Command line: flags from Args, checks, and sizes to propose
-#   1438  Messages and errors
-#   1533  Several processes
-#   1659  Data sets by name
-#   1749  Folders of images
-#   1908  Streaming
-#   2015  Recipes of augmentation
-#   2088  ResNets, LARS, Muon
-#   2216  Run folder and signals
-#   2326  Resume
-#   2429  Files of a run
+#   1253  Command line: flags from Args, checks, and sizes to propose
+#   1462  Messages and errors
+#   1557  Several processes
+#   1683  Data sets by name
+#   1772  Folders of images
+#   2117  Streaming
+#   2239  Recipes of augmentation
+#   2312  ResNets, LARS, Muon
+#   2440  Run folder and signals
+#   2550  Resume
+#   2653  Files of a run
 
 import argparse
+import collections
 import contextlib
 import copy
 import csv
@@ -89,7 +90,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image  # comes with torchvision
+from PIL import Image, ImageOps  # come with torchvision
 from torchvision.transforms.v2 import functional
 
 # ==============================================================================
@@ -124,6 +125,8 @@ class Args:
     dataset: str = flag("patterns", "`patterns` is drawn on the spot, `folder` is your own images, "
                         "the others are downloaded when first used", choices=" ".join(DATASETS))
     data_dir: str = flag("data", "folder of the data set, or where to download it to")
+    test_fraction: float = flag(0.2, "share of each class of a folder without test images that is "
+                                "held out to measure kNN, and never trained on", least=0, below=1)
     image_size: int | None = flag(None, "side of a view in pixels (default: that of the images, "
                                   "at most 64)", least=8, most=1024, example=32)
     augment: str = flag("w-mse", "recipe of the random views; common.RECIPES explains them")
@@ -224,17 +227,23 @@ DEFAULT_IMAGE_SIZE = {"patterns": 32, "cifar10": 32, "cifar100": 32,
                       "stl10": 64, "tinyimagenet": 64}
 
 
-def load_data(args, device):
+def load_data(args, device, statistics=None):
     """Read or draw the data set of --dataset. Sets args.image_size if the flag was not given.
 
-    Returns Data. Raises UserError if there are no usable images or a download fails."""
+    statistics: those of a run (Data.statistics), if its network is to see these images. Returns
+    Data. Raises UserError if there are no usable images or a download fails."""
     args.image_size = args.image_size or DEFAULT_IMAGE_SIZE.get(args.dataset)
     if args.dataset == "patterns":
         train, labels, test, test_labels = make_patterns()
-        return Data(args, device, train, labels, test, test_labels, PATTERN_CLASSES)
-    if args.dataset == "folder":
-        return load_folder(args, device, args.data_dir)
-    return load_by_name(args, device)
+        data = Data(args, device, train, labels, test, test_labels, PATTERN_CLASSES)
+    elif args.dataset == "folder":
+        data = load_folder(args, device, args.data_dir, statistics)
+    else:
+        data = load_by_name(args, device)
+    if statistics:
+        data.use(statistics)
+    say(found_in_words(data))
+    return data
 
 
 class Data:
@@ -250,6 +259,9 @@ class Data:
     size             side of a view in pixels
     must_be_cropped  True if images in memory have another size
     mean, std        of the colours in 0 ... 1, float32 [3, 1, 1] on the device
+    statistics       what a later user needs to feed the network, a dict of plain values: mean, std,
+                     kind and scale of the pixels, see find_scale, size, class_names
+    test_note, notes for the first line on the screen
     fingerprint      a text that tells whether a resumed run has the same images"""
 
     def __init__(self, args, device, train, labels, test, test_labels, class_names,
@@ -272,14 +284,26 @@ class Data:
         self.large_bank, self.large_bank_labels = evenly_spaced(*training, 100_000)
         mean, std = (COLOUR_STATISTICS.get(args.dataset)
                      or colour_statistics(self.train, args.num_workers))
-        self.mean = torch.tensor(mean, dtype=torch.float32, device=device).view(3, 1, 1)
-        self.std = torch.tensor(std, dtype=torch.float32, device=device).view(3, 1, 1)
+        self.statistics = {"kind": "8 bits", "scale": None, "size": self.size,
+                           "class_names": list(class_names), "mean": list(mean), "std": list(std)}
+        self.use(self.statistics)
+        self.test_note, self.notes = "", ""
         self.steps_per_epoch = len(self.train) // args.batch_size
         in_memory = not isinstance(self.train, Files)
         self.must_be_cropped = in_memory and self.train.shape[2:] != (self.size, self.size)
         largest = 2 ** int(math.log2(max(2, len(self.train))))
         check(self.steps_per_epoch > 0, f"--batch-size {args.batch_size} is larger than the data "
               f"set of {len(self.train)} images; try --batch-size {largest}")
+
+    def use(self, statistics):
+        """Normalise the colours by these statistics. UserError if they are of other pixels."""
+        kind, expected = self.statistics["kind"], statistics["kind"]
+        check(kind == expected, f"--data-dir {self.args.data_dir}: the images have {kind}, and those "
+              f"of the run have {expected}; try images of {expected}")
+        self.statistics.update(mean=statistics["mean"], std=statistics["std"])
+        for name in ("mean", "std"):
+            numbers = torch.tensor(statistics[name], dtype=torch.float32, device=self.device)
+            setattr(self, name, numbers.view(3, 1, 1))
 
     def batches(self, epoch, first=0):
         """This process's rows of each global batch of an epoch, from batch `first` on.
@@ -331,7 +355,7 @@ def evenly_spaced(images, labels, count):
         return images, labels
     index = torch.linspace(0, len(images) - 1, count).long()
     if isinstance(images, Files):
-        part = Files([images.paths[i] for i in index], images.size, images.side)
+        part = Files([images.paths[i] for i in index], images.size, images.side, images.scale)
     else:
         part = images[index.to(images.device)]
     return part, None if labels is None else labels[index.to(labels.device)]
@@ -570,7 +594,7 @@ class Run:
             checkpoint = load_last(self.folder)
             check_resume(self, checkpoint)
         if rank() == 0:  # only now: a refused --resume leaves config.json as it was
-            config = json.dumps(configuration(self.args, self.data.device), indent=1)
+            config = json.dumps(configuration(self.args, self.data), indent=1)
             write_file(os.path.join(self.folder, "config.json"), config.encode())
         return restore(self, checkpoint) if self.args.resume else 0
 
@@ -643,7 +667,7 @@ class Run:
                    "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                    "loss_sum": self.loss_sum.cpu(), "rows": self.rows,
                    "seconds": self.clock.seconds(), "epoch_seconds": self.clock.epoch_seconds(),
-                   "data": self.data.fingerprint}
+                   "data": self.data.fingerprint, "data_statistics": self.data.statistics}
         buffer = io.BytesIO()
         torch.save(content, buffer)
         previous = os.path.join(self.folder, "previous.pt") if self.last_is_good else None
@@ -1735,118 +1759,214 @@ def load_tinyimagenet(args, device):
             raise RuntimeError(f"no {annotations}")
 
     local_or_downloaded(args, "tiny-imagenet-200.zip", open_folder)
-    train, labels, class_names = list_images(os.path.join(root, "train"))
+    skipped = collections.defaultdict(list)
+    train = with_classes(root, "train", list_images(root, skipped), skipped)
+    class_names = sorted({name for _, name in train})
     with open(annotations) as file:
         rows = [line.split("\t")[:2] for line in file if line.strip()]
-    test, test_labels = [], []
-    for name, wnid in rows:
-        if wnid in class_names:
-            test.append(os.path.join(root, "val", "images", name))
-            test_labels.append(class_names.index(wnid))
-    return data_from_files(args, device, train, labels, test, test_labels, class_names)
+    test = [(os.path.join("val", "images", name), wnid) for name, wnid in rows]
+    skipped = collections.defaultdict(list)  # not the boxes
+    return data_from_files(args, device, root, train, test, class_names, "", skipped)
 
 
 # ==== Folders of images ====
 
+IMAGE_KINDS = torchvision.datasets.folder.IMG_EXTENSIONS
+# Folders that tools leave behind, beside hidden ones; in lower case
+LEFTOVERS = ("__macosx", "__pycache__", "$recycle.bin", "system volume information", "lost+found",
+             "@eadir", "@recycle", "#recycle", "#snapshot")
+# train, Testing, validation ...; something in groups 1 or 3 is only like a split: train2017
+SPLIT = re.compile(r"(.*[^a-z])?(train|test|val)(?:ing|id|idation)?(set|data|[^a-z].*)?")
 
-def load_folder(args, device, root):
+
+def load_folder(args, device, root, statistics=None):
     """Anyone's images as Data: train/<class>/* with test or val, or <class>/*, or * without labels.
 
-    Raises UserError if there are too few images or classes."""
+    A labels.csv beside the images is read in place of class folders. Raises UserError if there are
+    too few images or classes, or if it is unclear what the folders are."""
     check(os.path.isdir(root),
           f"--data-dir {root} is not a folder; try the folder that holds your images")
-    train_root = os.path.join(root, "train")
-    if not os.path.isdir(train_root):
-        train_root = root
-    train, labels, class_names = list_images(train_root)
-    extensions = ", ".join(torchvision.datasets.folder.IMG_EXTENSIONS[:5])
-    check(train, f"--data-dir {root}: no images in {train_root} (looked for {extensions} ...); "
+    skipped = collections.defaultdict(list)
+    paths = list_images(root, skipped)
+    splits = find_splits(root, paths)
+    parts = {kind: with_classes(root, splits[kind], paths, skipped) for kind in splits}
+    train, place = parts["train"], os.path.join(root, splits["train"])
+    check(len(train) > 1, f"--data-dir {root}: {'one image is too few' if train else 'no images'} in "
+          f"{place} (looked for {' '.join(IMAGE_KINDS)}; skipped: {in_words(skipped) or 'none'}); "
           "try the folder that holds your images")
-    check(len(train) > 1,
-          f"--data-dir {root}: one image is too few; try a folder with at least some hundreds")
-    check(len(class_names) != 1,
-          f"--data-dir {root}: only one class, {', '.join(map(repr, class_names))}, so labels "
-          f"measure nothing; put the images straight into {train_root} to train without labels")
-    test, test_labels = None, None
-    if train_root != root:
-        test, test_labels = list_test_images(root, train_root, class_names)
-    return data_from_files(args, device, train, labels, test, test_labels, class_names)
-
-
-def list_test_images(root, train_root, class_names):
-    """(paths, labels) of root/test, or of root/val, or (None, None) if there are none.
-
-    labels are numbers of training classes, or None if either part has none. Raises UserError if
-    there is a class without training images."""
-    test_root = os.path.join(root, "test")
-    if not os.path.isdir(test_root):
-        test_root = os.path.join(root, "val")
-    if not os.path.isdir(test_root):
-        return None, None
-    paths, labels, test_classes = list_images(test_root)
-    if not class_names or not test_classes:
-        return paths or None, None
-    for name in test_classes:
-        check(name in class_names,
-              f"--data-dir {root}: {test_root}/{name} has no counterpart in {train_root}; "
+    names = sorted({name for _, name in train} - {None})
+    check(len(names) != 1, f"--data-dir {root}: only one class, {', '.join(map(repr, names))}, so "
+          f"labels measure nothing; try --data-dir {shown(os.path.join(place, *names))}")
+    kinds = [kind for kind in ("test", "val") if parts.get(kind)]
+    kinds.sort(key=lambda kind: parts[kind][0][1] is None)  # images with labels first
+    test, note = [], ""
+    if kinds and (parts[kinds[0]][0][1] or not names or args.test_fraction == 0):
+        test, note = parts[kinds[0]], f" ({splits[kinds.pop(0)]}/)"
+    for name in sorted({name for _, name in test if names} - {*names, None}):
+        check(False, f"--data-dir {root}: {note[2:-1]}{shown(name)} has no counterpart in {place}; "
               "remove it, or add training images of it")
-    return paths, [class_names.index(test_classes[label]) for label in labels]
+    for kind in kinds:
+        skipped[f"in {splits[kind]}/"] += parts[kind]
+    return data_from_files(args, device, root, train, test, names, note, skipped, statistics)
 
 
-def list_images(root):
-    """(paths, labels, class_names) of the images below root, sorted by path.
+def list_images(root, skipped):
+    """The images below root, sorted, relative to it. skipped: what is wrong -> such files.
 
-    The class is the folder right below root. If root holds images itself, labels is None."""
-    paths = []
-    for folder, _, names in os.walk(root, followlinks=True):
-        for name in names:
-            is_image = name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)
-            if is_image and not name.startswith("."):
-                paths.append(os.path.join(folder, name))
-    paths.sort()
-    parts = [os.path.relpath(path, root).split(os.sep) for path in paths]
-    if any(len(names) == 1 for names in parts):
-        return paths, None, []
-    class_names = sorted({names[0] for names in parts})
-    number_of = {name: i for i, name in enumerate(class_names)}
-    return paths, [number_of[names[0]] for names in parts], class_names
+    Each real folder is visited once, under its own name rather than a link's."""
+    found, seen, folders, links = [], set(), [""], []
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        path = os.path.join(root, folder)
+        real = os.path.realpath(path)
+        if real in seen or (folder and os.path.commonpath([real, os.path.realpath(root)]) == real):
+            skipped["link(s) to a folder that is read already"].append(folder)
+            continue
+        seen.add(real)
+        count = len(found) + len(folders) + len(links)
+        for name in sorted(os.listdir(path)):
+            file, extension = os.path.join(folder, name), os.path.splitext(name)[1].lower()
+            full = os.path.join(root, file)
+            if name.startswith(".") or name.lower() in LEFTOVERS:
+                continue
+            if os.path.isdir(full):
+                (links if os.path.islink(full) else folders).append(file)
+            elif extension in IMAGE_KINDS:
+                (found if os.path.isfile(full) else skipped["not a regular file"]).append(file)
+            elif name != "labels.csv":
+                kind = shown(extension) or "no extension"
+                skipped[f"of a kind that is not read ({kind})"].append(file)
+        if len(found) + len(folders) + len(links) == count:
+            skipped["folder(s) without images"].append(folder)
+    return sorted(found)
+
+
+def find_splits(root, paths):
+    """{"train": its folder, "test": ..., "val": ...}, {"train": ""} if the folders are classes.
+
+    A folder called train is a split if those beside it are. Raises UserError if it is unclear."""
+    tops = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
+    words = {name: SPLIT.fullmatch(name.lower()) for name in tops}
+    like = {name: match[2] for name, match in words.items() if match}
+    exact = [name for name in like if not words[name][1] and not words[name][3]]
+    kinds = set(like.values())
+    if exact == tops and "train" in kinds and len(kinds) == len(tops):
+        return {like[name]: name for name in tops}
+    flat = {path.split(os.sep)[0] for path in paths if path.count(os.sep) == 1}
+    a_class = kinds == {"train"} and len(exact) == 1 and exact != tops and exact[0] in flat
+    check(a_class if exact else kinds <= {"train"} or "train" not in kinds,
+          f"--data-dir {root}: {', '.join(map(shown, like))} may be training and test images, or "
+          "classes; in the first case leave only folders train, test and val there, in the second "
+          f"move all {len(tops)} folders into {os.path.join(root, 'train')}")
+    return {"train": ""}
+
+
+def with_classes(root, folder, paths, skipped):
+    """[(path, its class or None)] of the images in root/folder: by labels.csv, or by folders.
+
+    Raises UserError if half of the images lie beside the folders of classes."""
+    base = os.path.join(folder, "")
+    mine = [path for path in paths if path.startswith(base)]
+    for place in (folder, ""):
+        if os.path.isfile(os.path.join(root, place, "labels.csv")):
+            table = read_labels(root, place, paths)
+            skipped["not in labels.csv"] += [path for path in mine if path not in table]
+            return [(path, table[path]) for path in mine if path in table]
+    classes = {path: path[len(base):].split(os.sep)[0] for path in mine}
+    beside = [path for path in mine if path == base + classes[path]]
+    inside = [(path, classes[path]) for path in mine if path != base + classes[path]]
+    if beside and len({name for _, name in inside}) < 2:
+        return [(path, None) for path in mine]
+    check(len(beside) < max(1, len(inside)), f"--data-dir {root}: {len(beside)} images lie beside "
+          f"the folders of {len(inside)} others; move them away, or all images into one folder")
+    skipped["beside the class folders"] += beside
+    return inside
+
+
+def read_labels(root, folder, paths):
+    """{path: class} of root/folder/labels.csv. Raises UserError for a line that is wrong."""
+    source, paths, table = os.path.join(root, folder, "labels.csv"), set(paths), {}
+    try:
+        with open(source, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            check(sorted(reader.fieldnames or ()) == ["file", "label"], f"{source}: the first line "
+                  f"is {','.join(reader.fieldnames or ())!r}; try file,label")
+            for row in reader:
+                where, name = f"{source}, line {reader.line_num}", row["file"]
+                label = (row["label"] or "").strip()
+                check(name and label and len(row) == 2,
+                      f'{where}: not a file and a label; try image.png,cat or "a,b.png",cat')
+                path = os.path.normpath(os.path.join(folder, name))
+                if path not in paths:  # written on Windows, perhaps
+                    path = os.path.normpath(os.path.join(folder, name.strip().replace("\\", "/")))
+                check(os.path.exists(os.path.join(root, path)) and path not in table,
+                      f"{where}: {shown(name)} is not there, or in an earlier line; remove the line")
+                table[path] = label
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{source} cannot be read ({error}); save it as UTF-8 text") from error
+    return table
+
+
+def hold_out(args, images):
+    """(train, test): --test-fraction of each class is drawn from the seed as test images."""
+    members, test = {}, set()
+    for image in images:
+        members.setdefault(image[1], []).append(image)
+    rng = np.random.default_rng((args.seed, 4))
+    for mine in members.values():
+        count = min(len(mine) - 1, max(1, round(args.test_fraction * len(mine))))
+        test.update(mine[i] for i in rng.permutation(len(mine))[:count])
+    return [image for image in images if image not in test], sorted(test)
 
 
 # Bytes of images that are kept on a GPU, or without one by all processes of a machine together.
 MEMORY_LIMIT = 6 * 2**30
 
 
-def data_from_files(args, device, train, labels, test, test_labels, class_names):
-    """Data from lists of paths, decoded once into memory if they fit there.
+def data_from_files(args, device, root, train, test, class_names, note, skipped, statistics=None):
+    """Data from lists of (path, class or None), decoded once into memory if the images fit there.
 
-    Otherwise they are Files. Sets args.image_size if the flag was not given. Raises UserError if no
-    image can be read or one is too small."""
-    first = next((path for path in train if read_image(path) is not None), None)
-    check(first is not None, f"--data-dir {args.data_dir}: none of the {len(train)} files can be "
-          "read as an image; try another --data-dir")
-    shorter = check_large_enough(first, read_image(first))
-    args.image_size = args.image_size or min(64, shorter)
-    side = args.image_size if shorter <= args.image_size else math.ceil(args.image_size * 8 / 7)
+    Otherwise they are Files. Sets args.image_size if the flag was not given. Raises UserError if
+    there are too few images."""
+    held_out, heads = class_names and not test and args.test_fraction, {}
+    train, test = (examine(root, images, heads, skipped) for images in (train, test))
+    if held_out:
+        train, test = hold_out(args, train)
+        note = f" (held out: --test-fraction {args.test_fraction:g})"
+    kind, scale = find_scale(root, train, heads, statistics)
+    sides = sorted(heads[path][0] for path, _ in train) or [8]
+    median = sides[(len(sides) - 1) // 2]
+    args.image_size = args.image_size or min(64, median)
+    side = args.image_size if median <= args.image_size else math.ceil(args.image_size * 8 / 7)
     copies = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process keeps all images
     if device.type == "cuda":
         copies = 1
-    size = 3 * side**2 * (len(train) + len(test or [])) * copies
-    names = [os.path.relpath(path, args.data_dir) for path in train]
-    fingerprint = f"{len(train)} files, {names_crc(names)}"
-    stream = args.stream or size > MEMORY_LIMIT
-    if stream:
-        train = Files(train, args.image_size, side)
-        test = test and Files(test, args.image_size, side)
-    else:
-        train, labels = decode(train, labels, side)
-        check(len(train) > 1, f"--data-dir {args.data_dir}: fewer than two readable images; "
-              "try another --data-dir")
-        if test:
-            test, test_labels = decode(test, test_labels, side)
-            if len(test) == 0:
-                test, test_labels = None, None
-    data = Data(args, device, train, labels, test, test_labels, class_names)
-    data.fingerprint = fingerprint if stream else f"{len(data.train)} readable of {fingerprint}"
+    stream = args.stream or 3 * side**2 * (len(train) + len(test)) * copies > MEMORY_LIMIT
+    pixels, labels, number_of = [], [], {name: i for i, name in enumerate(class_names)}
+    for images in (train, test):
+        files = Files([os.path.join(root, path) for path, _ in images], args.image_size, side, scale)
+        x, good = readable(files, args.num_workers) if stream else decode(files)
+        skipped["unreadable"] += [path for i, (path, _) in enumerate(images) if i not in good]
+        images[:] = [images[i] for i in sorted(good)]
+        numbers = [number_of[name] for _, name in images if name in number_of]
+        pixels.append(x if images else None)
+        labels.append(numbers or None)
+    for what in ("unreadable", "too large", "smaller than 8x8"):
+        names = ", ".join(shown(os.path.join(root, path)) for path in skipped[what][:3])
+        if names:
+            warn(f"skipped {len(skipped[what])} {what}: {names}")
+    check(len(train) > 1, f"--data-dir {args.data_dir}: fewer than two images can be used; skipped: "
+          f"{in_words(skipped)}; try another --data-dir")
+    data = Data(args, device, pixels[0], labels[0], pixels[1], labels[1], class_names)
+    data.statistics.update(kind=kind, scale=scale)
+    data.fingerprint = f"{len(train)} files, {names_crc([path for path, _ in train])}"
+    data.test_note = note
+    if sides[0] < sides[-1]:
+        data.notes += f" (shorter sides {sides[0]} to {sides[-1]}, median {median})"
+    if scale:
+        data.notes += f"; {kind}: {scale[0]:g} ... {scale[1]:g} became 0 ... 255"
+        data.fingerprint += data.notes
+    data.notes += "; skipped: " * any(skipped.values()) + in_words(skipped)
     return data
 
 
@@ -1856,25 +1976,97 @@ def names_crc(names):
     return f"{zlib.crc32(text.encode(errors='surrogateescape')):08x}"
 
 
-def read_image(path):
-    """An image of any kind as RGB uint8 [3, H, W], or None if it cannot be read."""
+def examine(root, images, heads, skipped):
+    """Those of the images whose header is fine: heads[path] = (shorter side, kind of pixels)."""
+    for path, _ in images:
+        try:
+            with Image.open(os.path.join(root, path)) as image:
+                heads[path] = min(image.size), kind_of(image)
+                if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a phone's photo
+                    skipped["file's further pages"].append(path)
+            if heads[path][0] < 8:
+                skipped["smaller than 8x8"].append(path)
+        except MemoryError:
+            raise
+        except Image.DecompressionBombError:
+            skipped["too large"].append(path)
+        except Exception:  # decoders raise errors of all kinds
+            skipped["unreadable"].append(path)
+    return [image for image in images if heads.get(image[0], [0])[0] >= 8]
+
+
+def kind_of(image):
+    """The kind of pixels of a Pillow image that is not loaded yet."""
+    decoder = str(image.tile[:1])  # colours of 16 bits have the mode RGB, too
+    if image.mode.startswith("I;") or (";16" in decoder and "BGR;16" not in decoder):
+        return "16 bits"
+    return {"I": "32 bits", "F": "floats"}.get(image.mode, "8 bits")
+
+
+def find_scale(root, train, heads, statistics):
+    """(kind of pixels, None or the numbers that become 0 and 255): a run's, or else the 0.1 % and
+    99.9 % quantiles of at most 200 images. Raises UserError if there are several kinds."""
+    kinds, values, rng = {}, [], np.random.default_rng(0)
+    for path, (_, kind) in heads.items():
+        kinds.setdefault(kind, []).append(path)
+    words = [f"{len(paths)} of {kind} ({shown(paths[0])})" for kind, paths in kinds.items()]
+    check(len(kinds) < 2, f"--data-dir {root} mixes images {', '.join(words)}, which no one scale "
+          "suits; convert or remove the fewer")
+    kind = next(iter(kinds), "8 bits")
+    if kind == "8 bits" or (statistics and statistics["scale"]):
+        return kind, statistics and statistics["scale"]
+    for path, _ in train[::-(-len(train) // 200)]:
+        with contextlib.suppress(OSError, ValueError):  # it is counted as unreadable later
+            x = deep_pixels(os.path.join(root, path))[..., :3].ravel()
+            values.append(rng.choice(x[np.isfinite(x)], 10_000))
+    low, high = np.quantile(values or [0, 1], (0.001, 0.999)).tolist()
+    if low == high:
+        low, high = np.min(values).item(), np.max(values).item() + (np.min(values) == np.max(values))
+    return kind, [low, high]
+
+
+def deep_pixels(path):
+    """The numbers of an image of more than 8 bits: float64 [H, W, channels]."""
+    with Image.open(path) as image, Image.open(path) as swapped:
+        for i, tile in enumerate(swapped.tile):
+            raw, *rest = [tile.args] if isinstance(tile.args, str) else tile.args
+            raw = raw[:-1] + ("L" if raw.endswith("B") else "B")
+            swapped.tile[i] = tile._replace(args=(raw, *rest) if rest else raw)
+        ImageOps.exif_transpose(image, in_place=True)
+        pixels = np.array(image, dtype=np.float64)
+        if pixels.ndim == 2:
+            return pixels[..., None]
+        # Of 16 bits Pillow gives the high byte, and with the bytes swapped the low one.
+        ImageOps.exif_transpose(swapped, in_place=True)
+        return 256 * pixels + np.array(swapped)
+
+
+def read_image(path, scale=None):
+    """An image of any kind as RGB uint8 [3, H, W], or None if it cannot be read.
+
+    Turned as its EXIF data say, transparent pixels over white. scale: see find_scale. Raises
+    UserError if a pixel is not finite."""
     try:
-        with open(path, "rb") as file:
-            image = Image.open(file)
-            if image.mode.startswith("I"):  # 16 bits: Pillow itself would clip at 255
-                high = np.asarray(image).astype(np.int64) >> 8
-                image = Image.fromarray(high.clip(0, 255).astype(np.uint8))
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's
+        with Image.open(path) as image:
+            if kind_of(image) != "8 bits":
+                x, (low, high) = deep_pixels(path), scale
+                check(np.isfinite(x).all(), f"{shown(path)} has pixels that are not finite (NaN); "
+                      "replace them or remove the file")
+                pixels = np.rint(255 * ((x[..., :3] - low) / (high - low)).clip(0, 1))
+                if x.shape[2] == 4:
+                    pixels = 255 + (pixels - 255) * x[..., 3:] / 65535
+                pixels = pixels.astype(np.uint8).repeat(3 // pixels.shape[2], 2)
+            else:
+                ImageOps.exif_transpose(image, in_place=True)
+                if image.has_transparency_data:
+                    white = Image.new("RGBA", image.size, "white")
+                    image = Image.alpha_composite(white, image.convert("RGBA"))
+                pixels = np.array(image.convert("RGB"))
+            return torch.from_numpy(pixels).permute(2, 0, 1)
+    except (MemoryError, UserError):
+        raise
+    except Exception:
         return None
-
-
-def check_large_enough(path, image):
-    """The shorter side of an image [3, H, W] in pixels. Raises UserError if it is below 8."""
-    shorter = min(image.shape[1:])
-    check(shorter >= 8, f"{path} is {image.shape[2]}x{image.shape[1]} pixels, too small to learn "
-          "from; remove images below 8x8")
-    return shorter
 
 
 def to_square(image, side):
@@ -1885,24 +2077,41 @@ def to_square(image, side):
     return functional.center_crop(image, side)
 
 
-def decode(paths, labels, side):
-    """All images in memory: uint8 [N, 3, side, side] and their labels.
+def decode(files):
+    """The images that can be read, in memory: uint8 [N, 3, side, side], and their places."""
+    images, good = torch.empty(len(files), 3, files.side, files.side, dtype=torch.uint8), []
+    for i, path in enumerate(files.paths):
+        image = read_image(path, files.scale)
+        if image is not None:
+            images[len(good)] = to_square(image, files.side)
+            good.append(i)
+    return images[: len(good)], set(good)
 
-    Broken files are skipped, counted and named. Raises UserError if an image is too small."""
-    images = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
-    kept, broken = [], []
-    for i, path in enumerate(paths):
-        image = read_image(path)
-        if image is None:
-            broken.append(path)
-            continue
-        check_large_enough(path, image)
-        images[len(kept)] = to_square(image, side)
-        kept.append(i)
-    if broken:
-        names = ", ".join(broken[:3]) + (" ..." if len(broken) > 3 else "")
-        warn(f"skipped {len(broken)} of {len(paths)} files that cannot be read as images: {names}")
-    return images[: len(kept)], None if labels is None else [labels[i] for i in kept]
+
+def shown(text):
+    """A file name for a message of one line."""
+    return text if text.isprintable() else ascii(text)
+
+
+def in_words(skipped):
+    """`3 unreadable, 1 smaller than 8x8`"""
+    counts = sorted(((len(paths), what) for what, paths in skipped.items() if paths), reverse=True)
+    return ", ".join(f"{count} {what}" for count, what in counts)
+
+
+def found_in_words(data):
+    """`40 training images in 2 classes, 16 test images (test/), 32x32`"""
+    classes = f" in {len(data.class_names)} classes"
+    if data.train_labels is None:
+        classes = " without labels"
+    elif len(data.labelled_train) < len(data.train):
+        classes = f", {len(data.labelled_train)} of them{classes}"
+    split = [name for name in data.class_names if SPLIT.fullmatch(name.lower())]
+    if split:
+        classes += f" (one is {shown(split[0])})"
+    test = "no" if data.test is data.labelled_train else len(data.test)
+    return (f"{len(data.train)} training images{classes}, {test} test images{data.test_note}, "
+            f"{data.size}x{data.size}{data.notes}")
 
 
 # ==== Streaming ====
@@ -1911,9 +2120,10 @@ def decode(paths, labels, side):
 class Files:
     """Images on the disk, decoded and cropped by loader processes."""
 
-    def __init__(self, paths, size, side):
-        """size: of a view; side: of the centre squares for measuring, as in memory; in pixels."""
-        self.paths, self.size, self.side = paths, size, side
+    def __init__(self, paths, size, side, scale=None):
+        """size: of a view; side: of the centre squares for measuring, as in memory; in pixels.
+        scale: of read_image."""
+        self.paths, self.size, self.side, self.scale = paths, size, side, scale
 
     def __len__(self):
         return len(self.paths)
@@ -1923,14 +2133,14 @@ class Files:
 
         The crop is drawn from (seed, step, view, row of the global batch)."""
         recipe = [RECIPES[args.augment][v % len(RECIPES[args.augment])] for v in range(args.views)]
-        dataset = CropTask(self.paths, self.size, recipe, args.seed)
+        dataset = CropTask(self, recipe, args.seed)
         for views in read_batches(dataset, batch_sampler=crop_tasks(batches, first_step),
                                   num_workers=args.num_workers, pin_memory=device.type == "cuda"):
             yield [view.to(device, non_blocking=True) for view in views]
 
     def centres(self, index, batch_size, num_workers):
         """Centre squares of the images `index` for measuring: yields uint8 [n, 3, side, side]."""
-        yield from read_batches(CentreTask(self.paths, self.side), batch_size=batch_size,
+        yield from read_batches(CentreTask(self), batch_size=batch_size,
                                 sampler=index.tolist(), num_workers=num_workers)
 
 
@@ -1960,17 +2170,17 @@ def read_batches(dataset, **settings):
 class CropTask(torch.utils.data.Dataset):
     """An item of crop_tasks -> the cropped views of its image."""
 
-    def __init__(self, paths, size, recipe, seed):
-        self.paths, self.size, self.recipe, self.seed = paths, size, recipe, seed
+    def __init__(self, files, recipe, seed):
+        self.files, self.recipe, self.seed = files, recipe, seed
 
     def __getitem__(self, task):
         step, row, index = task
-        image = read_or_next(self.paths, index)
+        image = read_or_next(self.files, index)
         views = []
         for number_of_view, view in enumerate(self.recipe):
             crop = next((op for op in view if op[0] == "crop"), None)
             rng = np.random.default_rng((self.seed, 2, step, number_of_view, row))
-            views.append(crop_one(image, crop, self.size, rng))
+            views.append(crop_one(image, crop, self.files.size, rng))
         return views
 
 
@@ -1987,28 +2197,42 @@ def crop_one(image, crop, size, rng):
 class CentreTask(torch.utils.data.Dataset):
     """An image's index -> its centre square."""
 
-    def __init__(self, paths, side):
-        self.paths, self.side = paths, side
+    def __init__(self, files):
+        self.files = files
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.files)
 
     def __getitem__(self, index):
-        return to_square(read_or_next(self.paths, index), self.side)
+        return to_square(read_or_next(self.files, index), self.files.side)
 
 
-def read_or_next(paths, index):
+class ReadTask(CentreTask):
+    """An image's index -> True if it can be read."""
+
+    def __getitem__(self, index):
+        return read_image(self.files.paths[index], self.files.scale) is not None
+
+
+def readable(files, num_workers):
+    """The Files that can be read, and their places."""
+    parts = list(read_batches(ReadTask(files), batch_size=50, num_workers=num_workers))
+    good = torch.cat(parts).nonzero().flatten().tolist() if parts else []
+    return Files([files.paths[i] for i in good], files.size, files.side, files.scale), set(good)
+
+
+def read_or_next(files, index):
     """Image `index`, uint8 [3, H, W]. If it cannot be read, warn and take the next one.
 
     Raises UserError if the file has vanished or no file can be read."""
-    for i in range(index, index + len(paths)):
-        path = paths[i % len(paths)]
-        image = read_image(path)
+    for i in range(index, index + len(files)):
+        path = files.paths[i % len(files)]
+        image = read_image(path, files.scale)
         if image is not None:
             return image
-        check(os.path.exists(path), f"{path} vanished; put it back and go on with --resume, "
+        check(os.path.exists(path), f"{shown(path)} vanished; put it back and go on with --resume, "
               "or train afresh with another --out")
-        warn(f"{path} cannot be read as an image; the next one takes its place")
+        warn(f"{shown(path)} cannot be read as an image; the next one takes its place")
     raise UserError("none of the image files can be read; try another --data-dir")
 
 
@@ -2464,16 +2688,17 @@ def write_metrics(folder, rows):
     write_file(os.path.join(folder, "metrics.csv"), text.getvalue().encode())
 
 
-def configuration(args, device):
-    """The content of config.json: flags, command, versions, machine."""
+def configuration(args, data):
+    """The content of config.json: flags, images, command, versions, machine."""
     return {
         **vars(args),
+        "data_statistics": data.statistics,
         "command": " ".join(sys.argv),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "numpy": np.__version__,
-        "processor": processor_name(device),
+        "processor": processor_name(data.device),
         "threads": torch.get_num_threads(),
         "processes": world_size(),
         "git": git_revision(),
