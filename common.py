@@ -12,51 +12,51 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #
 # What a method file calls, in this order:
 #
-#    115  Args               the flags that all nine methods share
-#    105  flag               a field of Args: default, help, bounds
-#   1500  main               run train(); print an expected error as one line
-#   1322  parse_args         Args from the command line
-#    195  set_up             device, precision, other processes
-#    230  load_data          read or draw the data set: Data
-#    487  build_backbone     the network whose output is H
-#    531  build_optimizer    Adam, SGD, LARS or Muon
-#    570  Run                the run's folder, checkpoints, log and checks
-#    827  distribute         the model for several processes, or compiled
-#    588  Run.resume         the step to start from, usually 0
-#    308  Data.batches       the batches of an epoch, uint8
-#    843  step_seed          the seed of a step's random draws
-#    323  Data.augment       the random views of a batch
-#    849  learning_rate      the schedule's factor at a step
-#    601  Run.guard          a failed decomposition becomes a clear error
-#    837  gather             embeddings of all processes, with gradient
-#   1621  mean_over_ranks    the mean of a tensor over the processes (BYOL)
-#    185  world_size         the number of processes (MoCo)
-#    190  rank               this process's number among them (MoCo)
-#    606  Run.watch          note whether loss and gradients are finite
-#    611  Run.progress       stop if they were not; show the status line
-#    621  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    629  Run.mean_loss      the mean loss of the epoch
-#   1122  extract            H of a set of images
-#   1143  project            Z of H
-#   1180  collapse_metrics   how much of its space a set of embeddings fills
-#   1154  knn_accuracy       accuracy of a vote among the nearest training images
-#    638  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    677  Run.save_backbone  write backbone.pt
-#    685  Run.close          print the scores
+#    116  Args               the flags that all nine methods share
+#    106  flag               a field of Args: default, help, bounds
+#   1501  main               run train(); print an expected error as one line
+#   1323  parse_args         Args from the command line
+#    196  set_up             device, precision, other processes
+#    231  load_data          read or draw the data set: Data
+#    488  build_backbone     the network whose output is H
+#    532  build_optimizer    Adam, SGD, LARS or Muon
+#    571  Run                the run's folder, checkpoints, log and checks
+#    828  distribute         the model for several processes, or compiled
+#    589  Run.resume         the step to start from, usually 0
+#    309  Data.batches       the batches of an epoch, uint8
+#    844  step_seed          the seed of a step's random draws
+#    324  Data.augment       the random views of a batch
+#    850  learning_rate      the schedule's factor at a step
+#    602  Run.guard          a failed decomposition becomes a clear error
+#    838  gather             embeddings of all processes, with gradient
+#   1622  mean_over_ranks    the mean of a tensor over the processes (BYOL)
+#    186  world_size         the number of processes (MoCo)
+#    191  rank               this process's number among them (MoCo)
+#    607  Run.watch          note whether loss and gradients are finite
+#    612  Run.progress       stop if they were not; show the status line
+#    622  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    630  Run.mean_loss      the mean loss of the epoch
+#   1123  extract            H of a set of images
+#   1144  project            Z of H
+#   1181  collapse_metrics   how much of its space a set of embeddings fills
+#   1155  knn_accuracy       accuracy of a vote among the nearest training images
+#    639  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    678  Run.save_backbone  write backbone.pt
+#    686  Run.close          print the scores
 #
 # Part II:
 #
-#   1253  Command line: flags from Args, checks, and sizes to propose
-#   1462  Messages and errors
-#   1557  Several processes
-#   1683  Data sets by name
-#   1772  Folders of images
-#   2117  Streaming
-#   2239  Recipes of augmentation
-#   2312  ResNets, LARS, Muon
-#   2440  Run folder and signals
-#   2550  Resume
-#   2653  Files of a run
+#   1254  Command line: flags from Args, checks, and sizes to propose
+#   1463  Messages and errors
+#   1558  Several processes
+#   1684  Data sets by name
+#   1773  Folders of images
+#   2127  Streaming
+#   2235  Recipes of augmentation
+#   2308  ResNets, LARS, Muon
+#   2436  Run folder and signals
+#   2546  Resume
+#   2649  Files of a run
 
 import argparse
 import collections
@@ -72,6 +72,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing.pool
 import os
 import platform
 import re
@@ -259,8 +260,8 @@ class Data:
     size             side of a view in pixels
     must_be_cropped  True if images in memory have another size
     mean, std        of the colours in 0 ... 1, float32 [3, 1, 1] on the device
-    statistics       what a later user needs to feed the network, a dict of plain values: mean, std,
-                     kind and scale of the pixels, see find_scale, size, class_names
+    statistics       what the network needs, in plain values: mean, std, size, class_names, and
+                     the kind and scale of the pixels, see find_scale
     test_note, notes for the first line on the screen
     fingerprint      a text that tells whether a resumed run has the same images"""
 
@@ -297,11 +298,11 @@ class Data:
 
     def use(self, statistics):
         """Normalise the colours by these statistics. UserError if they are of other pixels."""
-        kind, expected = self.statistics["kind"], statistics["kind"]
-        check(kind == expected, f"--data-dir {self.args.data_dir}: the images have {kind}, and those "
-              f"of the run have {expected}; try images of {expected}")
-        self.statistics.update(mean=statistics["mean"], std=statistics["std"])
+        now, before = self.statistics["kind"], statistics["kind"]
+        check(now == before, f"--data-dir {self.args.data_dir} has images of {now}, and the run "
+              f"was trained on {before}; try images of {before}")
         for name in ("mean", "std"):
+            self.statistics[name] = statistics[name]
             numbers = torch.tensor(statistics[name], dtype=torch.float32, device=self.device)
             setattr(self, name, numbers.view(3, 1, 1))
 
@@ -1774,39 +1775,37 @@ def load_tinyimagenet(args, device):
 IMAGE_KINDS = torchvision.datasets.folder.IMG_EXTENSIONS
 # Folders that tools leave behind, beside hidden ones; in lower case
 LEFTOVERS = ("__macosx", "__pycache__", "$recycle.bin", "system volume information", "lost+found",
-             "@eadir", "@recycle", "#recycle", "#snapshot")
-# train, Testing, validation ...; something in groups 1 or 3 is only like a split: train2017
+             "@eadir", "@recycle", "#recycle")
+# train, Testing, validation ...; with something in groups 1 or 3 only like a split: train2017
 SPLIT = re.compile(r"(.*[^a-z])?(train|test|val)(?:ing|id|idation)?(set|data|[^a-z].*)?")
 
 
 def load_folder(args, device, root, statistics=None):
     """Anyone's images as Data: train/<class>/* with test or val, or <class>/*, or * without labels.
 
-    A labels.csv beside the images is read in place of class folders. Raises UserError if there are
-    too few images or classes, or if it is unclear what the folders are."""
+    A labels.csv beside the images comes before class folders. Raises UserError if there are too few
+    images or classes, or if it is unclear what the folders are."""
     check(os.path.isdir(root),
           f"--data-dir {root} is not a folder; try the folder that holds your images")
     skipped = collections.defaultdict(list)
     paths = list_images(root, skipped)
     splits = find_splits(root, paths)
     parts = {kind: with_classes(root, splits[kind], paths, skipped) for kind in splits}
-    train, place = parts["train"], os.path.join(root, splits["train"])
-    check(len(train) > 1, f"--data-dir {root}: {'one image is too few' if train else 'no images'} in "
-          f"{place} (looked for {' '.join(IMAGE_KINDS)}; skipped: {in_words(skipped) or 'none'}); "
+    train, place, test, note = parts.pop("train"), os.path.join(root, splits["train"]), [], ""
+    check(len(train) > 1, f"--data-dir {root}: {'one image is too few' if train else 'no images'} "
+          f"in {place} (kinds: {' '.join(IMAGE_KINDS)}; skipped: {in_words(skipped) or 0}); "
           "try the folder that holds your images")
     names = sorted({name for _, name in train} - {None})
     check(len(names) != 1, f"--data-dir {root}: only one class, {', '.join(map(repr, names))}, so "
           f"labels measure nothing; try --data-dir {shown(os.path.join(place, *names))}")
-    kinds = [kind for kind in ("test", "val") if parts.get(kind)]
-    kinds.sort(key=lambda kind: parts[kind][0][1] is None)  # images with labels first
-    test, note = [], ""
-    if kinds and (parts[kinds[0]][0][1] or not names or args.test_fraction == 0):
-        test, note = parts[kinds[0]], f" ({splits[kinds.pop(0)]}/)"
-    for name in sorted({name for _, name in test if names} - {*names, None}):
-        check(False, f"--data-dir {root}: {note[2:-1]}{shown(name)} has no counterpart in {place}; "
-              "remove it, or add training images of it")
-    for kind in kinds:
-        skipped[f"in {splits[kind]}/"] += parts[kind]
+    for kind in sorted(parts):  # test before val
+        if parts[kind] and not test and (parts[kind][0][1] or not (names and args.test_fraction)):
+            test, note = parts[kind], f" ({splits[kind]}/)"
+        else:  # without labels, for example
+            skipped[f"in {splits[kind]}/"] += parts[kind]
+    strange = sorted({name for _, name in test if names} - {*names, None})
+    check(not strange, f"--data-dir {root}: {note[2:-1]}{', '.join(map(shown, strange))} has no "
+          f"counterpart in {place}; remove it, or add training images of it")
     return data_from_files(args, device, root, train, test, names, note, skipped, statistics)
 
 
@@ -1819,22 +1818,22 @@ def list_images(root, skipped):
         folder = folders.pop() if folders else links.pop(0)
         path = os.path.join(root, folder)
         real = os.path.realpath(path)
-        if real in seen or (folder and os.path.commonpath([real, os.path.realpath(root)]) == real):
+        if real in seen or (folder and os.path.realpath(root).startswith(os.path.join(real, ""))):
             skipped["link(s) to a folder that is read already"].append(folder)
             continue
         seen.add(real)
         count = len(found) + len(folders) + len(links)
         for name in sorted(os.listdir(path)):
-            file, extension = os.path.join(folder, name), os.path.splitext(name)[1].lower()
+            file, kind = os.path.join(folder, name), os.path.splitext(name)[1].lower()
             full = os.path.join(root, file)
             if name.startswith(".") or name.lower() in LEFTOVERS:
                 continue
             if os.path.isdir(full):
                 (links if os.path.islink(full) else folders).append(file)
-            elif extension in IMAGE_KINDS:
+            elif kind in IMAGE_KINDS:
                 (found if os.path.isfile(full) else skipped["not a regular file"]).append(file)
             elif name != "labels.csv":
-                kind = shown(extension) or "no extension"
+                kind = shown(kind) or "no extension"
                 skipped[f"of a kind that is not read ({kind})"].append(file)
         if len(found) + len(folders) + len(links) == count:
             skipped["folder(s) without images"].append(folder)
@@ -1853,10 +1852,10 @@ def find_splits(root, paths):
     if exact == tops and "train" in kinds and len(kinds) == len(tops):
         return {like[name]: name for name in tops}
     flat = {path.split(os.sep)[0] for path in paths if path.count(os.sep) == 1}
-    a_class = kinds == {"train"} and len(exact) == 1 and exact != tops and exact[0] in flat
+    a_class = kinds == {"train"} and len(exact) == 1 and exact[0] in flat
     check(a_class if exact else kinds <= {"train"} or "train" not in kinds,
           f"--data-dir {root}: {', '.join(map(shown, like))} may be training and test images, or "
-          "classes; in the first case leave only folders train, test and val there, in the second "
+          "classes; if the former, leave only folders train, test and val there, if the latter, "
           f"move all {len(tops)} folders into {os.path.join(root, 'train')}")
     return {"train": ""}
 
@@ -1864,17 +1863,18 @@ def find_splits(root, paths):
 def with_classes(root, folder, paths, skipped):
     """[(path, its class or None)] of the images in root/folder: by labels.csv, or by folders.
 
-    Raises UserError if half of the images lie beside the folders of classes."""
+    Raises UserError if half of the images lie beside the folders."""
     base = os.path.join(folder, "")
+    skipped["beside the splits"] = [path for path in paths if folder and os.sep not in path]
     mine = [path for path in paths if path.startswith(base)]
     for place in (folder, ""):
         if os.path.isfile(os.path.join(root, place, "labels.csv")):
             table = read_labels(root, place, paths)
             skipped["not in labels.csv"] += [path for path in mine if path not in table]
             return [(path, table[path]) for path in mine if path in table]
-    classes = {path: path[len(base):].split(os.sep)[0] for path in mine}
-    beside = [path for path in mine if path == base + classes[path]]
-    inside = [(path, classes[path]) for path in mine if path != base + classes[path]]
+    beside = [path for path in mine if os.path.dirname(path) == folder]
+    inside = [path for path in mine if os.path.dirname(path) != folder]
+    inside = [(path, path[len(base):].split(os.sep)[0]) for path in inside]
     if beside and len({name for _, name in inside}) < 2:
         return [(path, None) for path in mine]
     check(len(beside) < max(1, len(inside)), f"--data-dir {root}: {len(beside)} images lie beside "
@@ -1889,8 +1889,9 @@ def read_labels(root, folder, paths):
     try:
         with open(source, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
-            check(sorted(reader.fieldnames or ()) == ["file", "label"], f"{source}: the first line "
-                  f"is {','.join(reader.fieldnames or ())!r}; try file,label")
+            header = reader.fieldnames or []
+            check(sorted(header) == ["file", "label"],
+                  f"{source}: the first line is {','.join(header)!r}; try file,label")
             for row in reader:
                 where, name = f"{source}, line {reader.line_num}", row["file"]
                 label = (row["label"] or "").strip()
@@ -1899,8 +1900,8 @@ def read_labels(root, folder, paths):
                 path = os.path.normpath(os.path.join(folder, name))
                 if path not in paths:  # written on Windows, perhaps
                     path = os.path.normpath(os.path.join(folder, name.strip().replace("\\", "/")))
-                check(os.path.exists(os.path.join(root, path)) and path not in table,
-                      f"{where}: {shown(name)} is not there, or in an earlier line; remove the line")
+                check(path not in table and os.path.exists(os.path.join(root, path)),
+                      f"{where}: {shown(name)} is not there, or in an earlier line; remove it")
                 table[path] = label
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{source} cannot be read ({error}); save it as UTF-8 text") from error
@@ -1908,10 +1909,10 @@ def read_labels(root, folder, paths):
 
 
 def hold_out(args, images):
-    """(train, test): --test-fraction of each class is drawn from the seed as test images."""
-    members, test = {}, set()
+    """(train, test): --test-fraction of each class are drawn from the seed as test images."""
+    members, test = collections.defaultdict(list), set()
     for image in images:
-        members.setdefault(image[1], []).append(image)
+        members[image[1]].append(image)
     rng = np.random.default_rng((args.seed, 4))
     for mine in members.values():
         count = min(len(mine) - 1, max(1, round(args.test_fraction * len(mine))))
@@ -1942,22 +1943,22 @@ def data_from_files(args, device, root, train, test, class_names, note, skipped,
     if device.type == "cuda":
         copies = 1
     stream = args.stream or 3 * side**2 * (len(train) + len(test)) * copies > MEMORY_LIMIT
-    pixels, labels, number_of = [], [], {name: i for i, name in enumerate(class_names)}
+    parts, number_of = [], {name: i for i, name in enumerate(class_names)}
     for images in (train, test):
-        files = Files([os.path.join(root, path) for path, _ in images], args.image_size, side, scale)
-        x, good = readable(files, args.num_workers) if stream else decode(files)
-        skipped["unreadable"] += [path for i, (path, _) in enumerate(images) if i not in good]
-        images[:] = [images[i] for i in sorted(good)]
-        numbers = [number_of[name] for _, name in images if name in number_of]
-        pixels.append(x if images else None)
-        labels.append(numbers or None)
+        paths = [os.path.join(root, path) for path, _ in images]
+        pixels, bad = read_files(Files(paths, args.image_size, side, scale), stream, args)
+        skipped["unreadable"] += [images[i][0] for i in bad]
+        images[:] = [image for i, image in enumerate(images) if i not in bad]
+        labels = [number_of[name] for _, name in images if name in number_of]
+        parts += [pixels if images else None, labels or None]
     for what in ("unreadable", "too large", "smaller than 8x8"):
-        names = ", ".join(shown(os.path.join(root, path)) for path in skipped[what][:3])
-        if names:
+        if skipped[what]:
+            names = ", ".join(shown(os.path.join(root, path)) for path in skipped[what][:3])
             warn(f"skipped {len(skipped[what])} {what}: {names}")
-    check(len(train) > 1, f"--data-dir {args.data_dir}: fewer than two images can be used; skipped: "
-          f"{in_words(skipped)}; try another --data-dir")
-    data = Data(args, device, pixels[0], labels[0], pixels[1], labels[1], class_names)
+    words = in_words(skipped)
+    check(len(train) > 1, f"--data-dir {args.data_dir}: fewer than two images can be used; "
+          f"skipped: {words}; try another --data-dir")
+    data = Data(args, device, *parts, class_names)
     data.statistics.update(kind=kind, scale=scale)
     data.fingerprint = f"{len(train)} files, {names_crc([path for path, _ in train])}"
     data.test_note = note
@@ -1966,7 +1967,7 @@ def data_from_files(args, device, root, train, test, class_names, note, skipped,
     if scale:
         data.notes += f"; {kind}: {scale[0]:g} ... {scale[1]:g} became 0 ... 255"
         data.fingerprint += data.notes
-    data.notes += "; skipped: " * any(skipped.values()) + in_words(skipped)
+    data.notes += f"; skipped: {words}" if words else ""
     return data
 
 
@@ -1981,18 +1982,19 @@ def examine(root, images, heads, skipped):
     for path, _ in images:
         try:
             with Image.open(os.path.join(root, path)) as image:
-                heads[path] = min(image.size), kind_of(image)
+                head = min(image.size), kind_of(image)
                 if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a phone's photo
                     skipped["file's further pages"].append(path)
-            if heads[path][0] < 8:
+            if head[0] < 8:
                 skipped["smaller than 8x8"].append(path)
+            else:
+                heads[path] = head
         except MemoryError:
             raise
-        except Image.DecompressionBombError:
-            skipped["too large"].append(path)
-        except Exception:  # decoders raise errors of all kinds
-            skipped["unreadable"].append(path)
-    return [image for image in images if heads.get(image[0], [0])[0] >= 8]
+        except Exception as error:  # decoders raise errors of all kinds
+            large = isinstance(error, Image.DecompressionBombError)
+            skipped["too large" if large else "unreadable"].append(path)
+    return [image for image in images if image[0] in heads]
 
 
 def kind_of(image):
@@ -2006,23 +2008,24 @@ def kind_of(image):
 def find_scale(root, train, heads, statistics):
     """(kind of pixels, None or the numbers that become 0 and 255): a run's, or else the 0.1 % and
     99.9 % quantiles of at most 200 images. Raises UserError if there are several kinds."""
-    kinds, values, rng = {}, [], np.random.default_rng(0)
+    kinds, values, rng = collections.defaultdict(list), [], np.random.default_rng(0)
     for path, (_, kind) in heads.items():
-        kinds.setdefault(kind, []).append(path)
+        kinds[kind].append(path)
     words = [f"{len(paths)} of {kind} ({shown(paths[0])})" for kind, paths in kinds.items()]
-    check(len(kinds) < 2, f"--data-dir {root} mixes images {', '.join(words)}, which no one scale "
+    check(len(kinds) < 2, f"--data-dir {root} mixes images, {', '.join(words)}, which no one scale "
           "suits; convert or remove the fewer")
     kind = next(iter(kinds), "8 bits")
     if kind == "8 bits" or (statistics and statistics["scale"]):
         return kind, statistics and statistics["scale"]
     for path, _ in train[::-(-len(train) // 200)]:
         with contextlib.suppress(OSError, ValueError):  # it is counted as unreadable later
-            x = deep_pixels(os.path.join(root, path))[..., :3].ravel()
+            x = deep_pixels(os.path.join(root, path))[..., :3]
             values.append(rng.choice(x[np.isfinite(x)], 10_000))
-    low, high = np.quantile(values or [0, 1], (0.001, 0.999)).tolist()
-    if low == high:
-        low, high = np.min(values).item(), np.max(values).item() + (np.min(values) == np.max(values))
-    return kind, [low, high]
+    for share in (0.001, 0):
+        low, high = np.quantile(values or [0, 1], (share, 1 - share)).tolist()
+        if low < high:
+            return kind, [low, high]
+    return kind, [low, low + 1]
 
 
 def deep_pixels(path):
@@ -2030,7 +2033,7 @@ def deep_pixels(path):
     with Image.open(path) as image, Image.open(path) as swapped:
         for i, tile in enumerate(swapped.tile):
             raw, *rest = [tile.args] if isinstance(tile.args, str) else tile.args
-            raw = raw[:-1] + ("L" if raw.endswith("B") else "B")
+            raw = raw[:-1] + ("L" if raw[-1] == "B" else "B")
             swapped.tile[i] = tile._replace(args=(raw, *rest) if rest else raw)
         ImageOps.exif_transpose(image, in_place=True)
         pixels = np.array(image, dtype=np.float64)
@@ -2052,10 +2055,10 @@ def read_image(path, scale=None):
                 x, (low, high) = deep_pixels(path), scale
                 check(np.isfinite(x).all(), f"{shown(path)} has pixels that are not finite (NaN); "
                       "replace them or remove the file")
-                pixels = np.rint(255 * ((x[..., :3] - low) / (high - low)).clip(0, 1))
+                pixels = 255 * ((x[..., :3] - low) / (high - low)).clip(0, 1)
                 if x.shape[2] == 4:
                     pixels = 255 + (pixels - 255) * x[..., 3:] / 65535
-                pixels = pixels.astype(np.uint8).repeat(3 // pixels.shape[2], 2)
+                pixels = np.rint(pixels).astype(np.uint8).repeat(3 // pixels.shape[2], 2)
             else:
                 ImageOps.exif_transpose(image, in_place=True)
                 if image.has_transparency_data:
@@ -2077,15 +2080,25 @@ def to_square(image, side):
     return functional.center_crop(image, side)
 
 
-def decode(files):
-    """The images that can be read, in memory: uint8 [N, 3, side, side], and their places."""
-    images, good = torch.empty(len(files), 3, files.side, files.side, dtype=torch.uint8), []
-    for i, path in enumerate(files.paths):
+def read_files(files, stream, args):
+    """(uint8 [N, 3, side, side], or with `stream` Files; the places of those that are unreadable).
+
+    Pillow lets other threads run while it decodes."""
+    def read(path):
         image = read_image(path, files.scale)
-        if image is not None:
-            images[len(good)] = to_square(image, files.side)
-            good.append(i)
-    return images[: len(good)], set(good)
+        return image if image is None or stream else to_square(image, files.side)
+
+    images, good = torch.empty(0 if stream else len(files), 3, files.side, files.side).byte(), []
+    with multiprocessing.pool.ThreadPool(max(1, args.num_workers)) as pool:
+        for i, image in enumerate(pool.imap(read, files.paths, 16)):
+            if image is not None and not stream:
+                images[len(good)] = image
+            if image is not None:
+                good.append(i)
+    bad = set(range(len(files))) - set(good)
+    if stream:
+        return Files([files.paths[i] for i in good], files.size, files.side, files.scale), bad
+    return images[: len(good)], bad
 
 
 def shown(text):
@@ -2106,9 +2119,6 @@ def found_in_words(data):
         classes = " without labels"
     elif len(data.labelled_train) < len(data.train):
         classes = f", {len(data.labelled_train)} of them{classes}"
-    split = [name for name in data.class_names if SPLIT.fullmatch(name.lower())]
-    if split:
-        classes += f" (one is {shown(split[0])})"
     test = "no" if data.test is data.labelled_train else len(data.test)
     return (f"{len(data.train)} training images{classes}, {test} test images{data.test_note}, "
             f"{data.size}x{data.size}{data.notes}")
@@ -2205,20 +2215,6 @@ class CentreTask(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return to_square(read_or_next(self.files, index), self.files.side)
-
-
-class ReadTask(CentreTask):
-    """An image's index -> True if it can be read."""
-
-    def __getitem__(self, index):
-        return read_image(self.files.paths[index], self.files.scale) is not None
-
-
-def readable(files, num_workers):
-    """The Files that can be read, and their places."""
-    parts = list(read_batches(ReadTask(files), batch_size=50, num_workers=num_workers))
-    good = torch.cat(parts).nonzero().flatten().tolist() if parts else []
-    return Files([files.paths[i] for i in good], files.size, files.side, files.scale), set(good)
 
 
 def read_or_next(files, index):
