@@ -14,49 +14,49 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #
 #    116  Args               the flags that all nine methods share
 #    106  flag               a field of Args: default, help, bounds
-#   1501  main               run train(); print an expected error as one line
-#   1323  parse_args         Args from the command line
+#   1486  main               run train(); print an expected error as one line
+#   1308  parse_args         Args from the command line
 #    196  set_up             device, precision, other processes
 #    231  load_data          read or draw the data set: Data
-#    488  build_backbone     the network whose output is H
-#    532  build_optimizer    Adam, SGD, LARS or Muon
-#    571  Run                the run's folder, checkpoints, log and checks
-#    828  distribute         the model for several processes, or compiled
-#    589  Run.resume         the step to start from, usually 0
-#    309  Data.batches       the batches of an epoch, uint8
-#    844  step_seed          the seed of a step's random draws
-#    324  Data.augment       the random views of a batch
-#    850  learning_rate      the schedule's factor at a step
-#    602  Run.guard          a failed decomposition becomes a clear error
-#    838  gather             embeddings of all processes, with gradient
-#   1622  mean_over_ranks    the mean of a tensor over the processes (BYOL)
+#    473  build_backbone     the network whose output is H
+#    517  build_optimizer    Adam, SGD, LARS or Muon
+#    556  Run                the run's folder, checkpoints, log and checks
+#    813  distribute         the model for several processes, or compiled
+#    574  Run.resume         the step to start from, usually 0
+#    298  Data.batches       the batches of an epoch, uint8
+#    829  step_seed          the seed of a step's random draws
+#    313  Data.augment       the random views of a batch
+#    835  learning_rate      the schedule's factor at a step
+#    587  Run.guard          a failed decomposition becomes a clear error
+#    823  gather             embeddings of all processes, with gradient
+#   1607  mean_over_ranks    the mean of a tensor over the processes (BYOL)
 #    186  world_size         the number of processes (MoCo)
 #    191  rank               this process's number among them (MoCo)
-#    607  Run.watch          note whether loss and gradients are finite
-#    612  Run.progress       stop if they were not; show the status line
-#    622  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    630  Run.mean_loss      the mean loss of the epoch
-#   1123  extract            H of a set of images
-#   1144  project            Z of H
-#   1181  collapse_metrics   how much of its space a set of embeddings fills
-#   1155  knn_accuracy       accuracy of a vote among the nearest training images
-#    639  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    678  Run.save_backbone  write backbone.pt
-#    686  Run.close          print the scores
+#    592  Run.watch          note whether loss and gradients are finite
+#    597  Run.progress       stop if they were not; show the status line
+#    607  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    615  Run.mean_loss      the mean loss of the epoch
+#   1108  extract            H of a set of images
+#   1129  project            Z of H
+#   1166  collapse_metrics   how much of its space a set of embeddings fills
+#   1140  knn_accuracy       accuracy of a vote among the nearest training images
+#    624  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    663  Run.save_backbone  write backbone.pt
+#    671  Run.close          print the scores
 #
 # Part II:
 #
-#   1254  Command line: flags from Args, checks, and sizes to propose
-#   1463  Messages and errors
-#   1558  Several processes
-#   1684  Data sets by name
-#   1773  Folders of images
-#   2127  Streaming
-#   2235  Recipes of augmentation
-#   2308  ResNets, LARS, Muon
-#   2436  Run folder and signals
-#   2546  Resume
-#   2649  Files of a run
+#   1239  Command line: flags from Args, checks, and sizes to propose
+#   1448  Messages and errors
+#   1543  Several processes
+#   1669  Data sets by name
+#   1758  Folders of images
+#   2093  Streaming
+#   2204  Recipes of augmentation
+#   2277  ResNets, LARS, Muon
+#   2405  Run folder and signals
+#   2515  Resume
+#   2618  Files of a run
 
 import argparse
 import collections
@@ -231,8 +231,8 @@ DEFAULT_IMAGE_SIZE = {"patterns": 32, "cifar10": 32, "cifar100": 32,
 def load_data(args, device, statistics=None):
     """Read or draw the data set of --dataset. Sets args.image_size if the flag was not given.
 
-    statistics: those of a run (Data.statistics), if its network is to see these images. Returns
-    Data. Raises UserError if there are no usable images or a download fails."""
+    statistics: of a run (Data.statistics), if the scale of its pixels is to be kept. Returns Data.
+    Raises UserError if there are no usable images or a download fails."""
     args.image_size = args.image_size or DEFAULT_IMAGE_SIZE.get(args.dataset)
     if args.dataset == "patterns":
         train, labels, test, test_labels = make_patterns()
@@ -241,8 +241,6 @@ def load_data(args, device, statistics=None):
         data = load_folder(args, device, args.data_dir, statistics)
     else:
         data = load_by_name(args, device)
-    if statistics:
-        data.use(statistics)
     say(found_in_words(data))
     return data
 
@@ -261,7 +259,7 @@ class Data:
     must_be_cropped  True if images in memory have another size
     mean, std        of the colours in 0 ... 1, float32 [3, 1, 1] on the device
     statistics       what the network needs, in plain values: mean, std, size, class_names, and
-                     the kind and scale of the pixels, see find_scale
+                     the kind and scale of the pixels, see survey
     test_note, notes for the first line on the screen
     fingerprint      a text that tells whether a resumed run has the same images"""
 
@@ -285,9 +283,10 @@ class Data:
         self.large_bank, self.large_bank_labels = evenly_spaced(*training, 100_000)
         mean, std = (COLOUR_STATISTICS.get(args.dataset)
                      or colour_statistics(self.train, args.num_workers))
+        self.mean = torch.tensor(mean, dtype=torch.float32, device=device).view(3, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32, device=device).view(3, 1, 1)
         self.statistics = {"kind": "8 bits", "scale": None, "size": self.size,
                            "class_names": list(class_names), "mean": list(mean), "std": list(std)}
-        self.use(self.statistics)
         self.test_note, self.notes = "", ""
         self.steps_per_epoch = len(self.train) // args.batch_size
         in_memory = not isinstance(self.train, Files)
@@ -295,16 +294,6 @@ class Data:
         largest = 2 ** int(math.log2(max(2, len(self.train))))
         check(self.steps_per_epoch > 0, f"--batch-size {args.batch_size} is larger than the data "
               f"set of {len(self.train)} images; try --batch-size {largest}")
-
-    def use(self, statistics):
-        """Normalise the colours by these statistics. UserError if they are of other pixels."""
-        now, before = self.statistics["kind"], statistics["kind"]
-        check(now == before, f"--data-dir {self.args.data_dir} has images of {now}, and the run "
-              f"was trained on {before}; try images of {before}")
-        for name in ("mean", "std"):
-            self.statistics[name] = statistics[name]
-            numbers = torch.tensor(statistics[name], dtype=torch.float32, device=self.device)
-            setattr(self, name, numbers.view(3, 1, 1))
 
     def batches(self, epoch, first=0):
         """This process's rows of each global batch of an epoch, from batch `first` on.
@@ -355,11 +344,7 @@ def evenly_spaced(images, labels, count):
     if len(images) <= count:
         return images, labels
     index = torch.linspace(0, len(images) - 1, count).long()
-    if isinstance(images, Files):
-        part = Files([images.paths[i] for i in index], images.size, images.side, images.scale)
-    else:
-        part = images[index.to(images.device)]
-    return part, None if labels is None else labels[index.to(labels.device)]
+    return images[index], None if labels is None else labels[index]
 
 
 def centre_view(x, size):
@@ -1773,9 +1758,9 @@ def load_tinyimagenet(args, device):
 # ==== Folders of images ====
 
 IMAGE_KINDS = torchvision.datasets.folder.IMG_EXTENSIONS
-# Folders that tools leave behind, beside hidden ones; in lower case
-LEFTOVERS = ("__macosx", "__pycache__", "$recycle.bin", "system volume information", "lost+found",
-             "@eadir", "@recycle", "#recycle")
+# Hidden folders, and others that tools leave behind
+LEFTOVERS = re.compile(r"\.|(__macosx|__pycache__|\$recycle\.bin|system volume information|"
+                       r"lost\+found|@eadir|[@#]recycle)$", re.IGNORECASE)
 # train, Testing, validation ...; with something in groups 1 or 3 only like a split: train2017
 SPLIT = re.compile(r"(.*[^a-z])?(train|test|val)(?:ing|id|idation)?(set|data|[^a-z].*)?")
 
@@ -1783,8 +1768,7 @@ SPLIT = re.compile(r"(.*[^a-z])?(train|test|val)(?:ing|id|idation)?(set|data|[^a
 def load_folder(args, device, root, statistics=None):
     """Anyone's images as Data: train/<class>/* with test or val, or <class>/*, or * without labels.
 
-    A labels.csv beside the images comes before class folders. Raises UserError if there are too few
-    images or classes, or if it is unclear what the folders are."""
+    Raises UserError if there are too few images or it is unclear what the folders are."""
     check(os.path.isdir(root),
           f"--data-dir {root} is not a folder; try the folder that holds your images")
     skipped = collections.defaultdict(list)
@@ -1792,20 +1776,19 @@ def load_folder(args, device, root, statistics=None):
     splits = find_splits(root, paths)
     parts = {kind: with_classes(root, splits[kind], paths, skipped) for kind in splits}
     train, place, test, note = parts.pop("train"), os.path.join(root, splits["train"]), [], ""
-    check(len(train) > 1, f"--data-dir {root}: {'one image is too few' if train else 'no images'} "
-          f"in {place} (kinds: {' '.join(IMAGE_KINDS)}; skipped: {in_words(skipped) or 0}); "
-          "try the folder that holds your images")
+    check(len(train) > 1, f"--data-dir {root}: {len(train) or 'no'} images in {place}, skipped: "
+          f"{in_words(skipped) or 0}; try the folder that holds your {' '.join(IMAGE_KINDS)}")
     names = sorted({name for _, name in train} - {None})
     check(len(names) != 1, f"--data-dir {root}: only one class, {', '.join(map(repr, names))}, so "
           f"labels measure nothing; try --data-dir {shown(os.path.join(place, *names))}")
-    for kind in sorted(parts):  # test before val
+    for kind in sorted(parts):  # test before val, unless it has no labels
         if parts[kind] and not test and (parts[kind][0][1] or not (names and args.test_fraction)):
             test, note = parts[kind], f" ({splits[kind]}/)"
-        else:  # without labels, for example
+        else:
             skipped[f"in {splits[kind]}/"] += parts[kind]
-    strange = sorted({name for _, name in test if names} - {*names, None})
-    check(not strange, f"--data-dir {root}: {note[2:-1]}{', '.join(map(shown, strange))} has no "
-          f"counterpart in {place}; remove it, or add training images of it")
+    for name in sorted({name for _, name in test if names} - {*names, None}):
+        check(False, f"--data-dir {root}: {note[2:-1]}{shown(name)} has no counterpart in {place}; "
+              "remove it, or add training images of it")
     return data_from_files(args, device, root, train, test, names, note, skipped, statistics)
 
 
@@ -1822,26 +1805,26 @@ def list_images(root, skipped):
             skipped["link(s) to a folder that is read already"].append(folder)
             continue
         seen.add(real)
-        count = len(found) + len(folders) + len(links)
+        before = len(found + folders + links)
         for name in sorted(os.listdir(path)):
             file, kind = os.path.join(folder, name), os.path.splitext(name)[1].lower()
             full = os.path.join(root, file)
-            if name.startswith(".") or name.lower() in LEFTOVERS:
+            if LEFTOVERS.match(name) or name == "labels.csv":
                 continue
             if os.path.isdir(full):
                 (links if os.path.islink(full) else folders).append(file)
-            elif kind in IMAGE_KINDS:
-                (found if os.path.isfile(full) else skipped["not a regular file"]).append(file)
-            elif name != "labels.csv":
+            elif kind not in IMAGE_KINDS:
                 kind = shown(kind) or "no extension"
                 skipped[f"of a kind that is not read ({kind})"].append(file)
-        if len(found) + len(folders) + len(links) == count:
+            else:
+                (found if os.path.isfile(full) else skipped["not a regular file"]).append(file)
+        if len(found + folders + links) == before:
             skipped["folder(s) without images"].append(folder)
     return sorted(found)
 
 
 def find_splits(root, paths):
-    """{"train": its folder, "test": ..., "val": ...}, {"train": ""} if the folders are classes.
+    """{"train": its folder, "test": ..., "val": ...}, or {"train": ""} if the folders are classes.
 
     A folder called train is a split if those beside it are. Raises UserError if it is unclear."""
     tops = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
@@ -1851,30 +1834,29 @@ def find_splits(root, paths):
     kinds = set(like.values())
     if exact == tops and "train" in kinds and len(kinds) == len(tops):
         return {like[name]: name for name in tops}
-    flat = {path.split(os.sep)[0] for path in paths if path.count(os.sep) == 1}
-    a_class = kinds == {"train"} and len(exact) == 1 and exact[0] in flat
+    holds_images = {os.path.dirname(path) for path in paths}
+    a_class = kinds == {"train"} and len(exact) == 1 and exact[0] in holds_images
     check(a_class if exact else kinds <= {"train"} or "train" not in kinds,
           f"--data-dir {root}: {', '.join(map(shown, like))} may be training and test images, or "
-          "classes; if the former, leave only folders train, test and val there, if the latter, "
-          f"move all {len(tops)} folders into {os.path.join(root, 'train')}")
+          "classes; leave only train, test and val there, or move the folders of all classes into "
+          f"{os.path.join(root, 'train')}")
     return {"train": ""}
 
 
 def with_classes(root, folder, paths, skipped):
-    """[(path, its class or None)] of the images in root/folder: by labels.csv, or by folders.
-
-    Raises UserError if half of the images lie beside the folders."""
+    """[(path, its class or None)] of the images in root/folder: by labels.csv, or by folders."""
     base = os.path.join(folder, "")
     skipped["beside the splits"] = [path for path in paths if folder and os.sep not in path]
     mine = [path for path in paths if path.startswith(base)]
     for place in (folder, ""):
         if os.path.isfile(os.path.join(root, place, "labels.csv")):
-            table = read_labels(root, place, paths)
+            table = read_labels(root, place)
             skipped["not in labels.csv"] += [path for path in mine if path not in table]
             return [(path, table[path]) for path in mine if path in table]
-    beside = [path for path in mine if os.path.dirname(path) == folder]
-    inside = [path for path in mine if os.path.dirname(path) != folder]
-    inside = [(path, path[len(base):].split(os.sep)[0]) for path in inside]
+    inside, beside = [], []
+    for path in mine:
+        name, *rest = path[len(base):].split(os.sep)
+        inside.append((path, name)) if rest else beside.append(path)
     if beside and len({name for _, name in inside}) < 2:
         return [(path, None) for path in mine]
     check(len(beside) < max(1, len(inside)), f"--data-dir {root}: {len(beside)} images lie beside "
@@ -1883,28 +1865,24 @@ def with_classes(root, folder, paths, skipped):
     return inside
 
 
-def read_labels(root, folder, paths):
+def read_labels(root, folder):
     """{path: class} of root/folder/labels.csv. Raises UserError for a line that is wrong."""
-    source, paths, table = os.path.join(root, folder, "labels.csv"), set(paths), {}
+    source, table = os.path.join(root, folder, "labels.csv"), {}
     try:
         with open(source, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            header = reader.fieldnames or []
-            check(sorted(header) == ["file", "label"],
-                  f"{source}: the first line is {','.join(header)!r}; try file,label")
-            for row in reader:
-                where, name = f"{source}, line {reader.line_num}", row["file"]
-                label = (row["label"] or "").strip()
-                check(name and label and len(row) == 2,
-                      f'{where}: not a file and a label; try image.png,cat or "a,b.png",cat')
-                path = os.path.normpath(os.path.join(folder, name))
-                if path not in paths:  # written on Windows, perhaps
-                    path = os.path.normpath(os.path.join(folder, name.strip().replace("\\", "/")))
-                check(path not in table and os.path.exists(os.path.join(root, path)),
-                      f"{where}: {shown(name)} is not there, or in an earlier line; remove it")
-                table[path] = label
+            rows = [row for row in csv.reader(file, strict=True) if row]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{source} cannot be read ({error}); save it as UTF-8 text") from error
+    for i, row in enumerate(rows or [[""]]):
+        where = f"{source}, line {i + 1}: {','.join(row)!r}"
+        if i == 0:
+            check(row == ["file", "label"], f"{where} should be file,label")
+            continue
+        path = os.path.normpath(os.path.join(folder, row[0].strip().replace("\\", "/")))
+        check(len(row) == 2 and row[1].strip(), f"{where} is no file and label; try image.png,cat")
+        check(os.path.isfile(os.path.join(root, path)) and path not in table,
+              f"{where} names no file there, or one for the second time; remove the line")
+        table[path] = row[1].strip()
     return table
 
 
@@ -1929,13 +1907,10 @@ def data_from_files(args, device, root, train, test, class_names, note, skipped,
 
     Otherwise they are Files. Sets args.image_size if the flag was not given. Raises UserError if
     there are too few images."""
-    held_out, heads = class_names and not test and args.test_fraction, {}
-    train, test = (examine(root, images, heads, skipped) for images in (train, test))
-    if held_out:
+    if class_names and not test and args.test_fraction:
         train, test = hold_out(args, train)
         note = f" (held out: --test-fraction {args.test_fraction:g})"
-    kind, scale = find_scale(root, train, heads, statistics)
-    sides = sorted(heads[path][0] for path, _ in train) or [8]
+    sides, pixels = survey(root, train, statistics)
     median = sides[(len(sides) - 1) // 2]
     args.image_size = args.image_size or min(64, median)
     side = args.image_size if median <= args.image_size else math.ceil(args.image_size * 8 / 7)
@@ -1946,21 +1921,24 @@ def data_from_files(args, device, root, train, test, class_names, note, skipped,
     parts, number_of = [], {name: i for i, name in enumerate(class_names)}
     for images in (train, test):
         paths = [os.path.join(root, path) for path, _ in images]
-        pixels, bad = read_files(Files(paths, args.image_size, side, scale), stream, args)
-        skipped["unreadable"] += [images[i][0] for i in bad]
-        images[:] = [image for i, image in enumerate(images) if i not in bad]
+        files = Files(paths, args.image_size, side, pixels)
+        loaded, good = read_files(files, stream, args.num_workers, skipped)
+        images[:] = [images[i] for i in good]
         labels = [number_of[name] for _, name in images if name in number_of]
-        parts += [pixels if images else None, labels or None]
+        parts += [loaded if good else None, labels or None]
     for what in ("unreadable", "too large", "smaller than 8x8"):
         if skipped[what]:
-            names = ", ".join(shown(os.path.join(root, path)) for path in skipped[what][:3])
+            names = ", ".join(map(shown, sorted(skipped[what])[:3]))
             warn(f"skipped {len(skipped[what])} {what}: {names}")
     words = in_words(skipped)
     check(len(train) > 1, f"--data-dir {args.data_dir}: fewer than two images can be used; "
           f"skipped: {words}; try another --data-dir")
     data = Data(args, device, *parts, class_names)
+    crc = "\n".join(path for path, _ in train).replace(os.sep, "/")  # the same on every system
+    crc = zlib.crc32(crc.encode(errors="surrogateescape"))
+    kind, scale = pixels
     data.statistics.update(kind=kind, scale=scale)
-    data.fingerprint = f"{len(train)} files, {names_crc([path for path, _ in train])}"
+    data.fingerprint = f"{len(train)} files, {crc:08x}"
     data.test_note = note
     if sides[0] < sides[-1]:
         data.notes += f" (shorter sides {sides[0]} to {sides[-1]}, median {median})"
@@ -1971,32 +1949,6 @@ def data_from_files(args, device, root, train, test, class_names, note, skipped,
     return data
 
 
-def names_crc(names):
-    """A short fingerprint of a list of file names, the same on every system."""
-    text = "\n".join(names).replace(os.sep, "/")
-    return f"{zlib.crc32(text.encode(errors='surrogateescape')):08x}"
-
-
-def examine(root, images, heads, skipped):
-    """Those of the images whose header is fine: heads[path] = (shorter side, kind of pixels)."""
-    for path, _ in images:
-        try:
-            with Image.open(os.path.join(root, path)) as image:
-                head = min(image.size), kind_of(image)
-                if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a phone's photo
-                    skipped["file's further pages"].append(path)
-            if head[0] < 8:
-                skipped["smaller than 8x8"].append(path)
-            else:
-                heads[path] = head
-        except MemoryError:
-            raise
-        except Exception as error:  # decoders raise errors of all kinds
-            large = isinstance(error, Image.DecompressionBombError)
-            skipped["too large" if large else "unreadable"].append(path)
-    return [image for image in images if image[0] in heads]
-
-
 def kind_of(image):
     """The kind of pixels of a Pillow image that is not loaded yet."""
     decoder = str(image.tile[:1])  # colours of 16 bits have the mode RGB, too
@@ -2005,70 +1957,87 @@ def kind_of(image):
     return {"I": "32 bits", "F": "floats"}.get(image.mode, "8 bits")
 
 
-def find_scale(root, train, heads, statistics):
-    """(kind of pixels, None or the numbers that become 0 and 255): a run's, or else the 0.1 % and
-    99.9 % quantiles of at most 200 images. Raises UserError if there are several kinds."""
-    kinds, values, rng = collections.defaultdict(list), [], np.random.default_rng(0)
-    for path, (_, kind) in heads.items():
-        kinds[kind].append(path)
-    words = [f"{len(paths)} of {kind} ({shown(paths[0])})" for kind, paths in kinds.items()]
-    check(len(kinds) < 2, f"--data-dir {root} mixes images, {', '.join(words)}, which no one scale "
-          "suits; convert or remove the fewer")
-    kind = next(iter(kinds), "8 bits")
-    if kind == "8 bits" or (statistics and statistics["scale"]):
-        return kind, statistics and statistics["scale"]
+def survey(root, train, statistics):
+    """(shorter sides in order, (kind of pixels, None or the numbers that become 0 and 255)).
+
+    Of at most 200 images. The numbers are a run's, or else the 0.1 % and 99.9 % quantiles."""
+    sides, kind, scale, values, rng = [], "8 bits", None, [], np.random.default_rng(0)
     for path, _ in train[::-(-len(train) // 200)]:
-        with contextlib.suppress(OSError, ValueError):  # it is counted as unreadable later
-            x = deep_pixels(os.path.join(root, path))[..., :3]
-            values.append(rng.choice(x[np.isfinite(x)], 10_000))
-    for share in (0.001, 0):
-        low, high = np.quantile(values or [0, 1], (share, 1 - share)).tolist()
-        if low < high:
-            return kind, [low, high]
-    return kind, [low, low + 1]
+        with contextlib.suppress(Exception), Image.open(os.path.join(root, path)) as image:
+            sides += [min(image.size)] if min(image.size) >= 8 else []
+            kind = kind_of(image)
+            if kind != "8 bits":
+                x = deep_pixels(image.filename)[..., :3]
+                values.append(rng.choice(x[np.isfinite(x)], 10_000))
+    if values:
+        low, high = np.quantile(values, (0.001, 0.999)).tolist()
+        if low == high:
+            low, high = np.min(values).item(), np.max(values).item()
+        scale = [low, high if low < high else low + 1]
+    if statistics:
+        kind, scale = statistics["kind"], statistics["scale"]
+    return sorted(sides) or [8], (kind, scale)
 
 
 def deep_pixels(path):
     """The numbers of an image of more than 8 bits: float64 [H, W, channels]."""
     with Image.open(path) as image, Image.open(path) as swapped:
-        for i, tile in enumerate(swapped.tile):
-            raw, *rest = [tile.args] if isinstance(tile.args, str) else tile.args
-            raw = raw[:-1] + ("L" if raw[-1] == "B" else "B")
-            swapped.tile[i] = tile._replace(args=(raw, *rest) if rest else raw)
         ImageOps.exif_transpose(image, in_place=True)
         pixels = np.array(image, dtype=np.float64)
         if pixels.ndim == 2:
             return pixels[..., None]
-        # Of 16 bits Pillow gives the high byte, and with the bytes swapped the low one.
+        # Of colours Pillow gives the high byte, and with the bytes swapped the low one.
+        for i, tile in enumerate(swapped.tile):
+            raw, *rest = [tile.args] if isinstance(tile.args, str) else tile.args
+            raw = raw[:-1] + ("L" if raw[-1] == "B" else "B")
+            swapped.tile[i] = tile._replace(args=(raw, *rest) if rest else raw)
         ImageOps.exif_transpose(swapped, in_place=True)
         return 256 * pixels + np.array(swapped)
 
 
-def read_image(path, scale=None):
-    """An image of any kind as RGB uint8 [3, H, W], or None if it cannot be read.
+def to_8_bits(x, scale):
+    """Numbers [H, W, 1, 3 or 4 channels] -> uint8 [H, W, 3], transparent ones over white."""
+    low, high = scale
+    colours = 255 * ((x[..., :3] - low) / (high - low)).clip(0, 1)
+    if x.shape[2] == 4:
+        colours = 255 + (colours - 255) * x[..., 3:] / 65535
+    return np.rint(colours).astype(np.uint8).repeat(3 // colours.shape[2], 2)
 
-    Turned as its EXIF data say, transparent pixels over white. scale: see find_scale. Raises
-    UserError if a pixel is not finite."""
+
+def read_image(path, pixels=("8 bits", None), skipped=None):
+    """An image of any kind as RGB uint8 [3, H, W], turned as its EXIF data say, transparent pixels
+    over white; None if it cannot be used, and skipped[why] is given its path.
+
+    pixels: their kind and scale, see survey. Raises UserError if they are of another kind."""
+    skipped = collections.defaultdict(list) if skipped is None else skipped
     try:
         with Image.open(path) as image:
-            if kind_of(image) != "8 bits":
-                x, (low, high) = deep_pixels(path), scale
+            if min(image.size) < 8:
+                skipped["smaller than 8x8"].append(path)
+                return None
+            kind, (expected, scale) = kind_of(image), pixels
+            check(kind == expected, f"{shown(path)} has pixels of {kind}, and others or the run's "
+                  f"are of {expected}, which no one scale suits; convert it to {expected}")
+            several = getattr(image, "n_frames", 1) > 1 and image.format != "MPO"  # a phone's photo
+            if scale:
+                x = deep_pixels(path)
                 check(np.isfinite(x).all(), f"{shown(path)} has pixels that are not finite (NaN); "
                       "replace them or remove the file")
-                pixels = 255 * ((x[..., :3] - low) / (high - low)).clip(0, 1)
-                if x.shape[2] == 4:
-                    pixels = 255 + (pixels - 255) * x[..., 3:] / 65535
-                pixels = np.rint(pixels).astype(np.uint8).repeat(3 // pixels.shape[2], 2)
+                array = to_8_bits(x, scale)
             else:
                 ImageOps.exif_transpose(image, in_place=True)
                 if image.has_transparency_data:
                     white = Image.new("RGBA", image.size, "white")
                     image = Image.alpha_composite(white, image.convert("RGBA"))
-                pixels = np.array(image.convert("RGB"))
-            return torch.from_numpy(pixels).permute(2, 0, 1)
+                array = np.array(image.convert("RGB"))
+            if several:
+                skipped["file's further pages"].append(path)
+            return torch.from_numpy(array).permute(2, 0, 1)
     except (MemoryError, UserError):
         raise
-    except Exception:
+    except Exception as error:  # decoders raise errors of all kinds
+        large = isinstance(error, Image.DecompressionBombError)
+        skipped["too large" if large else "unreadable"].append(path)
         return None
 
 
@@ -2080,25 +2049,22 @@ def to_square(image, side):
     return functional.center_crop(image, side)
 
 
-def read_files(files, stream, args):
-    """(uint8 [N, 3, side, side], or with `stream` Files; the places of those that are unreadable).
+def read_files(files, stream, num_workers, skipped):
+    """The images that can be read, uint8 [N, 3, side, side] or with `stream` Files, and their rows.
 
-    Pillow lets other threads run while it decodes."""
+    In threads, since Pillow lets others run while it decodes."""
     def read(path):
-        image = read_image(path, files.scale)
+        image = read_image(path, files.pixels, skipped)
         return image if image is None or stream else to_square(image, files.side)
 
     images, good = torch.empty(0 if stream else len(files), 3, files.side, files.side).byte(), []
-    with multiprocessing.pool.ThreadPool(max(1, args.num_workers)) as pool:
+    with multiprocessing.pool.ThreadPool(max(1, num_workers)) as pool:
         for i, image in enumerate(pool.imap(read, files.paths, 16)):
             if image is not None and not stream:
                 images[len(good)] = image
             if image is not None:
                 good.append(i)
-    bad = set(range(len(files))) - set(good)
-    if stream:
-        return Files([files.paths[i] for i in good], files.size, files.side, files.scale), bad
-    return images[: len(good)], bad
+    return files[torch.tensor(good)] if stream else images[: len(good)], good
 
 
 def shown(text):
@@ -2130,13 +2096,16 @@ def found_in_words(data):
 class Files:
     """Images on the disk, decoded and cropped by loader processes."""
 
-    def __init__(self, paths, size, side, scale=None):
+    def __init__(self, paths, size, side, pixels=("8 bits", None)):
         """size: of a view; side: of the centre squares for measuring, as in memory; in pixels.
-        scale: of read_image."""
-        self.paths, self.size, self.side, self.scale = paths, size, side, scale
+        pixels: see read_image."""
+        self.paths, self.size, self.side, self.pixels = paths, size, side, pixels
 
     def __len__(self):
         return len(self.paths)
+
+    def __getitem__(self, index):
+        return Files([self.paths[i] for i in index.tolist()], self.size, self.side, self.pixels)
 
     def crops(self, batches, args, first_step, device):
         """For each row of `batches` [steps, n] a list of views, uint8 [n, 3, size, size].
@@ -2223,7 +2192,7 @@ def read_or_next(files, index):
     Raises UserError if the file has vanished or no file can be read."""
     for i in range(index, index + len(files)):
         path = files.paths[i % len(files)]
-        image = read_image(path, files.scale)
+        image = read_image(path, files.pixels)
         if image is not None:
             return image
         check(os.path.exists(path), f"{shown(path)} vanished; put it back and go on with --resume, "

@@ -238,8 +238,19 @@ def load_data(run, args, device):
     data = common.load_data(wanted, device, run.statistics)
     wanted.seed = args.seed  # only now: the run's seed drew the images that are held out
     if run.statistics:
-        match_classes(data, run.statistics["class_names"])
+        use_statistics(data, run.statistics)
     return data
+
+
+def use_statistics(data, statistics):
+    """Let data be seen with the statistics of a run. Raises UserError if they are of other pixels."""
+    kind, expected = data.statistics["kind"], statistics["kind"]
+    common.check(kind == expected, f"--data-dir {data.args.data_dir} has images of {kind}, and the "
+                 f"run was trained on {expected}; try images of {expected}")
+    for name in ("mean", "std"):
+        numbers = torch.tensor(statistics[name], dtype=torch.float32, device=data.device)
+        setattr(data, name, numbers.view(3, 1, 1))
+    match_classes(data, statistics["class_names"])
 
 
 def match_classes(data, names):
@@ -477,7 +488,8 @@ def evaluate(run, data, args):
     return {"run": run.path, "method": run.name, "step": run.step,
             "trained_on": run.args.dataset, "dataset": data.args.dataset,
             "training_images": len(data.labelled_train), "test_images": test_count(data),
-            "class_names": list(data.class_names), "labels_for_probe": len(rows), "precision": args.precision,
+            "class_names": list(data.class_names), "labels_for_probe": len(rows),
+            "precision": args.precision,
             "protocols": how, "features": results, "left_out": left_out}
 
 
