@@ -161,7 +161,8 @@ class Args:
     resume: bool = flag(False, "go on from the last checkpoint in the run folder, if there is one")
     eval_every: int = flag(1, "epochs between two measurements of kNN and collapse; 0: at the end",
                            least=0)
-    save_every: int = flag(0, "steps between two extra checkpoints inside an epoch; 0: none", least=0)
+    save_every: int = flag(0, "steps between two extra checkpoints inside an epoch; 0: none",
+                           least=0, example=100)
     log_every: int = flag(10, "steps between two looks at the loss, which wait for the device",
                           least=1)
 
@@ -1261,7 +1262,8 @@ def number(kind, least=None, most=None, above=None, below=None, example=None):
     def parse(text):
         with contextlib.suppress(ValueError, OverflowError, TypeError):
             value = kind(text)
-            exact = isinstance(text, str) or (value == text and not isinstance(text, bool))
+            exact = value == text and not isinstance(text, (bool, np.bool_))
+            exact = exact or isinstance(text, str)
             high = (most is None or value <= most) and (below is None or value < below)
             low = (least is None or value >= least) and (above is None or value > above)
             if exact and math.isfinite(value) and high and low:
@@ -1281,12 +1283,13 @@ def flags_of(kind):
     for name, value in vars(kind).items():
         if not name.startswith("_") and not callable(value) and name not in kind.__annotations__:
             raise TypeError(f"{kind.__name__}.{name} needs a type, as in `{name}: int = ...`")
-    flags = []
+    flags, hints = [], typing.get_type_hints(kind)  # not field.type, which may be text
     for field in dataclasses.fields(kind):
         above = [vars(base).get("__dataclass_fields__", {}).get(field.name) for base in kind.__mro__]
         metadata = next((f.metadata for f in above if f is not None and f.metadata), None)
         if metadata is not None:
-            types = typing.get_args(field.type) or (field.type,)  # int | None -> (int, NoneType)
+            type_ = hints[field.name]
+            types = typing.get_args(type_) or (type_,)  # int | None -> (int, NoneType)
             flags.append((field.name, types[0], field.default, metadata))
     return flags
 
@@ -1349,8 +1352,10 @@ def check_args(args):
         elif type_ is bool:
             check(isinstance(value, bool), f"{option}: {value!r} is not True or False; try True")
         else:
-            setattr(args, name, os.fspath(value))
-            check(words is None or value in words, f"{option}: {value!r} is not known; try {default}")
+            text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+            known = isinstance(text, str) and (words is None or text in words)
+            check(known, f"{option}: {value!r} is not known; try {default or 'a name'}")
+            setattr(args, name, str(text))  # numpy's text would not go into a checkpoint
     names = resnet_names()
     check(args.backbone == "tiny" or args.backbone in names,
           f"--backbone {args.backbone} is unknown; try tiny, {', '.join(names[:5])}")
@@ -1383,66 +1388,71 @@ def rules_of(args):
 
 def check_rules(args):
     """Raise UserError for the first rule that fails, with the nearest sizes that obey them all."""
-    broken = [text for holds, text in rules_of(args) if not holds]
+    rules = rules_of(args)
+    broken = [text for holds, text in rules if not holds]
     if broken:
-        sizes = [name for name, type_, *_ in flags_of(type(args)) if type_ is int]
-        named = [name for name in re.findall(r"--([a-z-]+)", " ".join(broken))]
-        named = list(dict.fromkeys(name.replace("-", "_") for name in named))
-        named = [name for name in named if name in sizes]
-        now = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in named)
-        raise UserError(f"{now}: {broken[0]}; try {proposal(args, sizes, named)}")
+        sizes = {name: default for name, type_, default, _ in flags_of(type(args)) if type_ is int}
+        names = mentioned(broken + [text for _, text in rules], sizes)
+        found = nearest_changes(args, names, sizes)
+        if found is None:  # more than two have to change: let it be all
+            others = copy.copy(args)
+            vars(others).update((name, sizes[name]) for name in names)
+            nearest = nearest_changes(others, names, sizes) or {}
+            found = {name: nearest.get(name, sizes[name]) for name in names}
+        now = as_flags({name: getattr(args, name) for name in mentioned(broken, sizes)})
+        raise UserError(f"{now}: {broken[0]}; try {as_flags(found)}")
 
 
-def proposal(args, sizes, named):
-    """The fewest and nearest changes of sizes with which every rule holds, as flags.
+def mentioned(texts, sizes):
+    """The flags among `sizes` that the texts mention, in their order."""
+    words = re.findall("--([a-z-]+)", " ".join(texts))
+    return [n for n in dict.fromkeys(word.replace("-", "_") for word in words) if n in sizes]
 
-    Flags with their default value are changed before others: the user asked for the others."""
-    texts = " ".join(text for _, text in rules_of(args))
-    names = named + [n for n in sizes if n not in named and f"--{n.replace('_', '-')} " in f"{texts} "]
-    mine = {name: default for name, _, default, _ in flags_of(type(args))}
-    names.sort(key=lambda name: getattr(args, name) != mine[name])
-    free = sum(getattr(args, name) == mine[name] for name in names)
-    for pool in (names[:free], names):
-        for count in (1, 2):
+
+def as_flags(sizes):
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in sizes.items())
+
+
+def nearest_changes(args, names, sizes):
+    """New values for at most two of the sizes `names` with which every rule holds, or None.
+
+    Sizes that are at their defaults, `sizes`, go first: the user asked for the others."""
+    free = [name for name in names if getattr(args, name) == sizes[name]]
+    columns = {name: candidates(args, name, names) for name in names}
+    for pool in (free, free + [name for name in names if name not in free]):
+        for count, length in ((0, 0), (1, None), (2, 40)):  # so that the search does not take long
             for chosen in itertools.combinations(pool, count):
-                found = nearest_that_fits(args, chosen, sizes)
-                if found:
-                    return " ".join(f"--{n.replace('_', '-')} {v}" for n, v in zip(chosen, found))
-    return "the sizes of a run without flags"
+                found = nearest_that_fits(args, chosen, [columns[n][:length] for n in chosen])
+                if found is not None:
+                    return dict(zip(chosen, found))
+    return None
 
 
-def nearest_that_fits(args, chosen, sizes):
-    """Values for the flags `chosen`, near the present ones, with which every rule holds, or None."""
-    flags = {name: (type_, default, metadata) for name, type_, default, metadata in flags_of(type(args))}
-    columns = []
-    for name in chosen:
-        parse, values = parser_of(name, *flags[name]), []
-        for value in candidates(args, name, sizes):
-            with contextlib.suppress(argparse.ArgumentTypeError):
-                values.append(parse(value))
-        columns.append(values[:400 if len(chosen) == 1 else 60])
-    trial, best = copy.copy(args), None
+def nearest_that_fits(args, chosen, columns):
+    """Of the values in columns, those for the flags `chosen` that are nearest to the present ones
+    and obey every rule, or None."""
+    trial, best = copy.copy(args), (math.inf, None)
     for values in itertools.product(*columns):
         distance = sum(abs(math.log(v / max(1, getattr(args, n)))) for n, v in zip(chosen, values))
-        if best is None or distance < best[0]:
-            for name, value in zip(chosen, values):
-                setattr(trial, name, value)
+        if distance < best[0]:
+            vars(trial).update(zip(chosen, values))
             if all(holds for holds, _ in rules_of(trial)):
                 best = distance, values
-    return best and best[1]
+    return best[1]
 
 
-def candidates(args, name, sizes):
+def candidates(args, name, names):
     """Whole numbers that may suit flag `name`, the nearest first: powers of two, and divisors and
-    multiples of the other sizes and of the number of processes."""
+    near multiples of the other sizes and of the number of processes."""
     now = max(1, getattr(args, name))
-    found = {2**k for k in range(21)}
-    for n in {world_size(), *(getattr(args, other) or 0 for other in sizes if other != name)} - {0}:
+    found = {2**k for k in range(31)}
+    for n in {world_size(), *(max(1, getattr(args, other)) for other in names if other != name)}:
         small = [d for d in range(1, min(math.isqrt(n), 10_000) + 1) if n % d == 0]
         found.update(small, (n // d for d in small))
-        quotient = now // n
-        found.update(n * q for q in range(max(1, quotient - 16), quotient + 17))
-    return sorted(found - {now}, key=lambda v: abs(math.log(v / now)))
+        found.update(n * q for q in range(max(1, now // n - 2), now // n + 4))
+    bounds = next(metadata for flag, *_, metadata in flags_of(type(args)) if flag == name)
+    fits = [v for v in found - {now} if bounds["least"] <= v <= (bounds["most"] or v)]
+    return sorted(fits, key=lambda v: abs(math.log(v / now)))
 
 
 # ==== Messages and errors ====

@@ -9,7 +9,7 @@
 bare passes, the second encoder's forward included. (b) step: augmentation, forward, loss, backward, optimizer, the watch for
 non-finite numbers. Both are timed in turn, `--repeats` times after a warm-up; the medians and their ratio are printed, and where
 the rest of the step goes: `loss` is the step's forward and backward with the outputs of all networks given (whitening, logits, queue),
-`heads` what then remains of forward and backward (MoCo's includes the update of its key encoder).
+`heads` what then remains of forward and backward (MoCo's includes the update of its target).
 Times are wall-clock milliseconds: run it on a machine that does nothing else.
 """
 
@@ -58,7 +58,7 @@ def only_the_loss(model, views, autocast):
     model = copy.copy(model)
     model._modules = {name: Given([v.detach().requires_grad_(v.requires_grad) for v in values]) for name, values in outputs.items()}
     model._buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in model._buffers.items()}
-    model.update_key_encoder = lambda: None  # MoCo
+    model.update_target = lambda: None  # MoCo
     return model
 
 
@@ -67,7 +67,7 @@ def measure(name, backbone, flags, repeats, with_loss=True):
     module = importlib.import_module(name)
     args = module.parse_args(["--backbone", backbone, *shlex.split(flags)])
     common.check(not args.compile, "--flags: --compile is not measured here; remove it")
-    device = common.set_up(args)
+    args, device = common.set_up(args)
     args.image_size = args.image_size or 32
     torch.manual_seed(0)
     images = torch.randint(0, 256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8, device=device)
@@ -80,7 +80,7 @@ def measure(name, backbone, flags, repeats, with_loss=True):
     autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    slow = getattr(model, "target_backbone", getattr(model, "key_backbone", None))
+    slow = getattr(model, "target_backbone", None)
     parts, loss_only = {}, None
 
     def clock(part, start):
@@ -96,10 +96,10 @@ def measure(name, backbone, flags, repeats, with_loss=True):
         views = common.Data.augment(data, images, step)
         now = clock("augment", now)
         with torch.autocast(**autocast):
-            h = [model.backbone(x) for x in views[: len(views) - (name == "moco" and not args.symmetric)]]  # MoCo's last view only answers
+            h = [model.backbone(x) for x in views[: len(views) - (name == "moco")]]  # MoCo's last view only answers
             if slow is not None:
                 with torch.no_grad():
-                    [slow(x) for x in (views if name == "byol" or getattr(args, "symmetric", False) else views[1:])]
+                    [slow(x) for x in (views if name == "byol" else views[1:])]
         torch.autograd.backward(h, [torch.ones_like(v) for v in h])
         clock("bare", now)
         optimizer.zero_grad(set_to_none=True)
@@ -113,7 +113,7 @@ def measure(name, backbone, flags, repeats, with_loss=True):
         loss.backward()
         now = clock("backward", now)
         optimizer.step()
-        if hasattr(model, "update_target"):
+        if name == "byol":
             model.update_target(0.5)
         now = clock("optimizer", now)
         common.Run.watch(watch, step, loss)

@@ -281,7 +281,8 @@ def test_a_module_with_a_constant_rate_has_groups_of_its_own():
 
 
 def test_lr_bias_is_lr_where_it_is_not_given():
-    assert cw_rgp.parse_args(["--lr", "0.7"]).lr_bias == 0.7 and cw_rgp.parse_args(["--lr", "0.7", "--lr-bias", "0.1"]).lr_bias == 0.1
+    rates = [common.set_up(cw_rgp.parse_args(["--lr", "0.7", *more]))[0].lr_bias for more in ([], ["--lr-bias", "0.1"])]
+    assert rates == [0.7, 0.1]
 
 
 def numpy_lars(w, gradients, lr, decay, excluded, momentum=0.9, trust=0.001):

@@ -25,12 +25,12 @@ SHARED = [
     ("--backbone resnet17", "--backbone resnet17", "try tiny"), ("--backbone Tiny", "--backbone Tiny", "try tiny"),
     ("--backbone vgg16", "--backbone vgg16", "try tiny"), ("--epochs 0", "--epochs", "try 10"), ("--epochs 1e3", "--epochs", "try 10"),
     ("--epochs -1", "--epochs", "try 10"), ("--batch-size 1", "--batch-size", "try 256"), ("--batch-size 32.5", "--batch-size", "try 256"),
-    ("--lr 0", "--lr", "try 3e-3"), ("--lr nan", "--lr", "try 3e-3"), ("--lr inf", "--lr", "try 3e-3"), ("--lr 0,1", "--lr", "try 3e-3"),
-    ("--lr-bias -1", "--lr-bias", "try 3e-3"), ("--lr-filters 0 --optimizer muon", "--lr-filters", "try 0.1"),
-    ("--lr-filters 0.1", "--lr-filters", "--optimizer muon"), ("--weight-decay=-1e-6", "--weight-decay", "try 1e-6"),
+    ("--lr 0", "--lr", "try 0.003"), ("--lr nan", "--lr", "try 0.003"), ("--lr inf", "--lr", "try 0.003"), ("--lr 0,1", "--lr", "try 0.003"),
+    ("--lr-bias -1", "--lr-bias", "try 0.003"), ("--lr-filters 0 --optimizer muon", "--lr-filters", "try 0.1"),
+    ("--lr-filters 0.1", "--lr-filters", "--optimizer muon"), ("--weight-decay=-1e-6", "--weight-decay", "try 1e-06"),
     ("--warmup -1", "--warmup", "try 500"),
     ("--warmup 2.5", "--warmup", "try 500"), ("--schedule linear", "--schedule", TRY), ("--optimizer adamw", "--optimizer", TRY),
-    ("--augment mocov2", "--augment", TRY), ("--proj-hidden 0", "--proj-hidden", "try 1024"), ("--proj-dim 1", "--proj-dim", "try 128"),
+    ("--augment mocov2", "--augment", TRY), ("--proj-hidden 0", "--proj-hidden", "try 512"), ("--proj-dim 1", "--proj-dim", "try 128"),
     ("--proj-layers 0", "--proj-layers", "try 2"), ("--proj-layers 9", "--proj-layers", "try 2"), ("--views 1", "--views", "try 2"),
     ("--views 17", "--views", "try 2"), ("--seed -1", "--seed", "try 0"), ("--seed 2147483648", "--seed", "try 0"),
     ("--seed zero", "--seed", "try 0"),
@@ -44,37 +44,30 @@ SHARED = [
 ]
 OF_METHOD = [
     ("simclr", "--temperature 0", "--temperature", "try 0.5"), ("simclr", "--temperature -0.5", "--temperature", "try 0.5"),
-    ("simclr", "--stop-gradient=yes", "--stop-gradient", HELP), ("simclr", "--momentum 0.9", "--momentum", HELP),
-    ("moco", "--queue-size 0", "--queue-size", "try 4096"), ("moco", "--queue-size 100", "--queue-size 100", "try --queue-size 96"),
-    ("moco", "--queue-size 16", "--queue-size 16", "try --queue-size 32"), ("moco", "--queue-size 4e3", "--queue-size", "try 4096"),
-    ("moco", "--symmetric --queue-size 96", "--queue-size 96", "try --queue-size 64"),
-    ("moco", "--views 4 --queue-size 128", "--queue-size 128", "try --queue-size 96"),
+    ("simclr", "--momentum 0.9", "--momentum", HELP),
+    ("moco", "--queue-size 0", "--queue-size", "try 4096"), ("moco", "--queue-size 4e3", "--queue-size", "try 4096"),
     ("moco", "--momentum 1.5", "--momentum", "try 0.99"), ("moco", "--momentum -0.1", "--momentum", "try 0.99"),
     ("moco", "--temperature 0", "--temperature", "try 0.1"), ("moco", "--bn-splits 0", "--bn-splits", "try 8"),
-    ("moco", "--bn-splits 3", "--bn-splits 3", "try --bn-splits 2"), ("moco", "--bn-splits 32", "--bn-splits 32", "try --bn-splits 16"),
+    ("moco", "--bn-splits 3", "--bn-splits 3", "try --bn-splits 4"), ("moco", "--bn-splits 32", "--bn-splits 32", "try --bn-splits 16"),
     ("byol", "--momentum 2", "--momentum", "try 0.99"), ("byol", "--predictor cubic", "--predictor", TRY),
-    ("byol", "--norm ln", "--norm", TRY),
-    ("byol", "--norm gn --proj-hidden 100", "--proj-hidden 100", "try --proj-hidden "), ("byol", "--queue-size 64", "--queue-size", HELP),
+    ("byol", "--queue-size 64", "--queue-size", HELP),
     ("simsiam", "--pred-hidden 0", "--pred-hidden", TRY), ("simsiam", "--predictor direct", "--predictor", TRY),
-    ("simsiam", "--predictor-lr 0.1", "--predictor-lr", TRY), ("simsiam", "--similarity l2", "--similarity", TRY),
-    ("simsiam", "--head-bn some", "--head-bn", TRY), ("simsiam", "--asymmetric 1", "1", HELP),
+    ("simsiam", "--no-stop-gradient=yes", "--no-stop-gradient", HELP), ("simsiam", "--predictor-lr 0.1", "--predictor-lr", HELP),
     ("barlow", "--lambd -1", "--lambd", "try 0.0051"), ("barlow", "--lambd 1e", "--lambd", "try 0.0051"),
-    ("barlow", "--standardize none", "--standardize", TRY),
     ("barlow", "--lambda 0.1", "--lambda", HELP),
     ("vicreg", "--inv -1", "--inv", "try 25"), ("vicreg", "--var much", "--var", "try 25"), ("vicreg", "--cov nan", "--cov", "try 1"),
-    ("vicreg", "--scaling official", "--scaling", TRY),
     ("wmse", "--whitening eigen", "--whitening", TRY), ("wmse", "--w-size 2", "--w-size", "try 128"),
     ("wmse", "--w-size 24", "--w-size 24", "try --w-size"),
-    ("wmse", "--w-size 3", "--w-size 3", "try --w-size"), ("wmse", "--proj-dim 16", "--w-size 16", "try --proj-dim 8 or --eps 1e-3"),
-    ("wmse", "--proj-dim 64 --w-size 32", "--proj-dim 64", "try --proj-dim 16 or --eps 1e-3"), ("wmse", "--w-iter 0", "--w-iter", "try 1"),
+    ("wmse", "--w-size 3", "--w-size 3", "try --w-size"), ("wmse", "--proj-dim 16", "--w-size 16", "--eps above 0; try --w-size 32"),
+    ("wmse", "--proj-dim 64 --w-size 32", "--proj-dim 64", "--eps above 0; try --proj-dim "), ("wmse", "--w-iter 0", "--w-iter", "try 1"),
     ("wmse", "--eps 1", "--eps", "try 0"), ("wmse", "--eps -0.1", "--eps", "try 0"),
     ("shuffled_dbn", "--groups -1", "--groups", "try 0"), ("shuffled_dbn", "--groups 5", "--groups 5", "try --groups 4"),
-    ("shuffled_dbn", "--groups 1", "--batch-size 32", "try --groups 2"), ("shuffled_dbn", "--groups 64", "--groups 64", "try --groups 32"),
-    ("cw_rgp", "--groups 0", "--groups", "try 1"), ("cw_rgp", "--groups 3", "--groups 3", "try --groups 2"),
+    ("shuffled_dbn", "--groups 1", "--batch-size 32", "try --proj-dim 31|try --groups 2"), ("shuffled_dbn", "--groups 64", "--groups 64", "try --groups 32"),
+    ("cw_rgp", "--groups 0", "--groups", "try 4"), ("cw_rgp", "--groups 3", "--groups 3", "try --groups 4"),
     ("cw_rgp", "--w-size 5", "--w-size 5", "try --w-size 4"),
-    ("cw_rgp", "--groups 8", "--w-size 16 is too large", "try --w-size 4 or --eps 1e-3"),
-    ("cw_rgp", "--groups 100", "--groups 100", "try --groups"), ("cw_rgp", "--permutation none", "--permutation", TRY),
-    ("cw_rgp", "--eps 1", "--eps", "try 0"), ("cw_rgp", "--detach-whitening=0", "--detach-whitening", HELP),
+    ("cw_rgp", "--groups 8", "--w-size 16 --proj-dim 64 --groups 8: --w-size must be at most", "--eps above 0; try --w-size 8"),
+    ("cw_rgp", "--groups 100", "--groups 100", "try --groups"),
+    ("cw_rgp", "--eps 1", "--eps", "try 0"),
 ]
 OF_EVAL = [
     ("", "RUN", HELP), ("no-such-run", "no-such-run", "try runs/"), ("run --features H,h", "--features", "try H,Z"),
@@ -120,7 +113,7 @@ def replaced(argv, flag, value):
 
 
 def refusals(script, argv, most):
-    """How often a command line is refused, when the first proposal of each message is followed; at most `most`."""
+    """How often a command line is refused, when each message's proposal is followed; at most `most`."""
     for count in range(most):
         try:
             importlib.import_module(script).parse_args(argv)
@@ -128,7 +121,8 @@ def refusals(script, argv, most):
         except common.UserError as error:
             proposed = proposals(f"error: {error}")
             assert proposed, f"{argv}: {error}"
-            argv = replaced(argv, *proposed[0])
+            for flag, value in proposed:
+                argv = replaced(argv, flag, value)
             print(f"error: {error}")
     return most
 
@@ -146,14 +140,16 @@ def test_bad_input(script, text, named, way_out, small_folder, tmp_path, monkeyp
     said = result.err.split("error: ", 1)[1]
     assert named in said and re.search(way_out, said), result.err
     assert not result.out and everything_below(tmp_path) == []
-    for proposed in proposals(result.err):
-        assert refusals(script, replaced(argv, *proposed), most=3) < 3, proposed  # a size has up to two other rules
+    for flag, value in (proposed := proposals(result.err)):
+        argv = replaced(argv, flag, value)
+    most = 1 if "; try --" in said else 3  # proposed sizes work together and at once; a value in its bounds may break a rule of sizes
+    assert not proposed or refusals(script, argv, most) < most, proposed
 
 
 def test_there_are_enough_cases_and_every_flag_has_one():
     """Flags without a value, and those that take any text, cannot be wrong by themselves."""
     assert len(CASES) >= 60
-    free = {"--out", "--stream", "--resume", "--compile", "--no-stop-gradient", "--one-way", "--no-shuffle", "--help", "--stop-gradient"}
+    free = {"--out", "--stream", "--resume", "--compile", "--no-stop-gradient", "--no-shuffle", "--help"}
     known = {flag for module in METHODS for flag in flags_of(module)}
     tried = {word.split("=")[0] for script, text, *_ in CASES if script != "eval" for word in text.split() if word.startswith("--")}
     assert known - tried - free == set()
@@ -194,8 +190,9 @@ def test_processes_that_do_not_divide_the_batch(small_folder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     argv = command_line("vicreg", "", small_folder)
     result = run_here("vicreg", argv)
-    assert is_one_line_error(result) and "--batch-size 32 is not a multiple of the 3 processes; try 30" in result.err
-    importlib.import_module("vicreg").parse_args([*argv, "--batch-size", "30"])
+    assert is_one_line_error(result) and "--batch-size 32: --batch-size must be a multiple of the 3 processes; try --batch-size 33" in result.err
+    for batch in ("30", "33"):
+        importlib.import_module("vicreg").parse_args([*argv, "--batch-size", batch])
 
 
 def test_more_than_the_memory_is_one_line(small_folder, tmp_path, monkeypatch):
@@ -210,17 +207,16 @@ SIZES = {
     "wmse": {"--batch-size": (3, 400), "--w-size": (3, 200), "--proj-dim": (2, 100)},
     "shuffled_dbn": {"--batch-size": (2, 400), "--proj-dim": (2, 600), "--groups": (0, 40)},
     "cw_rgp": {"--batch-size": (2, 400), "--proj-dim": (2, 600), "--groups": (1, 40), "--w-size": (2, 200)},
-    "byol": {"--proj-hidden": (1, 4000)},
 }
 
 
 @pytest.mark.parametrize("method", SIZES)
 def test_following_the_proposals_ends_in_an_accepted_command_line(method):
-    """200 random sets of sizes; each refusal proposes a value, and whoever follows soon has a command line that is accepted."""
+    """200 random sets of sizes; each refusal proposes values, and whoever follows has a command line that is accepted."""
     rng, refused = random.Random(method), 0
     for _ in range(200):
         argv = [word for flag, bounds in SIZES[method].items() for word in (flag, str(rng.randint(*bounds)))]
-        count = refusals(method, argv + ["--norm", "gn"] * (method == "byol"), most=5)
-        assert count < 5, argv
+        count = refusals(method, argv, most=2)
+        assert count < 2, argv
         refused += count > 0
-    assert refused > 20  # else the sizes above are no test
+    assert refused > 20, refused  # else the sizes above are no test

@@ -186,12 +186,11 @@ def every_step_under(monkeypatch, mode, bad_step=None):
 
 
 METHOD_VARIANTS = [(method,) for method in METHODS] + [
-    ("moco", "--symmetric", "--views", "3", "--queue-size", "96"), ("wmse", "--whitening", "zca"), ("wmse", "--whitening", "pca"),
+    ("moco", "--views", "3", "--queue-size", "50"), ("moco", "--queue-size", "7"), ("wmse", "--whitening", "zca"), ("wmse", "--whitening", "pca"),
     ("wmse", "--optimizer", "lars"),
     ("cw_rgp", "--optimizer", "muon"),
-    ("cw_rgp", "--permutation", "shared", "--eps", "0.1"), ("byol", "--predictor", "direct"),
-    ("byol", "--norm", "gn", "--proj-hidden", "64", "--optimizer", "sgd"),
-    ("simsiam", "--similarity", "softmax", "--augment", "byol"), ("simclr", "--augment", "simclr"), ("vicreg", "--precision", "bf16")]
+    ("cw_rgp", "--eps", "0.1"), ("byol", "--optimizer", "sgd"), ("byol", "--predictor", "none"),
+    ("shuffled_dbn", "--no-shuffle"), ("simsiam", "--no-stop-gradient", "--augment", "byol"), ("simclr", "--augment", "simclr"), ("vicreg", "--precision", "bf16")]
 
 
 @pytest.mark.parametrize("variant", METHOD_VARIANTS, ids=" ".join)

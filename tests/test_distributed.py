@@ -17,7 +17,7 @@ from torch import nn
 import common
 
 B, SIDE, STEPS = 24, 8, 3  # global batch, image side, optimizer steps
-# Constructor arguments that fit a batch of 24.
+# Sizes that fit a batch of 24.
 SIZES = {
     "simclr": dict(proj_hidden=16, proj_dim=8),
     "moco": dict(proj_hidden=16, proj_dim=8, queue_size=48, bn_splits=6, momentum=0.9),
@@ -31,10 +31,9 @@ SIZES = {
 }
 VARIANTS = {
     **{name: (name, {}) for name in METHODS},
-    "byol direct": ("byol", dict(predictor="direct")),
-    "moco symmetric": ("moco", dict(symmetric=True)),
     "moco plain bn": ("moco", dict(bn_splits=1)),
-    "barlow l2": ("barlow", dict(standardize="l2")),
+    "moco odd queue": ("moco", dict(queue_size=50)),
+    "moco short queue": ("moco", dict(queue_size=7)),
     "wmse zca": ("wmse", dict(whitening="zca")),
 }
 
@@ -51,7 +50,8 @@ def three_steps(variant):
     name, extra = VARIANTS[variant]
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    model = class_of(importlib.import_module(name))(backbone, 6, **{**SIZES[name], **extra}).double()
+    module = importlib.import_module(name)
+    model = class_of(module)(backbone, 6, module.Args(batch_size=B, **{**SIZES[name], **extra})).double()
     network = common.distribute(model, SimpleNamespace(compile=False))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
     n, r = B // common.world_size(), common.rank()
@@ -67,7 +67,7 @@ def three_steps(variant):
         if step == 0:
             gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
-        if hasattr(model, "update_target"):
+        if name == "byol":
             model.update_target(step / STEPS)
         losses.append(loss.item())
     return {"losses": torch.tensor(losses, dtype=torch.float64), "gradients": gradients, "state": dict(model.state_dict())}

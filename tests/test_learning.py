@@ -97,23 +97,20 @@ def test_training_moves_every_parameter_that_it_should(method, plain, small_fold
 
 # ---------------------------------------------------------------------------------------------- each switch
 CHANGE_THE_LOSS = [
-    "simclr --temperature 0.1", "moco --no-shuffle", "moco --bn-splits 1", "moco --temperature 0.2", "moco --proj-layers 2",
-    "byol --predictor linear", "byol --predictor direct", "byol --predictor none", "byol --norm gn",
-    "simsiam --predictor none", "simsiam --similarity softmax", "simsiam --asymmetric", "simsiam --head-bn none",
-    "simsiam --head-bn hidden", "simsiam --head-bn all", "simsiam --pred-hidden 8", "barlow --standardize l2", "barlow --lambd 0.5",
-    "vicreg --scaling paper", "vicreg --inv 1 --var 2 --cov 3", "vicreg --var 0", "vicreg --cov 0",
+    "simclr --temperature 0.1", "moco --bn-splits 1", "moco --temperature 0.2", "moco --proj-layers 2",
+    "byol --predictor none", "simsiam --predictor none", "simsiam --pred-hidden 8", "barlow --lambd 0.5",
+    "vicreg --inv 1 --var 2 --cov 3", "vicreg --var 0", "vicreg --cov 0",
     "wmse --whitening zca", "wmse --whitening pca",
     "wmse --whitening bn", "wmse --whitening none", "wmse --w-iter 2", "wmse --w-size 32", "wmse --eps 0.1", "wmse --views 4",
-    "shuffled_dbn --no-shuffle", "shuffled_dbn --groups 8", "shuffled_dbn --groups 0", "cw_rgp --permutation shared",
-    "cw_rgp --permutation fixed", "cw_rgp --groups 1", "cw_rgp --w-iter 3", "cw_rgp --eps 0.1", "cw_rgp --views 4",
+    "shuffled_dbn --no-shuffle", "shuffled_dbn --groups 8", "shuffled_dbn --groups 0",
+    "cw_rgp --groups 1", "cw_rgp --w-iter 3", "cw_rgp --eps 0.1", "cw_rgp --views 4",
 ]
 CHANGE_THE_STEP = [  # what the first step does, not what it starts from
-    "simclr --stop-gradient", "moco --momentum 0", "byol --momentum 0", "simsiam --no-stop-gradient", "simsiam --predictor fixed",
-    "wmse --one-way", "cw_rgp --detach-whitening",
+    "moco --momentum 0", "byol --momentum 0", "simsiam --no-stop-gradient",
     "simclr --optimizer sgd", "cw_rgp --optimizer muon", "moco --optimizer muon",
     "barlow --optimizer lars", "vicreg --lr-bias 0.1", "shuffled_dbn --weight-decay 0.1",
 ]
-RUN = ["moco --symmetric --queue-size 128", "moco --views 3 --queue-size 128", "simclr --views 3", "byol --views 3", "vicreg --views 3",
+RUN = ["moco --queue-size 100", "moco --queue-size 16", "moco --views 3 --queue-size 128", "moco --views 3 --queue-size 100", "simclr --views 3", "byol --views 3", "vicreg --views 3",
        "wmse --schedule step", "byol --schedule constant", "simclr --backbone resnet18 --image-size 8",
        "simclr --save-every 1 --batch-size 32"]
 
@@ -144,13 +141,12 @@ def test_switch_runs(line, small_folder, tmp_path):
     assert all(math.isfinite(loss) for loss in first_and_second_loss(switched(line, small_folder, tmp_path)))
 
 
-def test_simsiam_predictor_rate_decays_only_if_told(plain, small_folder, tmp_path):
+def test_simsiam_predictor_rate_does_not_decay(plain):
     """After two steps of a cosine the rate is half; the predictor's stays."""
-    two_steps("simsiam", small_folder, tmp_path / "run", "--predictor-lr", "decay")
     def rates(folder):
         groups = torch.load(folder / "last.pt", weights_only=True)["optimizer"]["param_groups"]
         return sorted({round(group["lr"] / group["peak_lr"], 6) for group in groups})
-    assert rates(plain("simsiam")[1]) == [0.5, 1.0] and rates(tmp_path / "run") == [0.5]
+    assert rates(plain("simsiam")[1]) == [0.5, 1.0] and rates(plain("byol")[1]) == [0.5]
 
 
 @pytest.mark.parametrize("recipe", sorted(common.RECIPES))

@@ -184,7 +184,7 @@ def test_patrickhua_nt_xent_broadcasts_2n_2n_d():
 def test_solo_learn_sums_positives_inside_the_log():
     """With three views solo-learn puts the sum over positives inside the log; the mean over pairs of views is meant."""
     views = [images(5, seed=s) for s in range(3)]
-    model = simclr.SimCLR(toy_backbone(), 6).double().train()
+    model = simclr.SimCLR(toy_backbone(), 6, simclr.Args()).double().train()
     model.projector = nn.Identity()
     pairs = [model([views[i], views[j]]).item() for i, j in ((0, 1), (0, 2), (1, 2))]
     z = F.normalize(torch.cat([model.backbone(v) for v in views]))
@@ -200,15 +200,11 @@ def test_solo_learn_sums_positives_inside_the_log():
 def toy_moco(queue_size=12):
     """A MoCo whose key network differs from its query network, at momentum one half."""
     torch.manual_seed(0)
-    model = moco.MoCo(toy_backbone(), 6, queue_size=queue_size, momentum=0.5, temperature=0.2).double().train()
+    model = moco.MoCo(toy_backbone(), 6, moco.Args(queue_size=queue_size, momentum=0.5, temperature=0.2)).double().train()
     with torch.no_grad():
-        for p in [*model.key_backbone.parameters(), *model.key_projector.parameters()]:
+        for p in target_parameters(model):
             p.add_(torch.tensor(0.3 * randn(*p.shape, seed=4)))
     return model
-
-
-def key_parameters(model):
-    return [*model.key_backbone.parameters(), *model.key_projector.parameters()]
 
 
 def query_parameters(model):
@@ -219,11 +215,11 @@ def moco_step(model, views):
     """One step by the book, on a copy: loss, keys, key network before any of it is applied to `model`."""
     book = copy.deepcopy(model)
     with torch.no_grad():
-        old_keys = F.normalize(book.key_projector(book.key_backbone(views[1])))
+        old_keys = F.normalize(book.target_projector(book.target_backbone(views[1])))
         q = F.normalize(book.projector(book.backbone(views[0])))
-        for k, p in zip(key_parameters(book), query_parameters(book)):
+        for k, p in zip(target_parameters(book), query_parameters(book)):
             k.lerp_(p, 0.5)
-        keys = F.normalize(book.key_projector(book.key_backbone(views[1])))
+        keys = F.normalize(book.target_projector(book.target_backbone(views[1])))
     return book, q, old_keys, keys
 
 
@@ -236,9 +232,9 @@ def test_moco_key_network_moves_before_it_encodes():
     assert abs(buggy - right) > 1e-3
     loss = model(views)
     assert same(loss.item(), right)
-    assert all(torch.allclose(a, b) for a, b in zip(key_parameters(model), key_parameters(book)))
+    assert all(torch.allclose(a, b) for a, b in zip(target_parameters(model), target_parameters(book)))
     loss.backward()
-    assert all(p.grad is None or not p.grad.any() for p in key_parameters(model))
+    assert all(p.grad is None or not p.grad.any() for p in target_parameters(model))
     assert all(p.grad is not None and p.grad.any() for p in query_parameters(model))
 
 
@@ -247,19 +243,17 @@ def test_moco_enqueues_after_the_logits():
     model, views = toy_moco(), [images(4), images(4, seed=1)]
     _, q, _, keys = moco_step(model, views)
     queue = model.queue.clone()
-    early = torch.cat([keys, queue[4:]])
+    early = torch.cat([queue[4:], keys])
     right = ref.info_nce(q, keys, queue, 0.2)
     assert abs(ref.info_nce(q, keys, early, 0.2) - right) > 1e-2
     assert same(model(views).item(), right)
-    changed = (model.queue != queue).any(1)
-    assert changed.sum() == 4 and torch.allclose(model.queue[changed], keys)   # then in, unit rows, in the images' order
+    assert torch.equal(model.queue[:8], queue[4:])                            # the four oldest have left
+    assert torch.allclose(model.queue[8:], keys)                             # then in, unit rows, in the images' order
     for _ in range(2):                                                       # first in, first out: three batches fill it
         before = model.queue.clone()
         model(views)
-        now = (model.queue != before).any(1)
-        assert now.sum() == 4 and not (now & changed).any()
-        changed |= now
-    assert changed.all() and not model.queue.requires_grad
+        assert torch.equal(model.queue[:8], before[4:]) and (model.queue[8:] != before[8:]).any(1).all()
+    assert not torch.cdist(model.queue, queue).eq(0).any() and torch.allclose(model.queue[:4], keys) and not model.queue.requires_grad
 
 
 def test_moco_rebinds_key_parameters():
@@ -269,39 +263,45 @@ def test_moco_rebinds_key_parameters():
     parameter.data = parameter.data * 0.9 + torch.zeros(3) * 0.1
     assert parameter.data_ptr() != address
     model = toy_moco()
-    addresses = [p.data_ptr() for p in key_parameters(model)]
-    before = [p.clone() for p in key_parameters(model)]
+    addresses = [p.data_ptr() for p in target_parameters(model)]
+    before = [p.clone() for p in target_parameters(model)]
     model([images(4), images(4, seed=1)])
-    assert addresses == [p.data_ptr() for p in key_parameters(model)]
-    assert all(not torch.equal(a, b) for a, b in zip(before, key_parameters(model)))
+    assert addresses == [p.data_ptr() for p in target_parameters(model)]
+    assert all(not torch.equal(a, b) for a, b in zip(before, target_parameters(model)))
 
 
 def test_moco_averages_batch_norm_buffers():
     """The EMA is over parameters; the key network's BN statistics come from its own forwards."""
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.BatchNorm1d(6)).double()
-    model = moco.MoCo(backbone, 6, queue_size=12, momentum=0.5, temperature=0.2).double().train()
+    model = moco.MoCo(backbone, 6, moco.Args(queue_size=12, momentum=0.5, temperature=0.2)).double().train()
     model.backbone[2].running_mean.fill_(1000.0)
     model([images(4), images(4, seed=1)])
     mixed = 0.5 * 900.0
-    assert model.key_backbone[2].running_mean.abs().max() < 100 < mixed
+    assert model.target_backbone[2].running_mean.abs().max() < 100 < mixed
 
 
 def test_moco_queue_without_unit_rows():
     """torch.randn(K, d) without normalising: the first negatives have logits of size sqrt(d) / T."""
     buggy = torch.randn(12, 128)
     assert (buggy.norm(dim=1) - 1).abs().max() > 1
-    queue = moco.MoCo(toy_backbone(), 6, queue_size=12).queue
+    queue = moco.MoCo(toy_backbone(), 6, moco.Args(queue_size=12)).queue
     assert queue.shape[0] == 12 and torch.allclose(queue.norm(dim=1), torch.ones(12, dtype=queue.dtype), atol=1e-5)
 
 
 def test_moco_queue_not_a_multiple_of_the_batch():
-    """K % batch != 0 (or a last partial batch) makes the pointer run over the end: say so, do not wrap or crash in a copy."""
+    """K % batch != 0 (or a last partial batch) makes the pointer run over the end. Ours has no pointer: the newest K keys in order."""
     queue, keys, pointer = torch.zeros(12, 2), torch.ones(5, 2), 10
     with pytest.raises(RuntimeError):
         queue[pointer:pointer + 5] = keys
-    with pytest.raises(SIZE_ERRORS, match="(?i)queue"):
-        toy_moco()([images(5), images(5, seed=1)])
+    for size, batches in ((12, (5, 5, 5)), (12, (5, 4, 7)), (3, (5, 5)), (5, (5, 2))):
+        model = toy_moco(size)
+        history = [model.queue.clone()]
+        for seed, n in enumerate(batches):
+            views = [images(n, seed=seed), images(n, seed=seed + 1)]
+            history.append(moco_step(model, views)[3])
+            model(views)
+            assert torch.allclose(model.queue, torch.cat(history)[-size:]) and len(model.queue) == size
 
 
 def test_moco_normalises_by_hand_only_one_side():
@@ -318,19 +318,22 @@ def test_moco_normalises_by_hand_only_one_side():
 def test_lightly_moco_example_borrows_simclr_temperature_and_byol_momentum():
     """lightly's example runs at the class default T = 0.5 and with BYOL's schedule 0.996 -> 1; MoCo: T <= 0.2, m constant."""
     assert abs(ref.byol_momentum(0.996, 0.5) - 0.996) > 1e-3
-    model = moco.MoCo(toy_backbone(), 6, queue_size=12).double().train()
-    assert model.temperature <= 0.2
-    momentum = model.momentum
+    model = moco.MoCo(toy_backbone(), 6, moco.Args(queue_size=12)).double().train()
+    assert model.args.temperature <= 0.2
+    momentum = model.args.momentum
+    with torch.no_grad():
+        for p in target_parameters(model):
+            p.add_(torch.tensor(randn(*p.shape, seed=4)))
     for _ in range(3):
-        model([images(4), images(4, seed=1)])
-    assert model.momentum == momentum
+        assert abs(momentum_used(model, lambda: model([images(4), images(4, seed=1)])) - momentum) < 1e-9
+    assert model.args.momentum == momentum
 
 
 # ---------------------------------------------------------------------------------------------- BYOL
-def toy_byol():
+def toy_byol(**options):
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.BatchNorm1d(6)).double()
-    model = byol.BYOL(backbone, 6).double().train()
+    model = byol.BYOL(backbone, 6, byol.Args(**options)).double().train()
     with torch.no_grad():
         for p in target_parameters(model):
             p.add_(torch.tensor(randn(*p.shape, seed=3)))
@@ -341,10 +344,10 @@ def target_parameters(model):
     return [*model.target_backbone.parameters(), *model.target_projector.parameters()]
 
 
-def momentum_used(model, progress):
-    """tau that update_target applied, read off the parameters: (new - online) / (old - online)."""
+def momentum_used(model, step):
+    """tau that `step`, or update_target at that progress, applied, read off the parameters: (new - online) / (old - online)."""
     old = [p.clone() for p in target_parameters(model)]
-    model.update_target(progress)
+    step() if callable(step) else model.update_target(step)
     tau = torch.cat([((new - p) / (o - p)).flatten()
                      for new, o, p in zip(target_parameters(model), old, query_parameters(model))]).detach()
     assert (tau - tau.median()).abs().max() < 1e-6, "all target parameters move by the same tau"
@@ -357,8 +360,10 @@ def test_htdt_cw_rgp_and_lightly_step_byol_momentum_per_epoch():
     per_step = [ref.byol_momentum(0.99, k / steps) for k in range(steps + 1)]
     buggy = [ref.byol_momentum(0.99, k // per_epoch * per_epoch / steps) for k in range(steps + 1)]
     assert max(abs(a - b) for a, b in zip(per_step, buggy)) > 1e-3
-    assert same([byol.momentum_at(0.99, k / steps) for k in range(steps + 1)], per_step, 1e-12)
-    assert same([byol.momentum_at(0.996, 0), byol.momentum_at(0.996, 1)], [0.996, 1], 1e-12)
+    model = toy_byol(momentum=0.99)
+    assert same([momentum_used(copy.deepcopy(model), k / steps) for k in range(steps + 1)], per_step, 1e-12)
+    model = toy_byol(momentum=0.996)
+    assert same([momentum_used(copy.deepcopy(model), 0), momentum_used(copy.deepcopy(model), 1)], [0.996, 1], 1e-12)
 
 
 def test_lucidrains_byol_momentum_is_constant():
@@ -395,7 +400,7 @@ def test_byol_target_is_updated_in_place_and_without_graph():
 def linear_byol():
     """Backbone, heads and target without batch statistics, all different."""
     torch.manual_seed(1)
-    model = byol.BYOL(toy_backbone(), 6).double().train()
+    model = byol.BYOL(toy_backbone(), 6, byol.Args()).double().train()
     model.projector, model.predictor, model.target_projector = [nn.Linear(6, 6).double() for _ in range(3)]
     model.target_projector.requires_grad_(False)
     return model
@@ -422,7 +427,7 @@ def test_lightly_byol_is_half_a_sum_of_negative_cosines():
 def test_patrickhua_simsiam_projector_ends_in_affine_bn():
     """Official: the projector's last BN has affine=False. PatrickHua leaves it on and sizes it by the hidden width."""
     assert nn.BatchNorm1d(8).affine
-    projector = leaves(simsiam.SimSiam(toy_backbone(), 6).projector)
+    projector = leaves(simsiam.SimSiam(toy_backbone(), 6, simsiam.Args()).projector)
     linear = [m for m in projector if isinstance(m, nn.Linear)][-1]
     assert isinstance(projector[-1], (nn.BatchNorm1d, nn.SyncBatchNorm)) and not projector[-1].affine
     assert projector[-1].num_features == linear.out_features
@@ -430,7 +435,7 @@ def test_patrickhua_simsiam_projector_ends_in_affine_bn():
 
 def test_simsiam_predictor_with_bn_on_its_output():
     """BN on the predictor's output makes training unstable: one BN, hidden, then a Linear with bias and nothing after."""
-    model = simsiam.SimSiam(toy_backbone(), 6)
+    model = simsiam.SimSiam(toy_backbone(), 6, simsiam.Args())
     predictor = leaves(model.predictor)
     assert isinstance(predictor[-1], nn.Linear) and predictor[-1].bias is not None
     assert sum(isinstance(m, (nn.BatchNorm1d, nn.SyncBatchNorm)) for m in predictor) == 1
@@ -440,7 +445,7 @@ def test_simsiam_predictor_with_bn_on_its_output():
 def test_simsiam_detaches_the_wrong_side():
     """Stop-gradient belongs on z. On p the predictor never learns; on neither the network collapses. The value is the same."""
     torch.manual_seed(2)
-    model, views = simsiam.SimSiam(toy_backbone(), 6).double().train(), [images(5), images(5, seed=1)]
+    model, views = simsiam.SimSiam(toy_backbone(), 6, simsiam.Args()).double().train(), [images(5), images(5, seed=1)]
     model.projector, model.predictor = nn.Linear(6, 6).double(), nn.Linear(6, 6).double()
 
     def gradients(on_p, on_z):
@@ -505,7 +510,7 @@ def test_cw_rgp_repo_barlow_has_learnable_bn():
     scale, shift = torch.tensor([1000.0, 2000.0, 3000.0]).double(), torch.tensor([5.0, -70.0, 0.0]).double()
     a, b = barlow_pair(1000 * z1, 1000 * z2).item(), barlow_pair(scale * z1 + shift, scale * z2 + shift).item()
     assert same(a, b, 1e-8)
-    model = barlow.BarlowTwins(toy_backbone(), 6)
+    model = barlow.BarlowTwins(toy_backbone(), 6, barlow.Args())
     assert all(name.split(".")[0] in ("backbone", "projector") for name, _ in model.named_parameters())
     assert isinstance(leaves(model.projector)[-1], nn.Linear)
 
@@ -670,7 +675,7 @@ def test_wmse_draws_a_partition_per_view():
 def test_lightly_wmse_could_not_be_constructed():
     """lightly's class called a removed torch function for two years while its tests skipped themselves."""
     torch.manual_seed(0)
-    model = wmse.WMSE(toy_backbone(32), 32).double().train()
+    model = wmse.WMSE(toy_backbone(32), 32, wmse.Args()).double().train()
     loss = model([images(256), images(256) + 0.3 * images(256, seed=1)])
     loss.backward()
     assert torch.isfinite(loss) and 0 < loss.item() < 4
