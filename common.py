@@ -14,49 +14,49 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #
 #    116  Args               the flags that all nine methods share
 #    106  flag               a field of Args: default, help, bounds
-#   1486  main               run train(); print an expected error as one line
-#   1308  parse_args         Args from the command line
-#    196  set_up             device, precision, other processes
-#    231  load_data          read or draw the data set: Data
-#    473  build_backbone     the network whose output is H
-#    517  build_optimizer    Adam, SGD, LARS or Muon
-#    556  Run                the run's folder, checkpoints, log and checks
-#    813  distribute         the model for several processes, or compiled
-#    574  Run.resume         the step to start from, usually 0
-#    298  Data.batches       the batches of an epoch, uint8
-#    829  step_seed          the seed of a step's random draws
-#    313  Data.augment       the random views of a batch
-#    835  learning_rate      the schedule's factor at a step
-#    587  Run.guard          a failed decomposition becomes a clear error
-#    823  gather             embeddings of all processes, with gradient
-#   1607  mean_over_ranks    the mean of a tensor over the processes (BYOL)
-#    186  world_size         the number of processes (MoCo)
-#    191  rank               this process's number among them (MoCo)
-#    592  Run.watch          note whether loss and gradients are finite
-#    597  Run.progress       stop if they were not; show the status line
-#    607  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    615  Run.mean_loss      the mean loss of the epoch
-#   1108  extract            H of a set of images
-#   1129  project            Z of H
-#   1166  collapse_metrics   how much of its space a set of embeddings fills
-#   1140  knn_accuracy       accuracy of a vote among the nearest training images
-#    624  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    663  Run.save_backbone  write backbone.pt
-#    671  Run.close          print the scores
+#   1496  main               run train(); print an expected error as one line
+#   1311  parse_args         Args from the command line
+#    197  set_up             device, precision, other processes
+#    232  load_data          read or draw the data set: Data
+#    474  build_backbone     the network whose output is H
+#    518  build_optimizer    Adam, SGD, LARS or Muon
+#    557  Run                the run's folder, checkpoints, log and checks
+#    814  distribute         the model for several processes, or compiled
+#    575  Run.resume         the step to start from, usually 0
+#    299  Data.batches       the batches of an epoch, uint8
+#    830  step_seed          the seed of a step's random draws
+#    314  Data.augment       the random views of a batch
+#    836  learning_rate      the schedule's factor at a step
+#    588  Run.guard          a failed decomposition becomes a clear error
+#    824  gather             embeddings of all processes, with gradient
+#   1617  mean_over_ranks    the mean of a tensor over the processes (BYOL)
+#    187  world_size         the number of processes (MoCo)
+#    192  rank               this process's number among them (MoCo)
+#    593  Run.watch          note whether loss and gradients are finite
+#    598  Run.progress       stop if they were not; show the status line
+#    608  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    616  Run.mean_loss      the mean loss of the epoch
+#   1109  extract            H of a set of images
+#   1130  project            Z of H
+#   1167  collapse_metrics   how much of its space a set of embeddings fills
+#   1141  knn_accuracy       accuracy of a vote among the nearest training images
+#    625  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    664  Run.save_backbone  write backbone.pt
+#    672  Run.close          print the scores
 #
 # Part II:
 #
-#   1239  Command line: flags from Args, checks, and sizes to propose
-#   1448  Messages and errors
-#   1543  Several processes
-#   1669  Data sets by name
-#   1758  Folders of images
-#   2093  Streaming
-#   2204  Recipes of augmentation
-#   2277  ResNets, LARS, Muon
-#   2405  Run folder and signals
-#   2515  Resume
-#   2618  Files of a run
+#   1240  Command line: flags from Args, checks, and sizes to propose
+#   1458  Messages and errors
+#   1553  Several processes
+#   1679  Data sets by name
+#   1768  Folders of images
+#   2103  Streaming
+#   2214  Recipes of augmentation
+#   2287  ResNets, LARS, Muon
+#   2415  Run folder and signals
+#   2525  Resume
+#   2628  Files of a run
 
 import argparse
 import collections
