@@ -51,12 +51,12 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #   1553  Several processes
 #   1679  Data sets by name
 #   1768  Folders of images
-#   2103  Streaming
-#   2214  Recipes of augmentation
-#   2287  ResNets, LARS, Muon
-#   2415  Run folder and signals
-#   2525  Resume
-#   2628  Files of a run
+#   2105  Streaming
+#   2216  Recipes of augmentation
+#   2289  ResNets, LARS, Muon
+#   2417  Run folder and signals
+#   2527  Resume
+#   2630  Files of a run
 
 import argparse
 import collections
@@ -1810,25 +1810,24 @@ def list_images(root, skipped):
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
         path = os.path.join(root, folder)
-        real = os.path.realpath(path)
-        if real in seen or (folder and os.path.realpath(root).startswith(os.path.join(real, ""))):
+        real = os.path.join(os.path.realpath(path), "")
+        if real in seen or (folder and os.path.realpath(root).startswith(real)):
             skipped["link(s) to a folder that is read already"].append(folder)
             continue
         seen.add(real)
-        before = len(found + folders + links)
-        for name in sorted(os.listdir(path)):
-            file, kind = os.path.join(folder, name), os.path.splitext(name)[1].lower()
-            full = os.path.join(root, file)
-            if LEFTOVERS.match(name) or name == "labels.csv":
-                continue
-            if os.path.isdir(full):
-                (links if os.path.islink(full) else folders).append(file)
-            elif kind not in IMAGE_KINDS:
-                kind = shown(kind) or "no extension"
-                skipped[f"of a kind that is not read ({kind})"].append(file)
-            else:
-                (found if os.path.isfile(full) else skipped["not a regular file"]).append(file)
-        if len(found + folders + links) == before:
+        _, inside, names = next(os.walk(path), ("", (), ()))  # nothing if it may not be opened
+        for name in inside:
+            if not LEFTOVERS.match(name):
+                is_link = os.path.islink(os.path.join(path, name))
+                (links if is_link else folders).append(os.path.join(folder, name))
+        kinds = {name: os.path.splitext(name)[1].lower() for name in names}
+        for name in sorted(name for name in names if not LEFTOVERS.match(name)):
+            why = f"of a kind that is not read ({shown(kinds[name]) or 'no extension'})"
+            if kinds[name] in IMAGE_KINDS:
+                is_file = os.path.isfile(os.path.join(path, name))
+                why = "" if is_file else "not a regular file"
+            (skipped[why] if why else found).append(os.path.join(folder, name))
+        if not inside and not set(kinds.values()) & set(IMAGE_KINDS):
             skipped["folder(s) without images"].append(folder)
     return sorted(found)
 
@@ -1848,7 +1847,7 @@ def find_splits(root, paths):
     a_class = kinds == {"train"} and len(exact) == 1 and exact[0] in holds_images
     check(a_class if exact else kinds <= {"train"} or "train" not in kinds,
           f"--data-dir {root}: {', '.join(map(shown, like))} may be training and test images, or "
-          "classes; leave only train, test and val there, or move the folders of all classes into "
+          "classes; leave only train, test and val there, or move all classes into "
           f"{os.path.join(root, 'train')}")
     return {"train": ""}
 
@@ -1861,6 +1860,7 @@ def with_classes(root, folder, paths, skipped):
     for place in (folder, ""):
         if os.path.isfile(os.path.join(root, place, "labels.csv")):
             table = read_labels(root, place)
+            skipped["of a kind that is not read (.csv)"].remove(os.path.join(place, "labels.csv"))
             skipped["not in labels.csv"] += [path for path in mine if path not in table]
             return [(path, table[path]) for path in mine if path in table]
     inside, beside = [], []
@@ -1880,19 +1880,19 @@ def read_labels(root, folder):
     source, table = os.path.join(root, folder, "labels.csv"), {}
     try:
         with open(source, encoding="utf-8-sig", newline="") as file:
-            rows = [row for row in csv.reader(file, strict=True) if row]
+            rows = list(csv.reader(file, strict=True)) or [[]]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{source} cannot be read ({error}); save it as UTF-8 text") from error
-    for i, row in enumerate(rows or [[""]]):
-        where = f"{source}, line {i + 1}: {','.join(row)!r}"
-        if i == 0:
-            check(row == ["file", "label"], f"{where} should be file,label")
-            continue
-        path = os.path.normpath(os.path.join(folder, row[0].strip().replace("\\", "/")))
-        check(len(row) == 2 and row[1].strip(), f"{where} is no file and label; try image.png,cat")
-        check(os.path.isfile(os.path.join(root, path)) and path not in table,
-              f"{where} names no file there, or one for the second time; remove the line")
-        table[path] = row[1].strip()
+    first = ",".join(rows[0])
+    check(first == "file,label", f"{source}: the first line is {first!r} and should be file,label")
+    for number_, row in enumerate(rows[1:], 2):
+        if row:
+            where = f"{source}, line {number_}: {','.join(row)!r}"
+            check(len(row) == 2 and row[1].strip(), f"{where} is not like image.png,cat")
+            path = os.path.normpath(os.path.join(folder, row[0].strip().replace("\\", "/")))
+            check(os.path.isfile(os.path.join(root, path)) and path not in table,
+                  f"{where} names no file there, or one for the second time; remove the line")
+            table[path] = row[1].strip()
     return table
 
 
@@ -1937,8 +1937,8 @@ def data_from_files(args, device, root, train, test, class_names, note, skipped,
         labels = [number_of[name] for _, name in images if name in number_of]
         parts += [loaded if good else None, labels or None]
     for what in ("unreadable", "too large", "smaller than 8x8"):
-        if skipped[what]:
-            names = ", ".join(map(shown, sorted(skipped[what])[:3]))
+        names = ", ".join(map(shown, sorted(skipped[what])[:3]))
+        if names:
             warn(f"skipped {len(skipped[what])} {what}: {names}")
     words = in_words(skipped)
     check(len(train) > 1, f"--data-dir {args.data_dir}: fewer than two images can be used; "
@@ -1971,16 +1971,17 @@ def survey(root, train, statistics):
     """(shorter sides in order, (kind of pixels, None or the numbers that become 0 and 255)).
 
     Of at most 200 images. The numbers are a run's, or else the 0.1 % and 99.9 % quantiles."""
-    sides, kind, scale, values, rng = [], "8 bits", None, [], np.random.default_rng(0)
+    sides, kinds, values, rng = [], [], [], np.random.default_rng(0)
     for path, _ in train[::-(-len(train) // 200)]:
         with contextlib.suppress(Exception), Image.open(os.path.join(root, path)) as image:
+            kinds.append(kind_of(image))
             sides += [min(image.size)] if min(image.size) >= 8 else []
-            kind = kind_of(image)
-            if kind != "8 bits":
+            if kinds[-1] != "8 bits":
                 x = deep_pixels(image.filename)[..., :3]
                 values.append(rng.choice(x[np.isfinite(x)], 10_000))
-    if values:
-        low, high = np.quantile(values, (0.001, 0.999)).tolist()
+    kind, scale = max(kinds or ["8 bits"], key=kinds.count), None
+    if kind != "8 bits":
+        low, high = np.quantile(values or [0, 1], (0.001, 0.999)).tolist()
         if low == high:
             low, high = np.min(values).item(), np.max(values).item()
         scale = [low, high if low < high else low + 1]
@@ -2067,7 +2068,8 @@ def read_files(files, stream, num_workers, skipped):
         image = read_image(path, files.pixels, skipped)
         return image if image is None or stream else to_square(image, files.side)
 
-    images, good = torch.empty(0 if stream else len(files), 3, files.side, files.side).byte(), []
+    count, good = 0 if stream else len(files), []
+    images = torch.empty(count, 3, files.side, files.side, dtype=torch.uint8)
     with multiprocessing.pool.ThreadPool(max(1, num_workers)) as pool:
         for i, image in enumerate(pool.imap(read, files.paths, 16)):
             if image is not None and not stream:
