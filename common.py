@@ -14,8 +14,8 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #
 #    116  Args               the flags that all nine methods share
 #    106  flag               a field of Args: default, help, bounds
-#   1496  main               run train(); print an expected error as one line
-#   1311  parse_args         Args from the command line
+#   1499  main               run train(); print an expected error as one line
+#   1312  parse_args         Args from the command line
 #    197  set_up             device, precision, other processes
 #    232  load_data          read or draw the data set: Data
 #    474  build_backbone     the network whose output is H
@@ -29,7 +29,7 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #    836  learning_rate      the schedule's factor at a step
 #    588  Run.guard          a failed decomposition becomes a clear error
 #    824  gather             embeddings of all processes, with gradient
-#   1617  mean_over_ranks    the mean of a tensor over the processes (BYOL)
+#   1620  mean_over_ranks    the mean of a tensor over the processes (BYOL)
 #    187  world_size         the number of processes (MoCo)
 #    192  rank               this process's number among them (MoCo)
 #    593  Run.watch          note whether loss and gradients are finite
@@ -47,16 +47,16 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 # Part II:
 #
 #   1240  Command line: flags from Args, checks, and sizes to propose
-#   1458  Messages and errors
-#   1553  Several processes
-#   1679  Data sets by name
-#   1768  Folders of images
-#   2105  Streaming
-#   2216  Recipes of augmentation
-#   2289  ResNets, LARS, Muon
-#   2417  Run folder and signals
-#   2527  Resume
-#   2630  Files of a run
+#   1461  Messages and errors
+#   1556  Several processes
+#   1682  Data sets by name
+#   1771  Folders of images
+#   2107  Streaming
+#   2218  Recipes of augmentation
+#   2291  ResNets, LARS, Muon
+#   2419  Run folder and signals
+#   2530  Resume
+#   2633  Files of a run
 
 import argparse
 import collections
@@ -106,7 +106,7 @@ DATASETS = ("patterns", "cifar10", "cifar100", "stl10", "tinyimagenet", "folder"
 def flag(default, help, least=None, most=None, above=None, below=None, choices=None, example=None):
     """A field of Args with a help text and bounds; `above` and `below` are exclusive.
 
-    choices: the allowed words, in one string. example: a value for messages that say what to try."""
+    choices: the allowed words, in one string. example: the value that a message tells to try."""
     metadata = {"help": help, "least": least, "most": most, "above": above, "below": below}
     metadata.update(choices=choices and choices.split(), example=example)
     return dataclasses.field(default=default, metadata=metadata)
@@ -142,7 +142,7 @@ class Args:
     batch_size: int = flag(256, "images in a step, in all processes together", least=2)
     optimizer: str = flag("adam", "sgd and lars have momentum 0.9; muon is Muon for the filters of "
                           "convolutions and Adam for the rest", choices="adam sgd lars muon")
-    lr: float = flag(3e-3, "peak learning rate, not scaled by the batch size", above=0, example=3e-3)
+    lr: float = flag(3e-3, "peak learning rate, not scaled by the batch size", above=0)
     lr_bias: float | None = flag(None, "peak learning rate of biases and norm layers "
                                  "(default: --lr)", above=0, example=3e-3)
     lr_filters: float | None = flag(None, "peak learning rate of the filters of convolutions with "
@@ -1285,7 +1285,8 @@ def flags_of(kind):
             raise TypeError(f"{kind.__name__}.{name} needs a type, as in `{name}: int = ...`")
     flags, hints = [], typing.get_type_hints(kind)  # not field.type, which may be text
     for field in dataclasses.fields(kind):
-        above = [vars(base).get("__dataclass_fields__", {}).get(field.name) for base in kind.__mro__]
+        bases = [vars(base).get("__dataclass_fields__", {}) for base in kind.__mro__]
+        above = [fields.get(field.name) for fields in bases]
         metadata = next((f.metadata for f in above if f is not None and f.metadata), None)
         if metadata is not None:
             type_ = hints[field.name]
@@ -1314,8 +1315,9 @@ def parse_args(kind, argv=None, description=None):
     description: the method's docstring, whose first line heads --help."""
     flags = flags_of(kind)
     method = kind.method
-    first_line = (description or f"{method}.").strip().splitlines()[0]  # python -OO has no docstrings
-    parser = OneLineParser(prog=f"{method}.py", description=first_line, allow_abbrev=False)
+    first_line = (description or f"{method}.").strip().splitlines()[0]  # python -OO: no docstring
+    name = f"experiments.py {method}/{kind.experiment}" if kind.experiment else f"{method}.py"
+    parser = OneLineParser(prog=name, description=first_line, allow_abbrev=False)
     shared = {name for name, *_ in flags_of(Args)}
     groups = {"": parser.add_argument_group(f"{method}'s own")}
     current = None
@@ -1410,6 +1412,7 @@ def mentioned(texts, sizes):
 
 
 def as_flags(sizes):
+    """{"w_size": 64} -> "--w-size 64"."""
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in sizes.items())
 
 
@@ -1860,7 +1863,6 @@ def with_classes(root, folder, paths, skipped):
     for place in (folder, ""):
         if os.path.isfile(os.path.join(root, place, "labels.csv")):
             table = read_labels(root, place)
-            skipped["of a kind that is not read (.csv)"].remove(os.path.join(place, "labels.csv"))
             skipped["not in labels.csv"] += [path for path in mine if path not in table]
             return [(path, table[path]) for path in mine if path in table]
     inside, beside = [], []
@@ -2469,15 +2471,16 @@ def open_folder(args):
 
 
 def run_name(args):
-    """The method of a dict of args, with the experiment if there is one: "byol-group-norm"."""
-    return "-".join(filter(None, (args["method"], args["experiment"])))
+    """The method in a dict of args, and the experiment if there is one: "byol/group-norm"."""
+    return "/".join(filter(None, (args["method"], args["experiment"])))
 
 
 def choose_folder(args):
     """--out, or runs/<method>-<dataset>-s<seed>, with -2, -3, ... if that holds a run.
 
     With --resume: the newest that holds a run. Without: raises UserError if --out holds one."""
-    base = args.out or os.path.join("runs", f"{run_name(vars(args))}-{args.dataset}-s{args.seed}")
+    name = run_name(vars(args)).replace("/", "-")
+    base = args.out or os.path.join("runs", f"{name}-{args.dataset}-s{args.seed}")
     candidates = [base]
     if not args.out:
         candidates += [f"{base}-{i}" for i in range(2, 1000)]

@@ -69,7 +69,7 @@ class Args(common.Args):
     def rules(self):
         whole = self.batch_size % self.bn_splits == 0 and self.batch_size > self.bn_splits
         whole &= self.bn_splits == 1 or self.bn_splits % common.world_size() == 0
-        yield whole, "--bn-splits must divide --batch-size, evenly in each process"
+        yield whole, "--bn-splits must cut --batch-size in equal parts of 2 or more, on each rank"
 
 
 def parse_args(argv=None):
@@ -122,6 +122,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         mean, variance = common.mean_over_ranks(running.mean(0))
         self.running_mean.copy_(mean)
         self.running_var.copy_(variance)
+        self.num_batches_tracked += 1
         return torch.cat(out)
 
 

@@ -89,7 +89,7 @@ def run_here(method, argv):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
-            common.main(module.train if method != "eval" else module.run, lambda: module.parse_args(list(map(str, argv))))
+            common.main(module.train if hasattr(module, "train") else module.run, lambda: module.parse_args(list(map(str, argv))))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

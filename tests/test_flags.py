@@ -24,6 +24,7 @@ RECIPES = " ".join(sorted(common.RECIPES))
 SHARED = {
     "dataset": (str, "patterns", "patterns cifar10 cifar100 stl10 tinyimagenet folder"),
     "data_dir": (str, "data", ""),
+    "test_fraction": (float, 0.2, "[0, 1)"),
     "image_size": (int, None, "[8, 1024]"),
     "augment": (str, "w-mse", RECIPES),
     "views": (int, 2, "[2, 16]"),
@@ -285,7 +286,7 @@ def test_help_without_docstrings(tmp_path):
     done = subprocess.run([sys.executable, "-OO", str(ROOT / "methods" / "byol.py"), "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr and "--momentum" in done.stdout and "(default: 0.001)" in done.stdout
     shown = run_script(ROOT / "methods" / "byol.py", "--help", cwd=tmp_path)
-    assert "BYOL: predict the embedding" in shown.out
+    assert "BYOL (Grill et al., NeurIPS 2020)" in shown.out
 
 
 # ---- sizes that a message proposes ---------------------------------------------------------------

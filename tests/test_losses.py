@@ -982,7 +982,7 @@ def test_simsiam_norms_of_the_heads():
     assert widths == [(6, 16), (16, 4), (4, 5), (5, 4)]
 
 
-def test_simsiam_predictor_variants():
+def test_simsiam_without_a_predictor():
     assert not list(make(simsiam.SimSiam, predictor="none").predictor.parameters())
     assert all(p.requires_grad for p in make(simsiam.SimSiam).parameters())
 
