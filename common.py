@@ -51,12 +51,12 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #   1556  Several processes
 #   1682  Data sets by name
 #   1771  Folders of images
-#   2107  Streaming
-#   2218  Recipes of augmentation
-#   2291  ResNets, LARS, Muon
-#   2419  Run folder and signals
-#   2530  Resume
-#   2633  Files of a run
+#   2106  Streaming
+#   2217  Recipes of augmentation
+#   2290  ResNets, LARS, Muon
+#   2418  Run folder and signals
+#   2529  Resume
+#   2632  Files of a run
 
 import argparse
 import collections
@@ -259,8 +259,8 @@ class Data:
     size             side of a view in pixels
     must_be_cropped  True if images in memory have another size
     mean, std        of the colours in 0 ... 1, float32 [3, 1, 1] on the device
-    statistics       what the network needs, in plain values: mean, std, size, class_names, and
-                     the kind and scale of the pixels, see survey
+    statistics       what the network needs, in plain values: mean, std, scale (see survey), size,
+                     class_names
     test_note, notes for the first line on the screen
     fingerprint      a text that tells whether a resumed run has the same images"""
 
@@ -286,8 +286,8 @@ class Data:
                      or colour_statistics(self.train, args.num_workers))
         self.mean = torch.tensor(mean, dtype=torch.float32, device=device).view(3, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32, device=device).view(3, 1, 1)
-        self.statistics = {"kind": "8 bits", "scale": None, "size": self.size,
-                           "class_names": list(class_names), "mean": list(mean), "std": list(std)}
+        self.statistics = {"mean": list(mean), "std": list(std), "scale": None, "size": self.size,
+                           "class_names": list(class_names)}
         self.test_note, self.notes = "", ""
         self.steps_per_epoch = len(self.train) // args.batch_size
         in_memory = not isinstance(self.train, Files)
@@ -1809,30 +1809,31 @@ def list_images(root, skipped):
     """The images below root, sorted, relative to it. skipped: what is wrong -> such files.
 
     Each real folder is visited once, under its own name rather than a link's."""
-    found, seen, folders, links = [], set(), [""], []
-    while folders or links:
-        folder = folders.pop() if folders else links.pop(0)
-        path = os.path.join(root, folder)
-        real = os.path.join(os.path.realpath(path), "")
-        if real in seen or (folder and os.path.realpath(root).startswith(real)):
-            skipped["link(s) to a folder that is read already"].append(folder)
-            continue
-        seen.add(real)
-        _, inside, names = next(os.walk(path), ("", (), ()))  # nothing if it may not be opened
-        for name in inside:
-            if not LEFTOVERS.match(name):
-                is_link = os.path.islink(os.path.join(path, name))
-                (links if is_link else folders).append(os.path.join(folder, name))
-        kinds = {name: os.path.splitext(name)[1].lower() for name in names}
-        for name in sorted(name for name in names if not LEFTOVERS.match(name)):
-            why = f"of a kind that is not read ({shown(kinds[name]) or 'no extension'})"
-            if kinds[name] in IMAGE_KINDS:
-                is_file = os.path.isfile(os.path.join(path, name))
-                why = "" if is_file else "not a regular file"
-            (skipped[why] if why else found).append(os.path.join(folder, name))
-        if not inside and not set(kinds.values()) & set(IMAGE_KINDS):
-            skipped["folder(s) without images"].append(folder)
-    return sorted(found)
+    found, seen, tops = [], set(), [root]
+    for top in tops:
+        for folder, inside, names in os.walk(top):
+            real = os.path.join(os.path.realpath(folder), "")
+            inside[:] = sorted(name for name in inside if not LEFTOVERS.match(name))
+            if real in seen or (folder != root and os.path.realpath(root).startswith(real)):
+                skipped["link(s) to a folder that is read already"].append(inside.clear())
+                continue
+            seen.add(real)
+            inner = [os.path.join(folder, name) for name in inside]
+            tops += filter(os.path.islink, inner)  # os.walk does not go into them
+            before = len(found)
+            for name in names:
+                path, kind = os.path.join(folder, name), os.path.splitext(name)[1].lower()
+                if LEFTOVERS.match(name):
+                    continue
+                if kind not in IMAGE_KINDS:
+                    kind = shown(kind) or "no extension"
+                    skipped[f"of a kind that is not read ({kind})"].append(path)
+                else:
+                    is_file = os.path.isfile(path)
+                    (found if is_file else skipped["not a regular file"]).append(path)
+            if not inside and len(found) == before:
+                skipped["folder(s) without images"].append(folder)
+    return sorted(os.path.relpath(path, root) for path in found)
 
 
 def find_splits(root, paths):
@@ -1863,6 +1864,7 @@ def with_classes(root, folder, paths, skipped):
     for place in (folder, ""):
         if os.path.isfile(os.path.join(root, place, "labels.csv")):
             table = read_labels(root, place)
+            skipped.pop("of a kind that is not read (.csv)", None)
             skipped["not in labels.csv"] += [path for path in mine if path not in table]
             return [(path, table[path]) for path in mine if path in table]
     inside, beside = [], []
@@ -1922,7 +1924,7 @@ def data_from_files(args, device, root, train, test, class_names, note, skipped,
     if class_names and not test and args.test_fraction:
         train, test = hold_out(args, train)
         note = f" (held out: --test-fraction {args.test_fraction:g})"
-    sides, pixels = survey(root, train, statistics)
+    sides, scale = survey(root, train, statistics)
     median = sides[(len(sides) - 1) // 2]
     args.image_size = args.image_size or min(64, median)
     side = args.image_size if median <= args.image_size else math.ceil(args.image_size * 8 / 7)
@@ -1933,7 +1935,7 @@ def data_from_files(args, device, root, train, test, class_names, note, skipped,
     parts, number_of = [], {name: i for i, name in enumerate(class_names)}
     for images in (train, test):
         paths = [os.path.join(root, path) for path, _ in images]
-        files = Files(paths, args.image_size, side, pixels)
+        files = Files(paths, args.image_size, side, scale)
         loaded, good = read_files(files, stream, args.num_workers, skipped)
         images[:] = [images[i] for i in good]
         labels = [number_of[name] for _, name in images if name in number_of]
@@ -1948,14 +1950,13 @@ def data_from_files(args, device, root, train, test, class_names, note, skipped,
     data = Data(args, device, *parts, class_names)
     crc = "\n".join(path for path, _ in train).replace(os.sep, "/")  # the same on every system
     crc = zlib.crc32(crc.encode(errors="surrogateescape"))
-    kind, scale = pixels
-    data.statistics.update(kind=kind, scale=scale)
+    data.statistics["scale"] = scale
     data.fingerprint = f"{len(train)} files, {crc:08x}"
     data.test_note = note
     if sides[0] < sides[-1]:
         data.notes += f" (shorter sides {sides[0]} to {sides[-1]}, median {median})"
     if scale:
-        data.notes += f"; {kind}: {scale[0]:g} ... {scale[1]:g} became 0 ... 255"
+        data.notes += f"; {scale[0]}: {scale[1]:g} ... {scale[2]:g} became 0 ... 255"
         data.fingerprint += data.notes
     data.notes += f"; skipped: {words}" if words else ""
     return data
@@ -1970,9 +1971,10 @@ def kind_of(image):
 
 
 def survey(root, train, statistics):
-    """(shorter sides in order, (kind of pixels, None or the numbers that become 0 and 255)).
+    """(shorter sides in order, scale) of at most 200 images, the scale of a run with `statistics`.
 
-    Of at most 200 images. The numbers are a run's, or else the 0.1 % and 99.9 % quantiles."""
+    scale: None for images of 8 bits, else [kind, low, high]: the 0.1 % and 99.9 % quantiles, which
+    become 0 and 255 in all images."""
     sides, kinds, values, rng = [], [], [], np.random.default_rng(0)
     for path, _ in train[::-(-len(train) // 200)]:
         with contextlib.suppress(Exception), Image.open(os.path.join(root, path)) as image:
@@ -1986,10 +1988,8 @@ def survey(root, train, statistics):
         low, high = np.quantile(values or [0, 1], (0.001, 0.999)).tolist()
         if low == high:
             low, high = np.min(values).item(), np.max(values).item()
-        scale = [low, high if low < high else low + 1]
-    if statistics:
-        kind, scale = statistics["kind"], statistics["scale"]
-    return sorted(sides) or [8], (kind, scale)
+        scale = [kind, low, high if low < high else low + 1]
+    return sorted(sides) or [8], statistics["scale"] if statistics else scale
 
 
 def deep_pixels(path):
@@ -2008,27 +2008,26 @@ def deep_pixels(path):
         return 256 * pixels + np.array(swapped)
 
 
-def to_8_bits(x, scale):
+def to_8_bits(x, low, high):
     """Numbers [H, W, 1, 3 or 4 channels] -> uint8 [H, W, 3], transparent ones over white."""
-    low, high = scale
     colours = 255 * ((x[..., :3] - low) / (high - low)).clip(0, 1)
     if x.shape[2] == 4:
         colours = 255 + (colours - 255) * x[..., 3:] / 65535
     return np.rint(colours).astype(np.uint8).repeat(3 // colours.shape[2], 2)
 
 
-def read_image(path, pixels=("8 bits", None), skipped=None):
+def read_image(path, scale=None, skipped=None):
     """An image of any kind as RGB uint8 [3, H, W], turned as its EXIF data say, transparent pixels
     over white; None if it cannot be used, and skipped[why] is given its path.
 
-    pixels: their kind and scale, see survey. Raises UserError if they are of another kind."""
+    scale: see survey. Raises UserError if its pixels are of another kind."""
     skipped = collections.defaultdict(list) if skipped is None else skipped
     try:
         with Image.open(path) as image:
             if min(image.size) < 8:
                 skipped["smaller than 8x8"].append(path)
                 return None
-            kind, (expected, scale) = kind_of(image), pixels
+            kind, expected = kind_of(image), scale[0] if scale else "8 bits"
             check(kind == expected, f"{shown(path)} has pixels of {kind}, and others or the run's "
                   f"are of {expected}, which no one scale suits; convert it to {expected}")
             several = getattr(image, "n_frames", 1) > 1 and image.format != "MPO"  # a phone's photo
@@ -2036,7 +2035,7 @@ def read_image(path, pixels=("8 bits", None), skipped=None):
                 x = deep_pixels(path)
                 check(np.isfinite(x).all(), f"{shown(path)} has pixels that are not finite (NaN); "
                       "replace them or remove the file")
-                array = to_8_bits(x, scale)
+                array = to_8_bits(x, *scale[1:])
             else:
                 ImageOps.exif_transpose(image, in_place=True)
                 if image.has_transparency_data:
@@ -2067,7 +2066,7 @@ def read_files(files, stream, num_workers, skipped):
 
     In threads, since Pillow lets others run while it decodes."""
     def read(path):
-        image = read_image(path, files.pixels, skipped)
+        image = read_image(path, files.scale, skipped)
         return image if image is None or stream else to_square(image, files.side)
 
     count, good = 0 if stream else len(files), []
@@ -2110,16 +2109,16 @@ def found_in_words(data):
 class Files:
     """Images on the disk, decoded and cropped by loader processes."""
 
-    def __init__(self, paths, size, side, pixels=("8 bits", None)):
+    def __init__(self, paths, size, side, scale=None):
         """size: of a view; side: of the centre squares for measuring, as in memory; in pixels.
-        pixels: see read_image."""
-        self.paths, self.size, self.side, self.pixels = paths, size, side, pixels
+        scale: see survey."""
+        self.paths, self.size, self.side, self.scale = paths, size, side, scale
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
-        return Files([self.paths[i] for i in index.tolist()], self.size, self.side, self.pixels)
+        return Files([self.paths[i] for i in index.tolist()], self.size, self.side, self.scale)
 
     def crops(self, batches, args, first_step, device):
         """For each row of `batches` [steps, n] a list of views, uint8 [n, 3, size, size].
@@ -2206,7 +2205,7 @@ def read_or_next(files, index):
     Raises UserError if the file has vanished or no file can be read."""
     for i in range(index, index + len(files)):
         path = files.paths[i % len(files)]
-        image = read_image(path, files.pixels)
+        image = read_image(path, files.scale)
         if image is not None:
             return image
         check(os.path.exists(path), f"{shown(path)} vanished; put it back and go on with --resume, "

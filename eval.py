@@ -179,15 +179,16 @@ def statistics_of(checkpoint):
     found = checkpoint.get("data_statistics")
     if found is None:
         return None
-    numbers = [*found["mean"], *found["std"], *(found["scale"] or [])]
+    numbers = [*found["mean"], *found["std"]]
     positive = min(found["std"]) > 0
-    if found["scale"]:
-        low, high = found["scale"]
-        positive = positive and low < high
+    if found["scale"] is not None:
+        kind, low, high = found["scale"]
+        numbers += [low, high]
+        positive = positive and low < high and isinstance(kind, str)
     finite = all(math.isfinite(number) for number in numbers)
     if not (positive and finite and len(found["mean"]) == len(found["std"]) == 3):
         raise ValueError("data_statistics are not three means and standard deviations")
-    return {**found, "kind": str(found["kind"]), "class_names": list(found["class_names"])}
+    return {**found, "class_names": list(found["class_names"])}
 
 
 def is_method(name):
@@ -244,9 +245,8 @@ def load_data(run, args, device):
 
 def use_statistics(data, statistics):
     """Let data be seen with the statistics of a run. Raises UserError if they are of other pixels."""
-    kind, expected = data.statistics["kind"], statistics["kind"]
-    common.check(kind == expected, f"--data-dir {data.args.data_dir} has images of {kind}, and the "
-                 f"run was trained on {expected}; try images of {expected}")
+    common.check(data.statistics["scale"] == statistics["scale"], "the run was trained on images of "
+                 f"{statistics['scale'][0] if statistics['scale'] else '8 bits'}; try such images")
     for name in ("mean", "std"):
         numbers = torch.tensor(statistics[name], dtype=torch.float32, device=data.device)
         setattr(data, name, numbers.view(3, 1, 1))

@@ -512,10 +512,10 @@ def test_files_of_more_than_8_bits_fill_8_bits_by_one_scale(tmp_path, capsys, lo
     arrays = save_deep(tmp_path, low, high, dtype, kind)
     data = load(tmp_path, *more)
     line = first_line(capsys)
-    assert f"; {words}: {data.statistics['scale'][0]:g} ... {data.statistics['scale'][1]:g} became 0 ... 255" in line
-    assert data.statistics["scale"] == pytest.approx([low, high], abs=0.01 * (high - low)) and data.statistics["kind"] == words
+    assert f"; {words}: {data.statistics['scale'][1]:g} ... {data.statistics['scale'][2]:g} became 0 ... 255" in line
+    assert data.statistics["scale"] == [words, pytest.approx(low, abs=0.01 * (high - low)), pytest.approx(high, abs=0.01 * (high - low))]
     for i, array in enumerate(arrays):
-        image = data.train[i] if not more else common.read_image(data.train.paths[i], data.train.pixels)
+        image = data.train[i] if not more else common.read_image(data.train.paths[i], data.train.scale)
         expected = (array.astype(np.float64) - low) / (high - low) * 255
         assert all(np.abs(channel - expected).max() < 2 for channel in image.numpy().astype(float))
 
@@ -559,7 +559,7 @@ def test_colours_of_16_bits_keep_all_bits(tmp_path, make, kind):
     for i, array in enumerate(arrays):
         (tmp_path / f"{i}.{kind}").write_bytes(make(array))
     data = load(tmp_path)
-    low, high = data.statistics["scale"]
+    _, low, high = data.statistics["scale"]
     assert low == pytest.approx(4, abs=6) and high == pytest.approx(4091, abs=6)
     for i, array in enumerate(arrays):
         expected = ((array[:, 2:14].astype(float) - low) / (high - low)).clip(0, 1) * 255
@@ -584,7 +584,7 @@ def test_outliers_do_not_take_the_grey_levels_of_the_others(tmp_path):
         array = ramp(0, 1000, 40).astype(np.uint16)
         array[3, 3] = 65535 if i == 7 else 50
         Image.fromarray(array).save(tmp_path / f"{i}.png")
-    assert load(tmp_path).statistics["scale"] == pytest.approx([0, 1000], abs=10)
+    assert load(tmp_path).statistics["scale"][1:] == pytest.approx([0, 1000], abs=10)
 
 
 def test_rare_bright_points_are_not_lost(tmp_path):
@@ -594,7 +594,7 @@ def test_rare_bright_points_are_not_lost(tmp_path):
         array[i, i] = 900
         Image.fromarray(array).save(tmp_path / f"{i}.png")
     data = load(tmp_path, "--image-size", 64)
-    assert data.statistics["scale"] == [7, 900] and data.train[0].max() == 255 and data.train[0].float().mean() < 1
+    assert data.statistics["scale"] == ["16 bits", 7, 900] and data.train[0].max() == 255 and data.train[0].float().mean() < 1
 
 
 def test_constant_deep_images_are_read(tmp_path):
@@ -627,7 +627,7 @@ def test_the_scale_is_that_of_the_training_images(tmp_path):
         save_deep(tmp_path / "train" / name, 0, 100, np.int32)
         save_deep(tmp_path / "test" / name, 0, 200, np.int32)
     data = load(tmp_path)
-    assert data.statistics["scale"] == pytest.approx([0, 100], abs=1)
+    assert data.statistics["scale"][1:] == pytest.approx([0, 100], abs=1)
     assert data.test[3].min() == 255 and data.test[0].max() < 130
 
 
@@ -833,7 +833,7 @@ def test_a_run_keeps_its_statistics_in_both_files(trained):
     expected = data.train.double() / 255
     assert checkpoint["mean"] == pytest.approx(expected.mean((0, 2, 3)).tolist())
     assert checkpoint["std"] == pytest.approx(expected.permute(1, 0, 2, 3).flatten(1).std(1, unbiased=False).tolist())
-    assert checkpoint["size"] == 32 and checkpoint["class_names"] == ["ant", "bee", "cow"] and checkpoint["kind"] == "8 bits"
+    assert checkpoint["size"] == 32 and checkpoint["class_names"] == ["ant", "bee", "cow"]
     assert checkpoint["scale"] is None and all(type(x) is float for x in checkpoint["mean"] + checkpoint["std"])
 
 
@@ -842,7 +842,7 @@ def test_a_run_of_16_bits_keeps_its_scale(tmp_path):
     result, run = small_run(tmp_path / "images", tmp_path / "run")
     assert result.status == 0, result.err
     kept = torch.load(run / "last.pt", weights_only=True)["data_statistics"]
-    assert kept["kind"] == "16 bits" and kept["scale"] == pytest.approx([0, 4095], abs=40) and all(type(x) is float for x in kept["scale"])
+    assert kept["scale"][0] == "16 bits" and kept["scale"][1:] == pytest.approx([0, 4095], abs=40) and all(type(x) is float for x in kept["scale"][1:])
     for factor in (1, 0.5):
         save_deep(tmp_path / f"{factor}", 0, 4095 * factor, np.uint16, count=20)
     data = images_of(run, tmp_path / "0.5")
@@ -910,8 +910,8 @@ def test_classes_are_matched_by_name(trained, tmp_path):
     assert result.status == 0 and "3 classes" in result.out and figures["class_names"] == data.class_names
 
 
-@pytest.mark.parametrize("edit", [{"std": [0.0, 1, 1]}, {"mean": [0.5]}, {"mean": "abc"}, {"mean": [float("nan")] * 3}, {"scale": [1, 0]},
-                                  {"scale": [0.0]}, {"class_names": 5}, {"std": None}, {"scale": [0, 1, 2]}])
+@pytest.mark.parametrize("edit", [{"std": [0.0, 1, 1]}, {"mean": [0.5]}, {"mean": "abc"}, {"mean": [float("nan")] * 3}, {"scale": ["16 bits", 1, 0]},
+                                  {"scale": [0.0]}, {"class_names": 5}, {"std": None}, {"scale": [0, 1, 2]}, {"scale": ["16 bits", 0, float("inf")]}])
 def test_edited_statistics_are_one_line(trained, tmp_path, edit):
     _, run, _ = trained
     checkpoint = torch.load(run / "last.pt", weights_only=True)
