@@ -52,11 +52,11 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #   1682  Data sets by name
 #   1771  Folders of images
 #   2106  Streaming
-#   2217  Recipes of augmentation
-#   2290  ResNets, LARS, Muon
-#   2418  Run folder and signals
-#   2529  Resume
-#   2632  Files of a run
+#   2207  Recipes of augmentation
+#   2280  ResNets, LARS, Muon
+#   2408  Run folder and signals
+#   2519  Resume
+#   2622  Files of a run
 
 import argparse
 import collections
@@ -1790,18 +1790,18 @@ def load_folder(args, device, root, statistics=None):
     parts = {kind: with_classes(root, splits[kind], paths, skipped) for kind in splits}
     train, place, test, note = parts.pop("train"), os.path.join(root, splits["train"]), [], ""
     check(len(train) > 1, f"--data-dir {root}: {len(train) or 'no'} images in {place}, skipped: "
-          f"{in_words(skipped) or 0}; try the folder that holds your {' '.join(IMAGE_KINDS)}")
+          f"{in_words(skipped) or 0}; try a folder of {' '.join(IMAGE_KINDS)}")
     names = sorted({name for _, name in train} - {None})
-    check(len(names) != 1, f"--data-dir {root}: only one class, {', '.join(map(repr, names))}, so "
-          f"labels measure nothing; try --data-dir {shown(os.path.join(place, *names))}")
+    check(len(names) != 1, f"--data-dir {root}: only one class, {names}, so labels measure "
+          f"nothing; try --data-dir {shown(os.path.join(place, *names))}")
     for kind in sorted(parts):  # test before val, unless it has no labels
         if parts[kind] and not test and (parts[kind][0][1] or not (names and args.test_fraction)):
             test, note = parts[kind], f" ({splits[kind]}/)"
         else:
             skipped[f"in {splits[kind]}/"] += parts[kind]
-    for name in sorted({name for _, name in test if names} - {*names, None}):
-        check(False, f"--data-dir {root}: {note[2:-1]}{shown(name)} has no counterpart in {place}; "
-              "remove it, or add training images of it")
+    strange = sorted({name for _, name in test if names} - {*names, None})
+    check(not strange, f"--data-dir {root}: {note[2:-1]}{', '.join(map(shown, strange))} has no "
+          f"counterpart in {place}; remove it, or add training images of it")
     return data_from_files(args, device, root, train, test, names, note, skipped, statistics)
 
 
@@ -1810,29 +1810,29 @@ def list_images(root, skipped):
 
     Each real folder is visited once, under its own name rather than a link's."""
     found, seen, tops = [], set(), [root]
-    for top in tops:
-        for folder, inside, names in os.walk(top):
-            real = os.path.join(os.path.realpath(folder), "")
-            inside[:] = sorted(name for name in inside if not LEFTOVERS.match(name))
-            if real in seen or (folder != root and os.path.realpath(root).startswith(real)):
-                skipped["link(s) to a folder that is read already"].append(inside.clear())
-                continue
-            seen.add(real)
-            inner = [os.path.join(folder, name) for name in inside]
-            tops += filter(os.path.islink, inner)  # os.walk does not go into them
-            before = len(found)
-            for name in names:
-                path, kind = os.path.join(folder, name), os.path.splitext(name)[1].lower()
-                if LEFTOVERS.match(name):
-                    continue
-                if kind not in IMAGE_KINDS:
-                    kind = shown(kind) or "no extension"
-                    skipped[f"of a kind that is not read ({kind})"].append(path)
-                else:
-                    is_file = os.path.isfile(path)
-                    (found if is_file else skipped["not a regular file"]).append(path)
-            if not inside and len(found) == before:
-                skipped["folder(s) without images"].append(folder)
+    walk = itertools.chain.from_iterable(map(os.walk, tops))  # the tops grow
+    for folder, inside, names in walk:
+        real = os.path.join(os.path.realpath(folder), "")
+        inside[:] = sorted(name for name in inside if not LEFTOVERS.match(name))
+        if real in seen or (folder != root and os.path.realpath(root).startswith(real)):
+            skipped["link(s) to a folder that is read already"].append(folder)
+            inside.clear()
+            continue
+        seen.add(real)
+        # os.walk does not go into links
+        tops += filter(os.path.islink, [os.path.join(folder, name) for name in inside])
+        before = len(found)
+        for name in names:
+            path, kind = os.path.join(folder, name), os.path.splitext(name)[1].lower()
+            why = "not a regular file"
+            if kind not in IMAGE_KINDS:
+                why = f"of a kind that is not read ({shown(kind) or 'no extension'})"
+            elif os.path.isfile(path):
+                why = ""
+            if not LEFTOVERS.match(name):
+                (skipped[why] if why else found).append(path)
+        if not inside and len(found) == before:
+            skipped["folder(s) without images"].append(folder)
     return sorted(os.path.relpath(path, root) for path in found)
 
 
@@ -1841,18 +1841,23 @@ def find_splits(root, paths):
 
     A folder called train is a split if those beside it are. Raises UserError if it is unclear."""
     tops = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
-    words = {name: SPLIT.fullmatch(name.lower()) for name in tops}
-    like = {name: match[2] for name, match in words.items() if match}
-    exact = [name for name in like if not words[name][1] and not words[name][3]]
+    like, exact = {}, []
+    for name in tops:
+        match = SPLIT.fullmatch(name.lower())
+        if match:
+            like[name] = match[2]
+        if match and not match[1] and not match[3]:
+            exact.append(name)
     kinds = set(like.values())
     if exact == tops and "train" in kinds and len(kinds) == len(tops):
         return {like[name]: name for name in tops}
-    holds_images = {os.path.dirname(path) for path in paths}
-    a_class = kinds == {"train"} and len(exact) == 1 and exact[0] in holds_images
-    check(a_class if exact else kinds <= {"train"} or "train" not in kinds,
-          f"--data-dir {root}: {', '.join(map(shown, like))} may be training and test images, or "
-          "classes; leave only train, test and val there, or move all classes into "
-          f"{os.path.join(root, 'train')}")
+    clear = "train" not in kinds or kinds == {"train"}
+    if exact:  # only a class called train, which holds images as the others do
+        holds_images = exact[0] in {os.path.dirname(path) for path in paths}
+        clear = kinds == {"train"} and len(exact) == 1 and holds_images
+    names = ", ".join(map(shown, like))
+    check(clear, f"--data-dir {root}: {names} may be training and test images or classes; leave "
+          f"only train, test and val there, or move all classes into {os.path.join(root, 'train')}")
     return {"train": ""}
 
 
@@ -1863,18 +1868,17 @@ def with_classes(root, folder, paths, skipped):
     mine = [path for path in paths if path.startswith(base)]
     for place in (folder, ""):
         if os.path.isfile(os.path.join(root, place, "labels.csv")):
-            table = read_labels(root, place)
             skipped.pop("of a kind that is not read (.csv)", None)
+            table = read_labels(root, place)
             skipped["not in labels.csv"] += [path for path in mine if path not in table]
             return [(path, table[path]) for path in mine if path in table]
-    inside, beside = [], []
-    for path in mine:
-        name, *rest = path[len(base):].split(os.sep)
-        inside.append((path, name)) if rest else beside.append(path)
+    named = [(path, path[len(base):].split(os.sep)[0]) for path in mine]
+    inside = [(path, name) for path, name in named if path != base + name]
+    beside = [path for path, name in named if path == base + name]
     if beside and len({name for _, name in inside}) < 2:
         return [(path, None) for path in mine]
-    check(len(beside) < max(1, len(inside)), f"--data-dir {root}: {len(beside)} images lie beside "
-          f"the folders of {len(inside)} others; move them away, or all images into one folder")
+    check(not beside or len(beside) < len(inside), f"--data-dir {root}: {len(beside)} images lie "
+          f"beside the folders of {len(inside)} others; move either away")
     skipped["beside the class folders"] += beside
     return inside
 
@@ -1889,13 +1893,13 @@ def read_labels(root, folder):
         raise UserError(f"{source} cannot be read ({error}); save it as UTF-8 text") from error
     first = ",".join(rows[0])
     check(first == "file,label", f"{source}: the first line is {first!r} and should be file,label")
-    for number_, row in enumerate(rows[1:], 2):
+    for line, row in enumerate(rows[1:], 2):
         if row:
-            where = f"{source}, line {number_}: {','.join(row)!r}"
-            check(len(row) == 2 and row[1].strip(), f"{where} is not like image.png,cat")
             path = os.path.normpath(os.path.join(folder, row[0].strip().replace("\\", "/")))
-            check(os.path.isfile(os.path.join(root, path)) and path not in table,
-                  f"{where} names no file there, or one for the second time; remove the line")
+            known = os.path.isfile(os.path.join(root, path)) and path not in table
+            check(known and len(row) == 2 and row[1].strip(), f"{source}, line {line}: "
+                  f"{','.join(row)!r}: no such file, a second line for it, or not one label; "
+                  "try a line like image.png,cat")
             table[path] = row[1].strip()
     return table
 
@@ -1954,7 +1958,7 @@ def data_from_files(args, device, root, train, test, class_names, note, skipped,
     data.fingerprint = f"{len(train)} files, {crc:08x}"
     data.test_note = note
     if sides[0] < sides[-1]:
-        data.notes += f" (shorter sides {sides[0]} to {sides[-1]}, median {median})"
+        data.notes += f" (median of sides {sides[0]} to {sides[-1]})"
     if scale:
         data.notes += f"; {scale[0]}: {scale[1]:g} ... {scale[2]:g} became 0 ... 255"
         data.fingerprint += data.notes
@@ -1986,8 +1990,6 @@ def survey(root, train, statistics):
     kind, scale = max(kinds or ["8 bits"], key=kinds.count), None
     if kind != "8 bits":
         low, high = np.quantile(values or [0, 1], (0.001, 0.999)).tolist()
-        if low == high:
-            low, high = np.min(values).item(), np.max(values).item()
         scale = [kind, low, high if low < high else low + 1]
     return sorted(sides) or [8], statistics["scale"] if statistics else scale
 
@@ -2017,39 +2019,37 @@ def to_8_bits(x, low, high):
 
 
 def read_image(path, scale=None, skipped=None):
-    """An image of any kind as RGB uint8 [3, H, W], turned as its EXIF data say, transparent pixels
-    over white; None if it cannot be used, and skipped[why] is given its path.
+    """An image of any kind as RGB uint8 [3, H, W], turned as its EXIF data say, over white where it
+    is transparent. None if it cannot be used; then its path is added to skipped[why].
 
     scale: see survey. Raises UserError if its pixels are of another kind."""
-    skipped = collections.defaultdict(list) if skipped is None else skipped
+    why = "unreadable"
     try:
         with Image.open(path) as image:
-            if min(image.size) < 8:
-                skipped["smaller than 8x8"].append(path)
-                return None
             kind, expected = kind_of(image), scale[0] if scale else "8 bits"
             check(kind == expected, f"{shown(path)} has pixels of {kind}, and others or the run's "
                   f"are of {expected}, which no one scale suits; convert it to {expected}")
-            several = getattr(image, "n_frames", 1) > 1 and image.format != "MPO"  # a phone's photo
+            if min(image.size) < 8:
+                why = "smaller than 8x8"
+                raise ValueError
+            if skipped is not None and getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                skipped["file's further pages"].append(path)  # MPO: photos of phones
             if scale:
                 x = deep_pixels(path)
                 check(np.isfinite(x).all(), f"{shown(path)} has pixels that are not finite (NaN); "
                       "replace them or remove the file")
-                array = to_8_bits(x, *scale[1:])
-            else:
-                ImageOps.exif_transpose(image, in_place=True)
-                if image.has_transparency_data:
-                    white = Image.new("RGBA", image.size, "white")
-                    image = Image.alpha_composite(white, image.convert("RGBA"))
-                array = np.array(image.convert("RGB"))
-            if several:
-                skipped["file's further pages"].append(path)
-            return torch.from_numpy(array).permute(2, 0, 1)
+                return torch.from_numpy(to_8_bits(x, *scale[1:])).permute(2, 0, 1)
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.has_transparency_data:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except (MemoryError, UserError):
         raise
     except Exception as error:  # decoders raise errors of all kinds
-        large = isinstance(error, Image.DecompressionBombError)
-        skipped["too large" if large else "unreadable"].append(path)
+        if skipped is not None:
+            too_large = isinstance(error, Image.DecompressionBombError)
+            skipped["too large" if too_large else why].append(path)
         return None
 
 
@@ -2106,7 +2106,7 @@ def found_in_words(data):
 # ==== Streaming ====
 
 
-class Files:
+class Files(torch.utils.data.Dataset):
     """Images on the disk, decoded and cropped by loader processes."""
 
     def __init__(self, paths, size, side, scale=None):
@@ -2118,6 +2118,9 @@ class Files:
         return len(self.paths)
 
     def __getitem__(self, index):
+        """Image `index` as its centre square, or with several numbers in a tensor, those Files."""
+        if not isinstance(index, torch.Tensor):
+            return to_square(read_or_next(self, index), self.side)
         return Files([self.paths[i] for i in index.tolist()], self.size, self.side, self.scale)
 
     def crops(self, batches, args, first_step, device):
@@ -2132,8 +2135,8 @@ class Files:
 
     def centres(self, index, batch_size, num_workers):
         """Centre squares of the images `index` for measuring: yields uint8 [n, 3, side, side]."""
-        yield from read_batches(CentreTask(self), batch_size=batch_size,
-                                sampler=index.tolist(), num_workers=num_workers)
+        yield from read_batches(self, batch_size=batch_size, sampler=index.tolist(),
+                                num_workers=num_workers)
 
 
 def crop_tasks(batches, first_step):
@@ -2184,19 +2187,6 @@ def crop_one(image, crop, size, rng):
     interpolation = torchvision.transforms.InterpolationMode(crop[3])
     return functional.resized_crop(image, top, left, height, width, [size, size], interpolation,
                                    antialias=True)
-
-
-class CentreTask(torch.utils.data.Dataset):
-    """An image's index -> its centre square."""
-
-    def __init__(self, files):
-        self.files = files
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, index):
-        return to_square(read_or_next(self.files, index), self.files.side)
 
 
 def read_or_next(files, index):
