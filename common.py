@@ -1789,8 +1789,8 @@ def load_folder(args, device, root, statistics=None):
     splits = find_splits(root, paths)
     parts = {kind: with_classes(root, splits[kind], paths, skipped) for kind in splits}
     train, place, test, note = parts.pop("train"), os.path.join(root, splits["train"]), [], ""
-    check(len(train) > 1, f"--data-dir {root}: {len(train) or 'no'} images in {place}, skipped: "
-          f"{in_words(skipped) or 0}; try a folder of {' '.join(IMAGE_KINDS)}")
+    check(len(train) > 1, f"--data-dir {root}: {'only one image' if train else 'no images'} in "
+          f"{place}; skipped: {in_words(skipped) or 0}; try a folder of {' '.join(IMAGE_KINDS)}")
     names = sorted({name for _, name in train} - {None})
     check(len(names) != 1, f"--data-dir {root}: only one class, {names}, so labels measure "
           f"nothing; try --data-dir {shown(os.path.join(place, *names))}")
@@ -1936,7 +1936,7 @@ def data_from_files(args, device, root, train, test, class_names, note, skipped,
     if device.type == "cuda":
         copies = 1
     stream = args.stream or 3 * side**2 * (len(train) + len(test)) * copies > MEMORY_LIMIT
-    parts, number_of = [], {name: i for i, name in enumerate(class_names)}
+    parts, total, number_of = [], len(train), {name: i for i, name in enumerate(class_names)}
     for images in (train, test):
         paths = [os.path.join(root, path) for path, _ in images]
         files = Files(paths, args.image_size, side, scale)
@@ -1944,13 +1944,13 @@ def data_from_files(args, device, root, train, test, class_names, note, skipped,
         images[:] = [images[i] for i in good]
         labels = [number_of[name] for _, name in images if name in number_of]
         parts += [loaded if good else None, labels or None]
+    words = in_words(skipped)
+    check(len(train) > 1, f"--data-dir {args.data_dir}: {len(train) or 'none'} of the "
+          f"{total} files can be read; skipped: {words}; try another --data-dir")
     for what in ("unreadable", "too large", "smaller than 8x8"):
         names = ", ".join(map(shown, sorted(skipped[what])[:3]))
         if names:
             warn(f"skipped {len(skipped[what])} {what}: {names}")
-    words = in_words(skipped)
-    check(len(train) > 1, f"--data-dir {args.data_dir}: fewer than two images can be used; "
-          f"skipped: {words}; try another --data-dir")
     data = Data(args, device, *parts, class_names)
     crc = "\n".join(path for path, _ in train).replace(os.sep, "/")  # the same on every system
     crc = zlib.crc32(crc.encode(errors="surrogateescape"))

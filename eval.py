@@ -244,9 +244,10 @@ def load_data(run, args, device):
 
 
 def use_statistics(data, statistics):
-    """Let data be seen with the statistics of a run. Raises UserError if they are of other pixels."""
-    common.check(data.statistics["scale"] == statistics["scale"], "the run was trained on images of "
-                 f"{statistics['scale'][0] if statistics['scale'] else '8 bits'}; try such images")
+    """Show data with the statistics of a run. Raises UserError if they are of other pixels."""
+    kind = statistics["scale"][0] if statistics["scale"] else "8 bits"
+    common.check(data.statistics["scale"] == statistics["scale"],
+                 f"--dataset {data.args.dataset}: the run saw images of {kind}; try such ones")
     for name in ("mean", "std"):
         numbers = torch.tensor(statistics[name], dtype=torch.float32, device=data.device)
         setattr(data, name, numbers.view(3, 1, 1))

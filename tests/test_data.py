@@ -518,7 +518,7 @@ def test_one_class_is_refused_with_a_way_out_that_works(tmp_path):
 
 def test_one_image_is_refused(tmp_path):
     write_image(tmp_path / "only.png", gradient())
-    assert "1 images in" in failure("--dataset", "folder", "--data-dir", tmp_path)
+    assert "one image" in failure("--dataset", "folder", "--data-dir", tmp_path)
 
 
 @pytest.mark.parametrize("more", [[], ["--stream", "--num-workers", "0"]])
