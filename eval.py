@@ -490,8 +490,7 @@ def evaluate(run, data, args):
             "trained_on": run.args.dataset, "dataset": data.args.dataset,
             "training_images": len(data.labelled_train), "test_images": test_count(data),
             "class_names": list(data.class_names), "labels_for_probe": len(rows),
-            "precision": args.precision,
-            "protocols": how, "features": results, "left_out": left_out}
+            "precision": args.precision, "protocols": how, "features": results, "left_out": left_out}
 
 
 def say_heading(run, data, args):
