@@ -487,10 +487,10 @@ def evaluate(run, data, args):
     for text in left_out:
         common.say(f"  {text}")
     return {"run": run.path, "method": run.name, "step": run.step,
-            "trained_on": run.args.dataset, "dataset": data.args.dataset,
+            "left_out": left_out, "trained_on": run.args.dataset, "dataset": data.args.dataset,
             "training_images": len(data.labelled_train), "test_images": test_count(data),
             "class_names": list(data.class_names), "labels_for_probe": len(rows),
-            "precision": args.precision, "protocols": how, "features": results, "left_out": left_out}
+            "precision": args.precision, "protocols": how, "features": results}
 
 
 def say_heading(run, data, args):
