@@ -12,52 +12,52 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #
 # What a method file calls, in this order:
 #
-#    118  Args               the flags that all nine methods share
-#    108  flag               a field of Args: default, help, bounds
-#   1574  main               run train(); print an expected error as one line
-#   1315  parse_args         Args from the command line
-#    199  set_up             device, precision, other processes
-#    234  load_data          read or draw the data set: Data
-#    471  build_backbone     the network whose output is H
-#    515  build_optimizer    Adam, SGD, LARS or Muon
-#    557  gives_back         signal handlers, lock and processes, when train() ends
-#    576  Run                the run's folder, checkpoints, log and checks
-#    816  distribute         the model for several processes, or compiled
-#    595  Run.resume         the step to start from, usually 0
-#    291  Data.batches       the batches of an epoch, uint8
-#    832  step_seed          the seed of a step's random draws
-#    306  Data.augment       the random views of a batch
-#    838  learning_rate      the schedule's factor at a step
-#    608  Run.guard          a failed decomposition becomes a clear error
-#    826  gather             embeddings of all processes, with gradient
-#   1731  mean_over_ranks    the mean of a tensor over the processes (MoCo)
-#    189  world_size         the number of processes (MoCo)
-#    194  rank               this process's number among them (MoCo)
-#    613  Run.watch          note whether loss and gradients are finite
-#    620  Run.progress       stop if they were not; show the status line
-#    631  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    639  Run.mean_loss      the mean loss of the epoch
-#   1111  extract            H of a set of images
-#   1133  project            Z of H
-#   1170  collapse_metrics   how much of its space a set of embeddings fills
-#   1144  knn_accuracy       accuracy of a vote among the nearest training images
-#    648  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    687  Run.save_backbone  write backbone.pt
-#    695  Run.close          print the scores
+#    119  Args               the flags that all nine methods share
+#    109  flag               a field of Args: default, help, bounds
+#   1587  main               run train(); print an expected error as one line
+#   1328  parse_args         Args from the command line
+#    202  set_up             device, precision, other processes
+#    237  load_data          read or draw the data set: Data
+#    484  build_backbone     the network whose output is H
+#    528  build_optimizer    Adam, SGD, LARS or Muon
+#    570  gives_back         signal handlers, lock and processes, when train() ends
+#    589  Run                the run's folder, checkpoints, log and checks
+#    829  distribute         the model for several processes, or compiled
+#    608  Run.resume         the step to start from, usually 0
+#    304  Data.batches       the batches of an epoch, uint8
+#    845  step_seed          the seed of a step's random draws
+#    319  Data.augment       the random views of a batch
+#    851  learning_rate      the schedule's factor at a step
+#    621  Run.guard          a failed decomposition becomes a clear error
+#    839  gather             embeddings of all processes, with gradient
+#   1744  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#    192  world_size         the number of processes (MoCo)
+#    197  rank               this process's number among them (MoCo)
+#    626  Run.watch          note whether loss and gradients are finite
+#    633  Run.progress       stop if they were not; show the status line
+#    644  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    652  Run.mean_loss      the mean loss of the epoch
+#   1124  extract            H of a set of images
+#   1146  project            Z of H
+#   1183  collapse_metrics   how much of its space a set of embeddings fills
+#   1157  knn_accuracy       accuracy of a vote among the nearest training images
+#    661  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    700  Run.save_backbone  write backbone.pt
+#    708  Run.close          print the scores
 #
 # Part II:
 #
-#   1243  Command line: flags from Args, checks, and sizes to propose
-#   1484  Messages and errors
-#   1639  Several processes
-#   1793  Data sets by name
-#   1883  Folders of images
-#   2042  Streaming
-#   2163  Recipes of augmentation
-#   2236  ResNets, LARS, Muon
-#   2364  Run folder and signals
-#   2530  Resume
-#   2721  Files of a run
+#   1256  Command line: flags from Args, checks, and sizes to propose
+#   1497  Messages and errors
+#   1652  Several processes
+#   1806  Data sets by name
+#   1895  Folders of images
+#   2234  Streaming
+#   2357  Recipes of augmentation
+#   2430  ResNets, LARS, Muon
+#   2558  Run folder and signals
+#   2724  Resume
+#   2915  Files of a run
 
 import argparse
 import collections
@@ -74,6 +74,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing.pool
 import os
 import platform
 import re
@@ -93,7 +94,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image  # comes with torchvision
+from PIL import Image, ImageOps  # come with torchvision
 from torchvision.transforms.v2 import functional
 
 # ==============================================================================
@@ -128,6 +129,8 @@ class Args:
     dataset: str = flag("patterns", "`patterns` is drawn on the spot, `folder` is your own images, "
                         "the others are downloaded when first used", choices=" ".join(DATASETS))
     data_dir: str = flag("data", "folder of the data set, or where to download it to")
+    test_fraction: float = flag(0.2, "share of each class of a folder without test images that is "
+                                "held out to measure kNN, and never trained on", least=0, below=1)
     image_size: int | None = flag(None, "side of a view in pixels (default: that of the images, "
                                   "at most 64)", least=8, most=1024, example=32)
     augment: str = flag("w-mse", "recipe of the random views; common.RECIPES explains them")
@@ -231,17 +234,21 @@ DEFAULT_IMAGE_SIZE = {"patterns": 32, "cifar10": 32, "cifar100": 32,
                       "stl10": 64, "tinyimagenet": 64}
 
 
-def load_data(args, device):
+def load_data(args, device, statistics=None):
     """Read or draw the data set of --dataset. Sets args.image_size if the flag was not given.
 
-    Returns Data. Raises UserError if there are no usable images or a download fails."""
+    statistics: of a run (Data.statistics), if the scale of its pixels is to be kept. Returns Data.
+    Raises UserError if there are no usable images or a download fails."""
     args.image_size = args.image_size or DEFAULT_IMAGE_SIZE.get(args.dataset)
     if args.dataset == "patterns":
         train, labels, test, test_labels = make_patterns()
-        return Data(args, device, train, labels, test, test_labels, PATTERN_CLASSES)
-    if args.dataset == "folder":
-        return load_folder(args, device, args.data_dir)
-    return load_by_name(args, device)
+        data = Data(args, device, train, labels, test, test_labels, PATTERN_CLASSES)
+    elif args.dataset == "folder":
+        data = load_folder(args, device, args.data_dir, statistics)
+    else:
+        data = load_by_name(args, device)
+    say(found_in_words(data))
+    return data
 
 
 class Data:
@@ -257,6 +264,9 @@ class Data:
     size             side of a view in pixels
     must_be_cropped  True if images in memory have another size
     mean, std        of the colours in 0 ... 1, float32 [3, 1, 1] on the device
+    statistics       what the network needs, in plain values: mean, std, scale (see survey), size,
+                     class_names
+    test_note, notes for the first line on the screen
     fingerprint      a text that tells whether a resumed run has the same images"""
 
     def __init__(self, args, device, train, labels, test, test_labels, class_names,
@@ -281,6 +291,9 @@ class Data:
                      or colour_statistics(self.train, args.num_workers))
         self.mean = torch.tensor(mean, dtype=torch.float32, device=device).view(3, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32, device=device).view(3, 1, 1)
+        self.statistics = {"mean": list(mean), "std": list(std), "scale": None, "size": self.size,
+                           "class_names": list(class_names)}
+        self.test_note, self.notes = "", ""
         self.steps_per_epoch = len(self.train) // args.batch_size
         in_memory = not isinstance(self.train, Files)
         self.must_be_cropped = in_memory and self.train.shape[2:] != (self.size, self.size)
@@ -601,7 +614,7 @@ class Run:
             checkpoint = load_last(self.folder, functools.partial(check_same_run, self))
             check_same_step(self, checkpoint)
         if rank() == 0:  # only now: a refused --resume leaves config.json as it was
-            config = json.dumps(configuration(self.args, self.data.device), indent=1)
+            config = json.dumps(configuration(self.args, self.data), indent=1)
             write_file(os.path.join(self.folder, "config.json"), config.encode())
         return restore(self, checkpoint) if self.args.resume else 0
 
@@ -677,7 +690,7 @@ class Run:
                    "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                    "loss_sum": self.loss_sum.cpu(), "rows": self.rows,
                    "seconds": self.clock.seconds(), "epoch_seconds": self.clock.epoch_seconds(),
-                   "data": self.data.fingerprint}
+                   "data": self.data.fingerprint, "data_statistics": self.data.statistics}
         buffer = io.BytesIO()
         torch.save(content, buffer)
         previous = os.path.join(self.folder, "previous.pt") if self.last_is_good else None
@@ -1869,146 +1882,299 @@ def load_tinyimagenet(args, device):
             raise RuntimeError(f"no {annotations}")
 
     local_or_downloaded(args, "tiny-imagenet-200.zip", open_folder)
-    train, labels, class_names = list_images(os.path.join(root, "train"))
+    skipped = collections.defaultdict(list)
+    train = with_classes(root, "train", list_images(root, skipped), skipped)
+    class_names = sorted({name for _, name in train})
     with open(annotations) as file:
         rows = [line.split("\t")[:2] for line in file if line.strip()]
-    test, test_labels = [], []
-    for name, wnid in rows:
-        if wnid in class_names:
-            test.append(os.path.join(root, "val", "images", name))
-            test_labels.append(class_names.index(wnid))
-    return data_from_files(args, device, train, labels, test, test_labels, class_names)
+    test = [(os.path.join("val", "images", name), wnid) for name, wnid in rows]
+    skipped = collections.defaultdict(list)  # not the boxes
+    return data_from_files(args, device, root, train, test, class_names, "", skipped)
 
 
 # ==== Folders of images ====
 
+IMAGE_KINDS = torchvision.datasets.folder.IMG_EXTENSIONS
+# Hidden folders, and others that tools leave behind
+LEFTOVERS = re.compile(r"\.|(__macosx|__pycache__|\$recycle\.bin|system volume information|"
+                       r"lost\+found|@eadir|[@#]recycle)$", re.IGNORECASE)
+# train, Testing, validation ...; with something in groups 1 or 3 only like a split: train2017
+SPLIT = re.compile(r"(.*[^a-z])?(train|test|val)(?:ing|id|idation)?(set|data|[^a-z].*)?")
 
-def load_folder(args, device, root):
+
+def load_folder(args, device, root, statistics=None):
     """Anyone's images as Data: train/<class>/* with test or val, or <class>/*, or * without labels.
 
-    Raises UserError if there are too few images or classes."""
+    Raises UserError if there are too few images or it is unclear what the folders are."""
     check(os.path.isdir(root),
           f"--data-dir {root} is not a folder; try the folder that holds your images")
-    train_root = os.path.join(root, "train")
-    if not os.path.isdir(train_root):
-        train_root = root
-    train, labels, class_names = list_images(train_root)
-    extensions = ", ".join(torchvision.datasets.folder.IMG_EXTENSIONS[:5])
-    check(train, f"--data-dir {root}: no images in {train_root} (looked for {extensions} ...); "
-          "try the folder that holds your images")
-    check(len(train) > 1,
-          f"--data-dir {root}: one image is too few; try a folder with at least some hundreds")
-    check(len(class_names) != 1,
-          f"--data-dir {root}: only one class, {', '.join(map(repr, class_names))}, so labels "
-          f"measure nothing; put the images straight into {train_root} to train without labels")
-    test, test_labels = None, None
-    if train_root != root:
-        test, test_labels = list_test_images(root, train_root, class_names)
-    return data_from_files(args, device, train, labels, test, test_labels, class_names)
+    skipped = collections.defaultdict(list)
+    paths = list_images(root, skipped)
+    splits = find_splits(root, paths)
+    parts = {kind: with_classes(root, splits[kind], paths, skipped) for kind in splits}
+    train, place, test, note = parts.pop("train"), os.path.join(root, splits["train"]), [], ""
+    check(len(train) > 1, f"--data-dir {root}: {'only one image' if train else 'no images'} in "
+          f"{place}; skipped: {in_words(skipped) or 0}; try a folder of {' '.join(IMAGE_KINDS)}")
+    names = sorted({name for _, name in train} - {None})
+    check(len(names) != 1, f"--data-dir {root}: only one class, {names}, so labels measure "
+          f"nothing; try --data-dir {shown(os.path.join(place, *names))}")
+    for kind in sorted(parts):  # test before val, unless it has no labels
+        if parts[kind] and not test and (parts[kind][0][1] or not (names and args.test_fraction)):
+            test, note = parts[kind], f" ({splits[kind]}/)"
+        else:
+            skipped[f"in {splits[kind]}/"] += parts[kind]
+    strange = sorted({name for _, name in test if names} - {*names, None})
+    check(not strange, f"--data-dir {root}: {note[2:-1]}{', '.join(map(shown, strange))} has no "
+          f"counterpart in {place}; remove it, or add training images of it")
+    return data_from_files(args, device, root, train, test, names, note, skipped, statistics)
 
 
-def list_test_images(root, train_root, class_names):
-    """(paths, labels) of root/test, or of root/val, or (None, None) if there are none.
+def list_images(root, skipped):
+    """The images below root, sorted, relative to it. skipped: what is wrong -> such files.
 
-    labels are numbers of training classes, or None if either part has none. Raises UserError if
-    there is a class without training images."""
-    test_root = os.path.join(root, "test")
-    if not os.path.isdir(test_root):
-        test_root = os.path.join(root, "val")
-    if not os.path.isdir(test_root):
-        return None, None
-    paths, labels, test_classes = list_images(test_root)
-    if not class_names or not test_classes:
-        return paths or None, None
-    for name in test_classes:
-        check(name in class_names,
-              f"--data-dir {root}: {test_root}/{name} has no counterpart in {train_root}; "
-              "remove it, or add training images of it")
-    return paths, [class_names.index(test_classes[label]) for label in labels]
-
-
-def list_images(root):
-    """(paths, labels, class_names) of the images below root, sorted by path.
-
-    The class is the folder right below root. If root holds images itself, labels is None."""
-    paths = []
-    for folder, _, names in os.walk(root, followlinks=True):
+    Each real folder is visited once, under its own name rather than a link's."""
+    found, seen, tops = [], set(), [root]
+    walk = itertools.chain.from_iterable(map(os.walk, tops))  # the tops grow
+    for folder, inside, names in walk:
+        real = os.path.join(os.path.realpath(folder), "")
+        inside[:] = sorted(name for name in inside if not LEFTOVERS.match(name))
+        if real in seen or (folder != root and os.path.realpath(root).startswith(real)):
+            skipped["link(s) to a folder that is read already"].append(folder)
+            inside.clear()
+            continue
+        seen.add(real)
+        # os.walk does not go into links
+        tops += filter(os.path.islink, [os.path.join(folder, name) for name in inside])
+        before = len(found)
         for name in names:
-            is_image = name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)
-            if is_image and not name.startswith("."):
-                paths.append(os.path.join(folder, name))
-    paths.sort()
-    parts = [os.path.relpath(path, root).split(os.sep) for path in paths]
-    if any(len(names) == 1 for names in parts):
-        return paths, None, []
-    class_names = sorted({names[0] for names in parts})
-    number_of = {name: i for i, name in enumerate(class_names)}
-    return paths, [number_of[names[0]] for names in parts], class_names
+            path, kind = os.path.join(folder, name), os.path.splitext(name)[1].lower()
+            why = "not a regular file"
+            if kind not in IMAGE_KINDS:
+                why = f"of a kind that is not read ({shown(kind) or 'no extension'})"
+            elif os.path.isfile(path):
+                why = ""
+            if not LEFTOVERS.match(name):
+                (skipped[why] if why else found).append(path)
+        if not inside and len(found) == before:
+            skipped["folder(s) without images"].append(folder)
+    return sorted(os.path.relpath(path, root) for path in found)
+
+
+def find_splits(root, paths):
+    """{"train": its folder, "test": ..., "val": ...}, or {"train": ""} if the folders are classes.
+
+    A folder called train is a split if those beside it are. Raises UserError if it is unclear."""
+    tops = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
+    like, exact = {}, []
+    for name in tops:
+        match = SPLIT.fullmatch(name.lower())
+        if match:
+            like[name] = match[2]
+        if match and not match[1] and not match[3]:
+            exact.append(name)
+    kinds = set(like.values())
+    if exact == tops and "train" in kinds and len(kinds) == len(tops):
+        return {like[name]: name for name in tops}
+    clear = "train" not in kinds or kinds == {"train"}
+    if exact:  # only a class called train, which holds images as the others do
+        holds_images = exact[0] in {os.path.dirname(path) for path in paths}
+        clear = kinds == {"train"} and len(exact) == 1 and holds_images
+    names = ", ".join(map(shown, like))
+    check(clear, f"--data-dir {root}: {names} may be training and test images or classes; leave "
+          f"only train, test and val there, or move all classes into {os.path.join(root, 'train')}")
+    return {"train": ""}
+
+
+def with_classes(root, folder, paths, skipped):
+    """[(path, its class or None)] of the images in root/folder: by labels.csv, or by folders."""
+    base = os.path.join(folder, "")
+    skipped["beside the splits"] = [path for path in paths if folder and os.sep not in path]
+    mine = [path for path in paths if path.startswith(base)]
+    for place in (folder, ""):
+        if os.path.isfile(os.path.join(root, place, "labels.csv")):
+            skipped.pop("of a kind that is not read (.csv)", None)
+            table = read_labels(root, place)
+            skipped["not in labels.csv"] += [path for path in mine if path not in table]
+            return [(path, table[path]) for path in mine if path in table]
+    named = [(path, path[len(base):].split(os.sep)[0]) for path in mine]
+    inside = [(path, name) for path, name in named if path != base + name]
+    beside = [path for path, name in named if path == base + name]
+    if beside and len({name for _, name in inside}) < 2:
+        return [(path, None) for path in mine]
+    check(not beside or len(beside) < len(inside), f"--data-dir {root}: {len(beside)} images lie "
+          f"beside the folders of {len(inside)} others; move either away")
+    skipped["beside the class folders"] += beside
+    return inside
+
+
+def read_labels(root, folder):
+    """{path: class} of root/folder/labels.csv. Raises UserError for a line that is wrong."""
+    source, table = os.path.join(root, folder, "labels.csv"), {}
+    try:
+        with open(source, encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.reader(file, strict=True)) or [[]]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{source} cannot be read ({error}); save it as UTF-8 text") from error
+    first = ",".join(rows[0])
+    check(first == "file,label", f"{source}: the first line is {first!r} and should be file,label")
+    for line, row in enumerate(rows[1:], 2):
+        if row:
+            path = os.path.normpath(os.path.join(folder, row[0].strip().replace("\\", "/")))
+            known = os.path.isfile(os.path.join(root, path)) and path not in table
+            check(known and len(row) == 2 and row[1].strip(), f"{source}, line {line}: "
+                  f"{','.join(row)!r}: no such file, a second line for it, or not one label; "
+                  "try a line like image.png,cat")
+            table[path] = row[1].strip()
+    return table
+
+
+def hold_out(args, images):
+    """(train, test): --test-fraction of each class are drawn from the seed as test images."""
+    members, test = collections.defaultdict(list), set()
+    for image in images:
+        members[image[1]].append(image)
+    rng = np.random.default_rng((args.seed, 4))
+    for mine in members.values():
+        count = min(len(mine) - 1, max(1, round(args.test_fraction * len(mine))))
+        test.update(mine[i] for i in rng.permutation(len(mine))[:count])
+    return [image for image in images if image not in test], sorted(test)
 
 
 # Bytes of images that are kept on a GPU, or without one by all processes of a machine together.
 MEMORY_LIMIT = 6 * 2**30
 
 
-def data_from_files(args, device, train, labels, test, test_labels, class_names):
-    """Data from lists of paths, decoded once into memory if they fit there.
+def data_from_files(args, device, root, train, test, class_names, note, skipped, statistics=None):
+    """Data from lists of (path, class or None), decoded once into memory if the images fit there.
 
-    Otherwise they are Files. Sets args.image_size if the flag was not given. Raises UserError if no
-    image can be read or one is too small."""
-    first = next((path for path in train if read_image(path) is not None), None)
-    check(first is not None, f"--data-dir {args.data_dir}: none of the {len(train)} files can be "
-          "read as an image; try another --data-dir")
-    shorter = check_large_enough(first, read_image(first))
-    args.image_size = args.image_size or min(64, shorter)
-    side = args.image_size if shorter <= args.image_size else math.ceil(args.image_size * 8 / 7)
+    Otherwise they are Files. Sets args.image_size if the flag was not given. Raises UserError if
+    there are too few images."""
+    if class_names and not test and args.test_fraction:
+        train, test = hold_out(args, train)
+        note = f" (held out: --test-fraction {args.test_fraction:g})"
+    sides, scale = survey(root, train, statistics)
+    median = sides[(len(sides) - 1) // 2]
+    args.image_size = args.image_size or min(64, median)
+    side = args.image_size if median <= args.image_size else math.ceil(args.image_size * 8 / 7)
     copies = from_environment("LOCAL_WORLD_SIZE", 1)  # each process keeps all images
     if device.type == "cuda":
         copies = 1
-    size = 3 * side**2 * (len(train) + len(test or [])) * copies
-    names = [os.path.relpath(path, args.data_dir) for path in train]
-    fingerprint = f"{len(train)} files, {names_crc(names)}"
-    stream = args.stream or size > MEMORY_LIMIT
-    if stream:
-        train = Files(train, args.image_size, side)
-        test = test and Files(test, args.image_size, side)
-    else:
-        train, labels = decode(train, labels, side)
-        check(len(train) > 1, f"--data-dir {args.data_dir}: fewer than two readable images; "
-              "try another --data-dir")
-        if test:
-            test, test_labels = decode(test, test_labels, side)
-            if len(test) == 0:
-                test, test_labels = None, None
-    data = Data(args, device, train, labels, test, test_labels, class_names)
-    data.fingerprint = fingerprint if stream else f"{len(data.train)} readable of {fingerprint}"
+    stream = args.stream or 3 * side**2 * (len(train) + len(test)) * copies > MEMORY_LIMIT
+    parts, total, number_of = [], len(train), {name: i for i, name in enumerate(class_names)}
+    for images in (train, test):
+        paths = [os.path.join(root, path) for path, _ in images]
+        files = Files(paths, args.image_size, side, scale)
+        loaded, good = read_files(files, stream, args.num_workers, skipped)
+        images[:] = [images[i] for i in good]
+        labels = [number_of[name] for _, name in images if name in number_of]
+        parts += [loaded if good else None, labels or None]
+    words = in_words(skipped)
+    check(len(train) > 1, f"--data-dir {args.data_dir}: {len(train) or 'none'} of the "
+          f"{total} files can be read; skipped: {words}; try another --data-dir")
+    for what in ("unreadable", "too large", "smaller than 8x8"):
+        names = ", ".join(map(shown, sorted(skipped[what])[:3]))
+        if names:
+            warn(f"skipped {len(skipped[what])} {what}: {names}")
+    data = Data(args, device, *parts, class_names)
+    crc = "\n".join(path for path, _ in train).replace(os.sep, "/")  # the same on every system
+    crc = zlib.crc32(crc.encode(errors="surrogateescape"))
+    data.statistics["scale"] = scale
+    data.fingerprint = f"{len(train)} files, {crc:08x}"
+    data.test_note = note
+    if sides[0] < sides[-1]:
+        data.notes += f" (median of sides {sides[0]} to {sides[-1]})"
+    if scale:
+        data.notes += f"; {scale[0]}: {scale[1]:g} ... {scale[2]:g} became 0 ... 255"
+        data.fingerprint += data.notes
+    data.notes += f"; skipped: {words}" if words else ""
     return data
 
 
-def names_crc(names):
-    """A short fingerprint of a list of file names, the same on every system."""
-    text = "\n".join(names).replace(os.sep, "/")
-    return f"{zlib.crc32(text.encode(errors='surrogateescape')):08x}"
+def kind_of(image):
+    """The kind of pixels of a Pillow image that is not loaded yet."""
+    decoder = str(image.tile[:1])  # colours of 16 bits have the mode RGB, too
+    if image.mode.startswith("I;") or (";16" in decoder and "BGR;16" not in decoder):
+        return "16 bits"
+    return {"I": "32 bits", "F": "floats"}.get(image.mode, "8 bits")
 
 
-def read_image(path):
-    """An image of any kind as RGB uint8 [3, H, W], or None if it cannot be read."""
+def survey(root, train, statistics):
+    """(shorter sides in order, scale) of at most 200 images, the scale of a run with `statistics`.
+
+    scale: None for images of 8 bits, else [kind, low, high]: the 0.1 % and 99.9 % quantiles, which
+    become 0 and 255 in all images."""
+    sides, kinds, values, rng = [], [], [], np.random.default_rng(0)
+    for path, _ in train[::-(-len(train) // 200)]:
+        with contextlib.suppress(Exception), Image.open(os.path.join(root, path)) as image:
+            kinds.append(kind_of(image))
+            sides += [min(image.size)] if min(image.size) >= 8 else []
+            if kinds[-1] != "8 bits":
+                x = deep_pixels(image.filename)[..., :3]
+                values.append(rng.choice(x[np.isfinite(x)], 10_000))
+    kind, scale = max(kinds or ["8 bits"], key=kinds.count), None
+    if kind != "8 bits":
+        low, high = np.quantile(values or [0, 1], (0.001, 0.999)).tolist()
+        scale = [kind, low, high if low < high else low + 1]
+    return sorted(sides) or [8], statistics["scale"] if statistics else scale
+
+
+def deep_pixels(path):
+    """The numbers of an image of more than 8 bits: float64 [H, W, channels]."""
+    with Image.open(path) as image, Image.open(path) as swapped:
+        ImageOps.exif_transpose(image, in_place=True)
+        pixels = np.array(image, dtype=np.float64)
+        if pixels.ndim == 2:
+            return pixels[..., None]
+        # Of colours Pillow gives the high byte, and with the bytes swapped the low one.
+        for i, tile in enumerate(swapped.tile):
+            raw, *rest = [tile.args] if isinstance(tile.args, str) else tile.args
+            raw = raw[:-1] + ("L" if raw[-1] == "B" else "B")
+            swapped.tile[i] = tile._replace(args=(raw, *rest) if rest else raw)
+        ImageOps.exif_transpose(swapped, in_place=True)
+        return 256 * pixels + np.array(swapped)
+
+
+def to_8_bits(x, low, high):
+    """Numbers [H, W, 1, 3 or 4 channels] -> uint8 [H, W, 3], transparent ones over white."""
+    colours = 255 * ((x[..., :3] - low) / (high - low)).clip(0, 1)
+    if x.shape[2] == 4:
+        colours = 255 + (colours - 255) * x[..., 3:] / 65535
+    return np.rint(colours).astype(np.uint8).repeat(3 // colours.shape[2], 2)
+
+
+def read_image(path, scale=None, skipped=None):
+    """An image of any kind as RGB uint8 [3, H, W], turned as its EXIF data say, over white where it
+    is transparent. None if it cannot be used; then its path is added to skipped[why].
+
+    scale: see survey. Raises UserError if its pixels are of another kind."""
+    why = "unreadable"
     try:
-        with open(path, "rb") as file:
-            image = Image.open(file)
-            if image.mode.startswith("I"):  # 16 bits: Pillow itself would clip at 255
-                high = np.asarray(image).astype(np.int64) >> 8
-                image = Image.fromarray(high.clip(0, 255).astype(np.uint8))
+        with Image.open(path) as image:
+            kind, expected = kind_of(image), scale[0] if scale else "8 bits"
+            check(kind == expected, f"{shown(path)} has pixels of {kind}, and others or the run's "
+                  f"are of {expected}, which no one scale suits; convert it to {expected}")
+            if min(image.size) < 8:
+                why = "smaller than 8x8"
+                raise ValueError
+            if skipped is not None and getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                skipped["file's further pages"].append(path)  # MPO: photos of phones
+            if scale:
+                x = deep_pixels(path)
+                check(np.isfinite(x).all(), f"{shown(path)} has pixels that are not finite (NaN); "
+                      "replace them or remove the file")
+                return torch.from_numpy(to_8_bits(x, *scale[1:])).permute(2, 0, 1)
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.has_transparency_data:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:  # decoders raise errors of all kinds
+        if skipped is not None:
+            too_large = isinstance(error, Image.DecompressionBombError)
+            skipped["too large" if too_large else why].append(path)
         return None
-
-
-def check_large_enough(path, image):
-    """The shorter side of an image [3, H, W] in pixels. Raises UserError if it is below 8."""
-    shorter = min(image.shape[1:])
-    check(shorter >= 8, f"{path} is {image.shape[2]}x{image.shape[1]} pixels, too small to learn "
-          "from; remove images below 8x8")
-    return shorter
 
 
 def to_square(image, side):
@@ -2019,24 +2185,50 @@ def to_square(image, side):
     return functional.center_crop(image, side)
 
 
-def decode(paths, labels, side):
-    """All images in memory: uint8 [N, 3, side, side] and their labels.
+def read_files(files, stream, num_workers, skipped):
+    """The images that can be read, uint8 [N, 3, side, side] or with `stream` Files, and their rows.
 
-    Broken files are skipped, counted and named. Raises UserError if an image is too small."""
-    images = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
-    kept, broken = [], []
-    for i, path in enumerate(paths):
-        image = read_image(path)
-        if image is None:
-            broken.append(path)
-            continue
-        check_large_enough(path, image)
-        images[len(kept)] = to_square(image, side)
-        kept.append(i)
-    if broken:
-        names = ", ".join(broken[:3]) + (" ..." if len(broken) > 3 else "")
-        warn(f"skipped {len(broken)} of {len(paths)} files that cannot be read as images: {names}")
-    return images[: len(kept)], None if labels is None else [labels[i] for i in kept]
+    In threads, since Pillow lets others run while it decodes."""
+    def read(path):
+        image = read_image(path, files.scale, skipped)
+        return image if image is None or stream else to_square(image, files.side)
+
+    count, good = 0 if stream else len(files), []
+    images = torch.empty(count, 3, files.side, files.side, dtype=torch.uint8)
+    with multiprocessing.pool.ThreadPool(max(1, num_workers)) as pool:
+        found = said(pool.imap(read, files.paths, 16), len(files), "reading images")
+        for i, image in enumerate(found):
+            if image is not None and not stream:
+                images[len(good)] = image
+            if image is not None:
+                good.append(i)
+    if not stream:
+        return images[: len(good)], good
+    paths = [files.paths[i] for i in good]
+    return Files(paths, files.size, files.side, files.scale), good
+
+
+def shown(text):
+    """A file name for a message of one line."""
+    return text if text.isprintable() else ascii(text)
+
+
+def in_words(skipped):
+    """`3 unreadable, 1 smaller than 8x8`"""
+    counts = sorted(((len(paths), what) for what, paths in skipped.items() if paths), reverse=True)
+    return ", ".join(f"{count} {what}" for count, what in counts)
+
+
+def found_in_words(data):
+    """`40 training images in 2 classes, 16 test images (test/), 32x32`"""
+    classes = f" in {len(data.class_names)} classes"
+    if data.train_labels is None:
+        classes = " without labels"
+    elif len(data.labelled_train) < len(data.train):
+        classes = f", {len(data.labelled_train)} of them{classes}"
+    test = "no" if data.test is data.labelled_train else len(data.test)
+    return (f"{len(data.train)} training images{classes}, {test} test images{data.test_note}, "
+            f"{data.size}x{data.size}{data.notes}")
 
 
 # ==== Streaming ====
@@ -2045,9 +2237,10 @@ def decode(paths, labels, side):
 class Files:
     """Images on the disk, decoded and cropped by loader processes that stay for the run."""
 
-    def __init__(self, paths, size, side):
-        """size: of a view; side: of the centre squares for measuring, as in memory; in pixels."""
-        self.paths, self.size, self.side = paths, size, side
+    def __init__(self, paths, size, side, scale=None):
+        """size: of a view; side: of the centre squares for measuring, as in memory; in pixels.
+        scale: see survey."""
+        self.paths, self.size, self.side, self.scale = paths, size, side, scale
         self.rows = torch.arange(len(paths))  # which of the paths
         self.pin_memory = False
         self.idle = []  # loaders that wait for work
@@ -2079,7 +2272,7 @@ class Files:
         """The results of lists of tasks. A UserError of a process comes without a traceback."""
         if not self.idle:
             self.idle.append(torch.utils.data.DataLoader(
-                FileTask(self.paths, self.size, self.side), batch_sampler=Tasks(),
+                FileTask(self), batch_sampler=Tasks(),
                 num_workers=num_workers, persistent_workers=num_workers > 0,
                 pin_memory=self.pin_memory, worker_init_fn=leave_signals_to_the_main_process))
             at_end(self.idle.clear)  # ends the processes
@@ -2118,12 +2311,13 @@ def leave_signals_to_the_main_process(_worker):
 class FileTask(torch.utils.data.Dataset):
     """What a loader process does: a task of crop_tasks -> the views, (image,) -> its centre."""
 
-    def __init__(self, paths, size, side):
-        self.paths, self.size, self.side = paths, size, side
+    def __init__(self, files):
+        self.paths, self.scale = files.paths, files.scale
+        self.size, self.side = files.size, files.side
 
     def __getitem__(self, task):
         index, *crop = task
-        image = read_or_next(self.paths, index)
+        image = read_or_next(self.paths, self.scale, index)
         if not crop:
             return to_square(image, self.side)
         step, row, recipe, seed = crop
@@ -2145,18 +2339,18 @@ def crop_one(image, crop, size, rng):
                                    antialias=True)
 
 
-def read_or_next(paths, index):
+def read_or_next(paths, scale, index):
     """Image `index`, uint8 [3, H, W]. If it cannot be read, warn and take the next one.
 
     Raises UserError if the file has vanished or no file can be read."""
     for i in range(index, index + len(paths)):
         path = paths[i % len(paths)]
-        image = read_image(path)
+        image = read_image(path, scale)
         if image is not None:
             return image
-        check(os.path.exists(path), f"{path} vanished; put it back and go on with --resume, "
+        check(os.path.exists(path), f"{shown(path)} vanished; put it back and go on with --resume, "
               "or train afresh with another --out")
-        warn(f"{path} cannot be read as an image; the next one takes its place")
+        warn(f"{shown(path)} cannot be read as an image; the next one takes its place")
     raise UserError("none of the image files can be read; try another --data-dir")
 
 
@@ -2756,18 +2950,19 @@ def write_metrics(folder, rows):
     write_file(os.path.join(folder, "metrics.csv"), text.getvalue().encode())
 
 
-def configuration(args, device):
-    """The content of config.json: flags, command, versions, machine."""
+def configuration(args, data):
+    """The content of config.json: flags, images, command, versions, machine."""
     defaults = {name: default for name, _, default, _ in flags_of(type(args))}
     changed = {name: args.given[name] for name in defaults if args.given[name] != defaults[name]}
     return {
         **vars(args),
+        "data_statistics": data.statistics,
         "command": f"{run_name(vars(args))}.py {as_flags(changed)}".replace(" True", ""),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "numpy": np.__version__,
-        "processor": processor_name(device),
+        "processor": processor_name(data.device),
         "threads": torch.get_num_threads(),
         "processes": world_size(),
         "git": git_revision(),

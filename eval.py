@@ -169,6 +169,7 @@ def load_run(path, device):
     path, folder, step  where it was found, and how far it was trained
     name, args, module  `method` or `method/experiment`, its flags, the method's file
     experiment          its object in tests/experiments.py, or None
+    statistics          what the network needs of its images, common.Data.statistics, or None
     backbone_only       why there is nothing but the backbone in the networks, or ""
     model, untrained    the network as it is, and as it started, in eval mode on the device
 
@@ -190,11 +191,31 @@ def accept(run, device, checkpoint):
     common.check_entries(checkpoint, run.module.Args)
     run.step, run.args = checkpoint["step"], SimpleNamespace(**checkpoint["args"])
     try:
+        run.statistics = statistics_of(checkpoint)
         rebuild(run, checkpoint["model"], device)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise common.UserError(f"{run.path} does not fit {method}.py ({type(error).__name__}: "
                                f"{reason}); try the {method}.py it was trained with") from error
+
+
+def statistics_of(checkpoint):
+    """The statistics of a run's images, None if it is too old to have them.
+
+    Raises ValueError, TypeError or KeyError if they are not such."""
+    found = checkpoint.get("data_statistics")
+    if found is None:
+        return None
+    numbers = [*found["mean"], *found["std"]]
+    positive = min(found["std"]) > 0
+    if found["scale"] is not None:
+        kind, low, high = found["scale"]
+        numbers += [low, high]
+        positive = positive and low < high and isinstance(kind, str)
+    finite = all(math.isfinite(number) for number in numbers)
+    if not (positive and finite and len(found["mean"]) == len(found["std"]) == 3):
+        raise ValueError("data_statistics are not three means and standard deviations")
+    return {**found, "class_names": list(found["class_names"])}
 
 
 def is_method(name):
@@ -231,14 +252,46 @@ def build_backbone(args):
 
 
 def load_data(run, args, device):
-    """The images to measure on, as common.Data, at the size with which the run was trained."""
+    """The images to measure on, as common.Data, as the network saw its own: with the size, scale,
+    mean and standard deviation of the run. The same images are held out as in the run."""
     wanted = SimpleNamespace(**vars(run.args))
     wanted.batch_size, wanted.views = 1, 8  # 8: the columns of --views
-    wanted.seed, wanted.num_workers = args.seed, args.num_workers
+    wanted.num_workers = args.num_workers
+    if not hasattr(wanted, "test_fraction"):
+        wanted.test_fraction = 0  # a run from before there was this flag
     if args.dataset not in (None, wanted.dataset):
         wanted.dataset, wanted.data_dir = args.dataset, "data"
     wanted.data_dir = args.data_dir or wanted.data_dir
-    return common.load_data(wanted, device)
+    data = common.load_data(wanted, device, run.statistics)
+    wanted.seed = args.seed  # only now: the run's seed drew the images that are held out
+    if run.statistics:
+        use_statistics(data, run.statistics)
+    return data
+
+
+def use_statistics(data, statistics):
+    """Show data with the statistics of a run. Raises UserError if they are of other pixels."""
+    kind = statistics["scale"][0] if statistics["scale"] else "8 bits"
+    common.check(data.statistics["scale"] == statistics["scale"],
+                 f"--dataset {data.args.dataset}: the run saw images of {kind}; try such ones")
+    for name in ("mean", "std"):
+        numbers = torch.tensor(statistics[name], dtype=torch.float32, device=data.device)
+        setattr(data, name, numbers.view(3, 1, 1))
+    match_classes(data, statistics["class_names"])
+
+
+def match_classes(data, names):
+    """Give the classes of the data that the run knows by name the run's numbers; others follow."""
+    if not set(names) & set(data.class_names):
+        return
+    names = names + [name for name in data.class_names if name not in names]
+    number_of = {name: i for i, name in enumerate(names)}
+    new = torch.tensor([number_of[name] for name in data.class_names], device=data.device)
+    for part in ("train_labels", "test_labels", "bank_labels", "query_labels", "large_bank_labels"):
+        labels = getattr(data, part)
+        if labels is not None:
+            setattr(data, part, new[labels])
+    data.class_names = names
 
 
 def checksum(network):
@@ -467,16 +520,16 @@ def evaluate(run, data, args):
     for text in left_out:
         common.say(f"  {text}")
     return {"run": run.path, "method": run.name, "step": run.step,
-            "trained_on": run.args.dataset, "dataset": data.args.dataset,
+            "left_out": left_out, "trained_on": run.args.dataset, "dataset": data.args.dataset,
             "training_images": len(data.labelled_train), "test_images": test_count(data),
-            "labels_for_probe": len(rows), "precision": args.precision,
-            "protocols": how, "features": results, "left_out": left_out}
+            "class_names": list(data.class_names), "labels_for_probe": len(rows),
+            "precision": args.precision, "protocols": how, "features": results}
 
 
 def say_heading(run, data, args):
     """Print what is measured, and on which images."""
     place = "" if data.args.dataset == "patterns" else f" in {data.args.data_dir}"
-    classes = len(data.class_names) if data.labelled else "no"
+    classes = len(data.train_labels.unique()) if data.labelled else "no"
     common.say(f"\n{run.path}: {run.name}, {run.args.backbone}, trained on {run.args.dataset}, "
                f"step {run.step}, seed {run.args.seed}")
     common.say(f"evaluated on {data.args.dataset}{place}, {data.size}x{data.size}: "

@@ -20,6 +20,7 @@ HELP = r"see \w+\.py --help"  # all that can be said of a flag that does not exi
 # (script, flags, what the message names, the way out)
 SHARED = [
     ("--dataset mnist", "--dataset", TRY), ("--dataset Folder", "--dataset", TRY), ("--data-dir nowhere", "--data-dir nowhere", TRY),
+    ("--test-fraction 1", "--test-fraction", "try 0.2"), ("--test-fraction -0.1", "--test-fraction", "try 0.2"),
     ("--image-size 7", "--image-size", "try 32"), ("--image-size 1025", "--image-size", "try 32"),
     ("--image-size 32x32", "--image-size", "try 32"),
     ("--backbone resnet17", "--backbone resnet17", "try tiny"), ("--backbone Tiny", "--backbone Tiny", "try tiny"),

@@ -37,7 +37,8 @@ def load(*argv):
 
 
 def load_folder(root, *argv):
-    return load("--dataset", "folder", "--data-dir", root, *argv)
+    """Without a hold-out, of which test_folders.py tells."""
+    return load("--dataset", "folder", "--data-dir", root, "--test-fraction", 0, *argv)
 
 
 def failure(*argv):
@@ -370,10 +371,15 @@ GREY = ("grey.png", "grey.jpg", "grey_alpha.png", "sixteen.png", "sixteen.tif")
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory):
-    root = tmp_path_factory.mktemp("kinds") / "images"
+    root, deep = (tmp_path_factory.mktemp("kinds") / name for name in ("images", "deep"))
     save_kinds(root)
-    names = sorted(path.name for path in root.iterdir())
-    return dict(zip(names, load_folder(root).train))
+    deep.mkdir()
+    found = {}
+    for path in list(root.glob("sixteen.*")):  # of another kind than 8 bits
+        path.rename(deep / path.name)
+    for folder in (root, deep):
+        found.update(zip(sorted(path.name for path in folder.iterdir()), load_folder(folder, "--batch-size", 2, "--w-size", 2).train))
+    return found
 
 
 @pytest.mark.parametrize("name", ["rgb.png", "jpeg.jpg", "palette.png", "rgba.png", "cmyk.jpg", "web.webp", "bitmap.bmp"])
@@ -387,6 +393,8 @@ def test_colour_images_of_every_kind_arrive_as_rgb(kinds, name):
 @pytest.mark.parametrize("name", GREY)
 def test_grey_images_of_every_kind_arrive_as_three_equal_channels(kinds, name):
     expected = torch.from_numpy(gradient()[..., 0]).int()
+    if name.startswith("sixteen"):
+        expected = (expected * 255 / 250).int()  # the range of these files, 0 ... 250 * 257, fills all 8 bits
     assert all((channel.int() - expected).abs().max() <= 4 for channel in kinds[name])
 
 
@@ -444,7 +452,7 @@ def test_broken_files_among_good_ones_are_skipped_counted_and_named(tmp_path, ca
     data = load_folder(tmp_path)
     assert len(data.train) == 8 and data.train_labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and f"{len(broken)} of {8 + len(broken)}" in lines[0]
+    assert len(lines) == 1 and f"skipped {len(broken)} unreadable: " in lines[0]
     assert sum(name in lines[0] for name in broken) >= 3
 
 
@@ -456,14 +464,15 @@ def test_each_kind_of_broken_file_is_named(tmp_path, capsys, name):
         if path.name != name and not path.name.startswith("000"):
             path.unlink()
     assert len(load_folder(tmp_path).train) == 8
-    assert f"skipped 1 of 9 files that cannot be read as images: {tmp_path}/train/class0/{name}" in capsys.readouterr().err
+    assert f"skipped 1 unreadable: {tmp_path}/train/class0/{name}" in capsys.readouterr().err
 
 
-def test_a_picture_too_large_for_pillow_is_a_broken_file(tmp_path, capsys, monkeypatch):
+def test_a_picture_too_large_for_pillow_is_called_so(tmp_path, capsys, monkeypatch):
     make_folder(tmp_path, train=8, test=0)
     write_image(tmp_path / "train" / "class0" / "huge.png", np.zeros((100, 100, 3), np.uint8))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # Pillow raises DecompressionBombError above twice this
-    assert len(load_folder(tmp_path).train) == 8 and "huge.png" in capsys.readouterr().err
+    assert len(load_folder(tmp_path).train) == 8
+    assert capsys.readouterr().err == f"skipped 1 too large: {tmp_path}/train/class0/huge.png\n"
 
 
 def test_a_class_whose_images_are_all_broken_does_not_shift_the_other_labels(tmp_path, capsys):
@@ -477,7 +486,7 @@ def test_a_class_whose_images_are_all_broken_does_not_shift_the_other_labels(tmp
 def test_all_files_broken_is_one_line(tmp_path):
     save_broken(tmp_path)
     message = failure("--dataset", "folder", "--data-dir", tmp_path)
-    assert str(tmp_path) in message and "none of the 10 files" in message
+    assert str(tmp_path) in message and "skipped: 10 unreadable" in message
 
 
 def test_one_readable_image_among_broken_ones_is_one_line(tmp_path, capsys):
@@ -491,7 +500,7 @@ def test_all_test_images_broken_leaves_training_without_a_test_set(tmp_path, cap
     for path in (tmp_path / "test").rglob("*.png"):
         path.write_bytes(b"broken")
     data = load_folder(tmp_path)
-    assert not data.labelled and data.test_labels is None and data.test is data.labelled_train and "4 of 4" in capsys.readouterr().err
+    assert not data.labelled and data.test_labels is None and data.test is data.labelled_train and "skipped 4 unreadable" in capsys.readouterr().err
 
 
 # ---- folder: too little or not fitting -----------------------------------------------------------
@@ -512,14 +521,15 @@ def test_one_image_is_refused(tmp_path):
     assert "one image" in failure("--dataset", "folder", "--data-dir", tmp_path)
 
 
-def test_an_image_below_8_pixels_is_named_with_its_size(tmp_path):
+@pytest.mark.parametrize("more", [[], ["--stream", "--num-workers", "0"]])
+def test_images_below_8_pixels_are_skipped_counted_and_named(tmp_path, capsys, more):
     make_folder(tmp_path, train=8, test=0)
-    write_image(tmp_path / "train" / "class0" / "small.png", np.zeros((7, 20, 3), np.uint8))
-    message = failure("--dataset", "folder", "--data-dir", tmp_path)
-    assert "small.png" in message and "20x7" in message and "8x8" in message
-    write_image(tmp_path / "train" / "class0" / "0.png", np.zeros((20, 7, 3), np.uint8))  # the first of all, from which the size of a view follows
-    message = failure("--dataset", "folder", "--data-dir", tmp_path, "--stream")
-    assert "0.png" in message and "7x20" in message and "8x8" in message
+    for name, shape in (("small", (7, 20, 3)), ("0", (20, 7, 3))):  # 0.png is the first of all
+        write_image(tmp_path / "train" / "class0" / f"{name}.png", np.zeros(shape, np.uint8))
+    data = load_folder(tmp_path, *more)
+    out, err = capsys.readouterr()
+    assert len(data.train) == 8 and data.size == 32 and "skipped: 2 smaller than 8x8" in out
+    assert err == f"skipped 2 smaller than 8x8: {tmp_path}/train/class0/0.png, {tmp_path}/train/class0/small.png\n"
 
 
 @pytest.mark.parametrize("inside", [[], ["train"], ["train/class0", "train/class1", "test"]])
@@ -652,12 +662,12 @@ def test_streamed_views_of_one_image_differ_and_those_of_the_next_epoch_too(larg
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_file_of_a_streamed_run_is_replaced_and_named(small_folder, tmp_path, capfd, workers):
+def test_a_file_that_breaks_during_a_streamed_run_is_replaced_and_named(small_folder, tmp_path, capfd, workers):
     root = tmp_path / "images"
     shutil.copytree(small_folder, root)
     broken = next((root / "train").rglob("0007.png"))
-    broken.write_bytes(b"broken")
     data = load_folder(root, "--image-size", 16, "--stream", "--num-workers", workers, "--batch-size", 64, "--w-size", 64)
+    broken.write_bytes(b"broken")
     ((first, _),) = list(data.batches(0))
     assert first.shape == (64, 3, 16, 16)
     lines = capfd.readouterr().err.splitlines()

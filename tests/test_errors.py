@@ -61,7 +61,7 @@ def captured_parser():
 ACTIONS = captured_parser()._actions
 NUMBERS = {action.option_strings[0]: action for action in ACTIONS if action.type not in (None, str)}
 CHOICES = [action.option_strings[0] for action in ACTIONS if action.choices]
-ZERO_IS_FINE = {"--weight-decay", "--warmup", "--seed", "--num-workers", "--eval-every", "--save-every", "--eps"}
+ZERO_IS_FINE = {"--weight-decay", "--warmup", "--seed", "--num-workers", "--eval-every", "--save-every", "--eps", "--test-fraction"}
 
 
 def is_whole(flag):
@@ -170,8 +170,8 @@ def all_broken(root):
 
 
 def too_small(root):
-    make_folder(root, train=40, test=0)
-    write_image(root / "train" / "class0" / "small.png", gradient(4))
+    for i in range(40):
+        write_image(root / f"{i}.png", gradient(4))
 
 
 def a_file(root):
@@ -184,7 +184,7 @@ def nothing_there(root):
 
 @pytest.mark.parametrize("make, words", [
     (empty, ["no images"]), (one_class, ["one class"]), (one_image, ["one image"]), (a_file, ["not a folder"]),
-    (nothing_there, ["not a folder"]), (all_broken, ["none of the"]), (too_small, ["small.png", "4x4"])])
+    (nothing_there, ["not a folder"]), (all_broken, ["none of the"]), (too_small, ["none of the", "40 smaller than 8x8"])])
 def test_folders_that_cannot_be_trained_on(make, words, tmp_path, flags):
     make(tmp_path / "images")
     refused(run_here("cw_rgp", flags("cw_rgp", "--data-dir", tmp_path / "images")), tmp_path / "images", *words)

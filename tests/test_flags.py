@@ -24,6 +24,7 @@ RECIPES = " ".join(sorted(common.RECIPES))
 SHARED = {
     "dataset": (str, "patterns", "patterns cifar10 cifar100 stl10 tinyimagenet folder"),
     "data_dir": (str, "data", ""),
+    "test_fraction": (float, 0.2, "[0, 1)"),
     "image_size": (int, None, "[8, 1024]"),
     "augment": (str, "w-mse", RECIPES),
     "views": (int, 2, "[2, 16]"),
