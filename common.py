@@ -2,8 +2,9 @@
 
 To borrow a method, copy its file and this one into a folder of your own.
 
-Part I is what a method file calls, in the order in which its train() calls it, as far as a run
-with default flags needs it. Part II is the rest: flags, messages, files, image folders, torchrun.
+Part I is what train() and the models call in a run with default flags, by topic. The contents
+below are in the order of the calls. Part II is the rest: the command line, messages, files, image
+folders, torchrun. A default run enters the command line, messages and files there, too.
 """
 
 # ==============================================================================
@@ -12,52 +13,52 @@ with default flags needs it. Part II is the rest: flags, messages, files, image 
 #
 # What a method file calls, in this order:
 #
-#    119  Args               the flags that all nine methods share
-#    109  flag               a field of Args: default, help, bounds
-#   1587  main               run train(); print an expected error as one line
-#   1328  parse_args         Args from the command line
-#    202  set_up             device, precision, other processes
-#    237  load_data          read or draw the data set: Data
-#    484  build_backbone     the network whose output is H
-#    528  build_optimizer    Adam, SGD, LARS or Muon
-#    570  gives_back         signal handlers, lock and processes, when train() ends
-#    589  Run                the run's folder, checkpoints, log and checks
-#    829  distribute         the model for several processes, or compiled
-#    608  Run.resume         the step to start from, usually 0
-#    304  Data.batches       the batches of an epoch, uint8
-#    845  step_seed          the seed of a step's random draws
-#    319  Data.augment       the random views of a batch
-#    851  learning_rate      the schedule's factor at a step
-#    621  Run.guard          a failed decomposition becomes a clear error
-#    839  gather             embeddings of all processes, with gradient
-#   1744  mean_over_ranks    the mean of a tensor over the processes (MoCo)
-#    192  world_size         the number of processes (MoCo)
-#    197  rank               this process's number among them (MoCo)
-#    626  Run.watch          note whether loss and gradients are finite
-#    633  Run.progress       stop if they were not; show the status line
-#    644  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    652  Run.mean_loss      the mean loss of the epoch
-#   1124  extract            H of a set of images
-#   1146  project            Z of H
-#   1183  collapse_metrics   how much of its space a set of embeddings fills
-#   1157  knn_accuracy       accuracy of a vote among the nearest training images
-#    661  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    700  Run.save_backbone  write backbone.pt
-#    708  Run.close          print the scores
+#    120  Args               the flags that all nine methods share
+#    110  flag               a field of Args: default, help, bounds
+#   1594  main               run train(); print an expected error as one line
+#   1335  parse_args         Args from the command line
+#    203  set_up             device, precision, other processes
+#    238  load_data          read or draw the data set: Data
+#    485  build_backbone     the network whose output is H
+#    529  build_optimizer    Adam, SGD, LARS or Muon
+#    571  gives_back         signal handlers, lock and processes, when train() ends
+#    590  Run                the run's folder, checkpoints, log and checks
+#    833  distribute         the model for several processes, or compiled
+#    612  Run.resume         the step to start from, usually 0
+#    305  Data.batches       the batches of an epoch, uint8
+#    849  step_seed          the seed of a step's random draws
+#    320  Data.augment       the random views of a batch
+#    855  learning_rate      the schedule's factor at a step
+#    625  Run.guard          a failed decomposition becomes a clear error
+#    843  gather             embeddings of all processes, with gradient
+#   1751  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#    193  world_size         the number of processes (MoCo)
+#    198  rank               this process's number among them (MoCo)
+#    630  Run.watch          note whether loss and gradients are finite
+#    637  Run.progress       stop if they were not; show the status line
+#    648  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    656  Run.mean_loss      the mean loss of the epoch
+#   1128  extract            H of a set of images
+#   1150  project            Z of H
+#   1187  collapse_metrics   how much of its space a set of embeddings fills
+#   1161  knn_accuracy       accuracy of a vote among the nearest training images
+#    665  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    704  Run.save_backbone  write backbone.pt
+#    712  Run.close          print the scores
 #
 # Part II:
 #
-#   1256  Command line: flags from Args, checks, and sizes to propose
-#   1497  Messages and errors
-#   1652  Several processes
-#   1806  Data sets by name
-#   1895  Folders of images
-#   2234  Streaming
-#   2357  Recipes of augmentation
-#   2430  ResNets, LARS, Muon
-#   2558  Run folder and signals
-#   2724  Resume
-#   2915  Files of a run
+#   1263  Command line: flags from Args, checks, and sizes to propose
+#   1504  Messages and errors
+#   1659  Several processes
+#   1813  Data sets by name
+#   1902  Folders of images
+#   2241  Streaming
+#   2364  Recipes of augmentation
+#   2437  ResNets, LARS, Muon
+#   2565  Run folder and signals
+#   2731  Resume
+#   2922  Files of a run
 
 import argparse
 import collections
@@ -137,8 +138,8 @@ class Args:
     views: int = flag(2, "views of each image", least=2, most=16)
 
     backbone: str = flag("tiny", "`tiny`, or a torchvision ResNet by name, such as resnet18")
-    proj_hidden: int = flag(1024, "width of the hidden layers of the projector", least=1,
-                            most=2**14)
+    proj_hidden: int = flag(1024, "width of the hidden layers of the projector (BYOL: and of the "
+                            "predictor)", least=1, most=2**14)
     proj_dim: int = flag(128, "d, channels of the embedding Z, the projector's output", least=2)
     proj_layers: int = flag(2, "linear layers of the projector", least=1, most=8)
 
@@ -158,7 +159,7 @@ class Args:
                               "the run, at most 500)", least=0, most=10**9, example=500)
     schedule: str = flag("cosine", "how the rate falls; `step`: to a fifth when 50 epochs are "
                          "left, and again when 25 are", choices="cosine step constant")
-    seed: int = flag(0, "of weights, order, views and every other random draw", least=0,
+    seed: int = flag(0, "number that all random draws follow from", least=0,
                      most=2**31 - 1)
 
     out: str | None = flag(None, "folder of the run (default: runs/METHOD-DATASET-sSEED, with -2, "
@@ -172,8 +173,8 @@ class Args:
                           least=1)
 
     device: str = flag("auto", "`auto` takes a GPU if there is one", choices="auto cpu cuda")
-    precision: str = flag("auto", "of the networks; `auto` takes bf16 if the processor has it. The "
-                          "loss is always computed in fp32", choices="auto fp32 bf16")
+    precision: str = flag("auto", "precision of the networks; `auto` takes bf16 if the processor "
+                          "has it. The loss is always computed in fp32", choices="auto fp32 bf16")
     compile: bool = flag(False, "compile the backbones with torch.compile")
     stream: bool = flag(False, "read images from disk in each epoch, even if they fit in memory")
     num_workers: int = flag(2, "processes that read images from disk", least=0, most=256)
@@ -202,8 +203,8 @@ def rank():
 def set_up(args):
     """Choose the device and join the other processes.
 
-    Returns a copy of args with all flags filled in, and the torch.device. Raises UserError if there
-    is no such device."""
+    Returns a copy of args in which the precision and the optimizer's rates are filled in, and the
+    torch.device. Raises UserError if there is no such device."""
     check(args.device != "cuda" or torch.cuda.is_available(),
           "--device cuda: torch finds no GPU that it can use; try --device cpu")
     device = torch.device("cpu")
@@ -601,6 +602,9 @@ class Run:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=data.device)  # this epoch's
         self.last_is_good = True  # False after a resume from previous.pt, until the next save
         self.clock = Clock()
+        name = getattr(model, "experiment", "")  # set by tests/experiments.py
+        check(name == args.experiment, f"these Args are for {run_name(vars(args))}, the model is "
+              f"not; try the Args and the train of the same file")
         self.signals = StopSignals(args, data.device)
         self.folder, self.lock = open_folder(args)
         self.finite = FiniteWatch(model, data, self.folder)
@@ -698,7 +702,7 @@ class Run:
         self.last_is_good = True
 
     def save_backbone(self):
-        """Write backbone.pt: the backbone's weights under torchvision's own names."""
+        """Write backbone.pt: the backbone's weights, a ResNet's under torchvision's names."""
         self.signals.give_back()  # all else is saved, so Ctrl-C may end the program at once
         if rank() == 0:
             buffer = io.BytesIO()
@@ -1237,15 +1241,18 @@ def mean_correlation(covariance):
 def collapse_in_words(figures, dim):
     """A sentence if the figures of collapse_metrics show a collapse, else an empty string.
 
-    The limits separate the nine default runs on `patterns` (two seeds: std x sqrt(d) at least 0.60,
-    stable rank 1.10, rank 5) from those without what prevents collapse (below 0.1, or at most 1.03,
-    or at most 4)."""
+    The limits separate the nine default runs on `patterns` at commit 2212f11 (two seeds: std_sqrt_d
+    at least 0.60, stable_rank_sq 1.10, rank_1pct 5) from those without what prevents collapse
+    (below 0.1, or at most 1.03, or at most 4)."""
     if figures["std_sqrt_d"] < 0.1:
         return ("COLLAPSE: all embeddings are nearly one point "
-                f"(std x sqrt(d) = {figures['std_sqrt_d']:.3f}, healthy: near 1)")
-    if figures["stable_rank_sq"] < 1.1 or figures["rank_1pct"] < min(5, dim / 2):
+                f"(std*sqrt(d) {figures['std_sqrt_d']:.3f}, healthy: near 1)")
+    if figures["rank_1pct"] < min(5, dim / 2):
         return (f"DIMENSIONAL COLLAPSE: the embeddings fill few of their {dim:.0f} dimensions "
-                f"(rank {figures['rank_1pct']:.0f}, stable rank {figures['stable_rank_sq']:.2f})")
+                f"(rank_1pct {figures['rank_1pct']:.0f})")
+    if figures["stable_rank_sq"] < 1.1:
+        return ("DIMENSIONAL COLLAPSE: one direction has nearly all of the embeddings' variance "
+                f"(stable_rank_sq {figures['stable_rank_sq']:.2f}, 1 is the least)")
     return ""
 
 

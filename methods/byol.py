@@ -29,10 +29,10 @@ Deviations:
 Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
     Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.
     Adam with weight decay 1e-6 at a rate of 3e-3 (SimSiam 2e-3, BYOL and Barlow Twins 1e-3).
-    The rate rises for a tenth of the run, at most 500 steps (MoCo 150), then falls as a cosine.
-    Each view has its own batch statistics. A ResNet's residual blocks start as the identity.
+    The rate rises for a tenth of the run, at most 500 steps (MoCo: 150), then falls as a cosine.
+    The backbone sees one view at a time. A ResNet's residual blocks start as the identity.
 
-Run: python methods/byol.py    (about two minutes on two CPU cores, offline)
+Run: python methods/byol.py    (two to four minutes on two CPU cores, offline)
 """
 
 import copy
@@ -62,7 +62,7 @@ class Args(common.Args):
     proj_hidden: int = 1024  # of projector and predictor; the paper on ImageNet: 4096
     proj_dim: int = 64  # the paper on ImageNet: 256
     proj_layers: int = 2
-    momentum: float = common.flag(0.99, "share of the target kept in a step", least=0, most=1)
+    momentum: float = common.flag(0.99, "share of the target kept at first", least=0, most=1)
     predictor: str = common.flag("mlp", "`none` removes it: collapses", choices="mlp none")
 
 
@@ -82,7 +82,7 @@ def byol_loss(p, z):
     p: predictions [N, d] of one view. z: targets [N, d], embeddings of the other view."""
     p = F.normalize(p.to(torch.promote_types(p.dtype, torch.float32)), dim=1)
     z = F.normalize(z.to(p.dtype), dim=1).detach()
-    return (2 - 2 * (p * z).sum(1)).mean()
+    return (2 - 2 * (p * z).sum(1)).mean()  # Eq. 2
 
 
 # ==============================================================================
@@ -118,7 +118,7 @@ class BYOL(nn.Module):
     @torch.no_grad()
     def update_target(self, progress):
         """Move the target towards the online network: parameters, not batch statistics."""
-        momentum = 1 - (1 - self.args.momentum) * (math.cos(math.pi * progress) + 1) / 2
+        momentum = 1 - (1 - self.args.momentum) * (math.cos(math.pi * progress) + 1) / 2  # Eq. 1
         online = [*self.backbone.parameters(), *self.projector.parameters()]
         target = [*self.target_backbone.parameters(), *self.target_projector.parameters()]
         for theta, xi in zip(online, target):
@@ -130,7 +130,7 @@ class BYOL(nn.Module):
         z = [self.projector(v) for v in h]  # s x [n, d]
         p = [self.predictor(v) for v in z]  # s x [n, d]
         with torch.no_grad():
-            z = [self.target_projector(self.target_backbone(x)) for x in views]  # s x [n, d]
+            z = [self.target_projector(self.target_backbone(x)) for x in views]  # the targets
         with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
             p, z = [common.gather(v) for v in p], [common.gather(v) for v in z]  # s x [N, d]
             pairs = itertools.combinations(zip(p, z), 2)
@@ -151,7 +151,7 @@ def build(args):
 
 @common.gives_back  # signal handlers and the lock on the folder, however it ends
 def train(args, build=build):
-    """Train a model as `args` say. Returns the finished run. Raises common.UserError."""
+    """Train the model of build(args). Returns the finished run. Raises common.UserError."""
     # ---- Set up --------------------------------------------------------------
     args, device = common.set_up(args)  # GPU or CPU, precision, torchrun
     data = common.load_data(args, device)  # uint8 images, on the device where they fit
@@ -180,8 +180,8 @@ def train(args, build=build):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            model.update_target(step / run.total_steps)  # <- BYOL: with the new weights
-            run.watch(step, loss)  # is every gradient finite? Noted on the device, without waiting
+            model.update_target(step / run.total_steps)  # <- BYOL: towards the new weights
+            run.watch(step, loss)  # adds up the loss, notes numbers that are not finite; no waiting
             step += 1
 
             if step % args.log_every == 0:
@@ -207,15 +207,15 @@ def train(args, build=build):
     run.save_backbone()
     scores = {}
     if data.labelled:
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed)  # the weights with which this run started
         untrained = build(args).backbone.to(device)
         pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(32, data.size)), nn.Flatten())
         networks = {"kNN": model.backbone, "raw pixels": pixels, "untrained backbone": untrained}
-        labels = data.large_bank_labels, data.test_labels
+        labels = data.large_bank_labels
         for name, encoder in networks.items():
             bank = common.extract(encoder, data, data.large_bank, args.precision)  # [N, dim of H]
             queries = common.extract(encoder, data, data.test, args.precision)  # [M, dim of H]
-            scores[name] = common.knn_accuracy(bank, labels[0], queries, labels[1])
+            scores[name] = common.knn_accuracy(bank, labels, queries, data.test_labels)
     run.close(scores)
     return run
 

@@ -1,4 +1,4 @@
-"""CW-RGP (Weng et al., NeurIPS 2022): whiten samples over groups of channels, then equal views.
+"""CW-RGP (Weng et al., NeurIPS 2022): whiten samples over channel groups, match views.
 
 Paper: "An Investigation into Whitening Loss for Self-supervised Learning", arXiv 2210.03586
 Code: winci-ai/CW-RGP (official)
@@ -23,16 +23,16 @@ Diff it with: wmse.py (channels over samples)
 
 Deviations:
     ZCA's gradient is written out, since autograd's is NaN for equal eigenvalues.
-    The paper's rate falls in two steps at the end.
+    The paper's rate falls in two steps at the end, ours as a cosine.
     The official ImageNet script offers a covariance term, which is not here.
 
 Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
     Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.
     Adam with weight decay 1e-6 at a rate of 3e-3 (SimSiam 2e-3, BYOL and Barlow Twins 1e-3).
-    The rate rises for a tenth of the run, at most 500 steps (MoCo 150), then falls as a cosine.
-    Each view has its own batch statistics. A ResNet's residual blocks start as the identity.
+    The rate rises for a tenth of the run, at most 500 steps (MoCo: 150), then falls as a cosine.
+    The backbone sees one view at a time. A ResNet's residual blocks start as the identity.
 
-Run: python methods/cw_rgp.py    (about two minutes on two CPU cores, offline)
+Run: python methods/cw_rgp.py    (two to four minutes on two CPU cores, offline)
 """
 
 import itertools
@@ -59,17 +59,18 @@ class Args(common.Args):
     proj_hidden: int = 1024
     proj_dim: int = 512
     proj_layers: int = 2
-    groups: int = common.flag(4, "g, random groups of the d channels", least=1)
-    w_size: int = common.flag(64, "w, images whitened together, at most d / g", least=2)
+    groups: int = common.flag(4, "random groups of channels", least=1)
+    w_size: int = common.flag(64, "images whitened together, at most d / --groups", least=2)
     w_iter: int = common.flag(4, "times a step cuts the batch into slices", least=1, most=100)
-    eps: float = common.flag(0.0, "share of I mixed into the covariance", least=0, below=1)
+    eps: float = common.flag(0.0, "share of the identity in the covariance", least=0, below=1)
 
     def rules(self):
         yield self.batch_size % self.w_size == 0, "--w-size must divide --batch-size"
         yield self.proj_dim % self.groups == 0, "--groups must divide --proj-dim"
-        width = self.proj_dim // self.groups
-        full = width > 1 and (self.eps > 0 or self.w_size <= width - (self.groups == 1))
-        yield full, "--w-size must be at most --proj-dim / --groups, or --eps above 0"
+        yield self.proj_dim > self.groups, "--groups must be below --proj-dim"
+        most = self.proj_dim // self.groups if self.groups > 1 else self.proj_dim - 1
+        full = self.eps > 0 or self.w_size <= most
+        yield full, f"--w-size must be at most {most} for --proj-dim and --groups, or --eps above 0"
 
 
 def parse_args(argv=None):
@@ -143,9 +144,9 @@ def cw_rgp_loss(views, groups=4, w_size=64, w_iter=4, eps=0.0, generator=None):
     slices = z[:, order.flatten()].unflatten(1, (-1, w_size))  # [s, w_iter N / w, w, d]
     draws = torch.rand(s, slices.shape[1], d, device=z.device, generator=generator)
     permutation = draws.argsort(-1)  # own groups for each slice and view, so L stays above 0
-    y = F.normalize(channel_whiten(slices, groups, permutation, eps), dim=-1)
+    y = F.normalize(channel_whiten(slices, groups, permutation, eps), dim=-1)  # Eq. 2
     pairs = itertools.combinations(y, 2)
-    losses = [(2 - 2 * (y1 * y2).sum(-1)).mean() for y1, y2 in pairs]
+    losses = [(2 - 2 * (y1 * y2).sum(-1)).mean() for y1, y2 in pairs]  # Eq. 4
     return sum(losses) / len(losses)
 
 
@@ -197,7 +198,7 @@ def build(args):
 
 @common.gives_back  # signal handlers and the lock on the folder, however it ends
 def train(args, build=build):
-    """Train a model as `args` say. Returns the finished run. Raises common.UserError."""
+    """Train the model of build(args). Returns the finished run. Raises common.UserError."""
     # ---- Set up --------------------------------------------------------------
     args, device = common.set_up(args)  # GPU or CPU, precision, torchrun
     data = common.load_data(args, device)  # uint8 images, on the device where they fit
@@ -226,7 +227,7 @@ def train(args, build=build):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            run.watch(step, loss)  # is every gradient finite? Noted on the device, without waiting
+            run.watch(step, loss)  # adds up the loss, notes numbers that are not finite; no waiting
             step += 1
 
             if step % args.log_every == 0:
@@ -252,15 +253,15 @@ def train(args, build=build):
     run.save_backbone()
     scores = {}
     if data.labelled:
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed)  # the weights with which this run started
         untrained = build(args).backbone.to(device)
         pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(32, data.size)), nn.Flatten())
         networks = {"kNN": model.backbone, "raw pixels": pixels, "untrained backbone": untrained}
-        labels = data.large_bank_labels, data.test_labels
+        labels = data.large_bank_labels
         for name, encoder in networks.items():
             bank = common.extract(encoder, data, data.large_bank, args.precision)  # [N, dim of H]
             queries = common.extract(encoder, data, data.test, args.precision)  # [M, dim of H]
-            scores[name] = common.knn_accuracy(bank, labels[0], queries, labels[1])
+            scores[name] = common.knn_accuracy(bank, labels, queries, data.test_labels)
     run.close(scores)
     return run
 

@@ -1,7 +1,8 @@
 """MoCo (He et al., CVPR 2020): tell the other view of an image from a queue of earlier images.
 
 Paper: "Momentum Contrast for Unsupervised Visual Representation Learning", arXiv 1911.05722
-Code: facebookresearch/moco (official, in its history); version 2: arXiv 2003.04297
+    "Improved Baselines with Momentum Contrastive Learning" (version 2), arXiv 2003.04297
+Code: facebookresearch/moco (official, in its history)
 
 Idea: Two views of an image should be more similar to each other than to any other image.
     The others are keys of earlier images in a queue, so that small batches have many negatives.
@@ -24,15 +25,15 @@ Deviations:
     With more than two views, the loss is the mean over all pairs of views.
     Sizes are those of the authors' CIFAR-10 demo (queue 4096, m 0.99, tau 0.1, linear head).
     As in that demo, parts of a batch stand for GPUs: see SplitBatchNorm and `keys`.
-    Here a ResNet's residual blocks start as the identity; in the official code they do not.
+    The official code does not start residual blocks as the identity.
 
 Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
     Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.
     Adam with weight decay 1e-6 at a rate of 3e-3 (SimSiam 2e-3, BYOL and Barlow Twins 1e-3).
-    The rate rises for a tenth of the run, at most 500 steps (MoCo 150), then falls as a cosine.
-    Each view has its own batch statistics. A ResNet's residual blocks start as the identity.
+    The rate rises for a tenth of the run, at most 500 steps (MoCo: 150), then falls as a cosine.
+    The backbone sees one view at a time. A ResNet's residual blocks start as the identity.
 
-Run: python methods/moco.py    (about two minutes on two CPU cores, offline)
+Run: python methods/moco.py    (two to four minutes on two CPU cores, offline)
 """
 
 import copy
@@ -57,19 +58,19 @@ import common  # noqa: E402
 @dataclass(kw_only=True)
 class Args(common.Args):
     method: str = "moco"
-    warmup: int = 150  # in shorter runs all embeddings fell together at first
+    warmup: int = 150  # with fewer steps the embeddings nearly collapsed to a point at first
     proj_hidden: int = 512
     proj_dim: int = 128
     proj_layers: int = 1
-    queue_size: int = common.flag(4096, "K, keys of the queue; ImageNet 65536", least=1, most=2**20)
-    momentum: float = common.flag(0.99, "share of the target kept in a step", least=0, most=1)
-    temperature: float = common.flag(0.1, "tau; lower: similar negatives count more", least=1e-4)
+    queue_size: int = common.flag(4096, "keys of earlier images in the queue", least=1, most=2**20)
+    momentum: float = common.flag(0.99, "share of the target kept in each step", least=0, most=1)
+    temperature: float = common.flag(0.1, "lower: more weight on similar negatives", least=1e-4)
     bn_splits: int = common.flag(8, "parts of a batch, each with its own batch norm", least=1)
 
     def rules(self):
         whole = self.batch_size % self.bn_splits == 0 and self.batch_size > self.bn_splits
         whole &= self.bn_splits == 1 or self.bn_splits % common.world_size() == 0
-        yield whole, "--bn-splits must cut --batch-size in equal parts of 2 or more, on each rank"
+        yield whole, "--bn-splits must cut a process's --batch-size into equal parts of 2 or more"
 
 
 def parse_args(argv=None):
@@ -118,7 +119,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         parts = x.chunk(self.splits // common.world_size())
         running = torch.stack([self.running_mean, self.running_var]).repeat(len(parts), 1, 1)
         rest = self.weight, self.bias, True, self.momentum, self.eps
-        out = [F.batch_norm(part, *own, *rest) for part, own in zip(parts, running)]  # updates own
+        out = [F.batch_norm(part, *own, *rest) for part, own in zip(parts, running)]  # moves own
         mean, variance = common.mean_over_ranks(running.mean(0))
         self.running_mean.copy_(mean)
         self.running_var.copy_(variance)
@@ -146,7 +147,7 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def update_target(self):
         """Move the target towards the online network: parameters, not batch statistics."""
-        momentum = self.args.momentum
+        momentum = self.args.momentum  # Eq. 2
         online = [*self.backbone.parameters(), *self.projector.parameters()]
         target = [*self.target_backbone.parameters(), *self.target_projector.parameters()]
         for theta, xi in zip(online, target):
@@ -161,13 +162,13 @@ class MoCo(nn.Module):
         mine = order.chunk(common.world_size())[common.rank()]
         x = x[mine].contiguous(memory_format=torch.channels_last)
         k = self.target_projector(self.target_backbone(x))  # [n, d]
-        return F.normalize(common.gather(k), dim=1)[order.argsort()]
+        return F.normalize(common.gather(k), dim=1)[order.argsort()]  # in the order of x again
 
     def forward(self, views):
         """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
         h = [self.backbone(x) for x in views[:-1]]  # the last view is not a query
         q = [self.projector(v) for v in h]  # (s - 1) x [n, d]
-        self.update_target()
+        self.update_target()  # Eq. 2, with the weights before this step
         k = [self.keys(x) for x in views[1:]]  # (s - 1) x [N, d]; the first view is not a key
         with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
             q = [common.gather(v) for v in q]  # (s - 1) x [N, d]
@@ -191,7 +192,7 @@ def build(args):
 
 @common.gives_back  # signal handlers and the lock on the folder, however it ends
 def train(args, build=build):
-    """Train a model as `args` say. Returns the finished run. Raises common.UserError."""
+    """Train the model of build(args). Returns the finished run. Raises common.UserError."""
     # ---- Set up --------------------------------------------------------------
     args, device = common.set_up(args)  # GPU or CPU, precision, torchrun
     data = common.load_data(args, device)  # uint8 images, on the device where they fit
@@ -220,7 +221,7 @@ def train(args, build=build):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            run.watch(step, loss)  # is every gradient finite? Noted on the device, without waiting
+            run.watch(step, loss)  # adds up the loss, notes numbers that are not finite; no waiting
             step += 1
 
             if step % args.log_every == 0:
@@ -246,15 +247,15 @@ def train(args, build=build):
     run.save_backbone()
     scores = {}
     if data.labelled:
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed)  # the weights with which this run started
         untrained = build(args).backbone.to(device)
         pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(32, data.size)), nn.Flatten())
         networks = {"kNN": model.backbone, "raw pixels": pixels, "untrained backbone": untrained}
-        labels = data.large_bank_labels, data.test_labels
+        labels = data.large_bank_labels
         for name, encoder in networks.items():
             bank = common.extract(encoder, data, data.large_bank, args.precision)  # [N, dim of H]
             queries = common.extract(encoder, data, data.test, args.precision)  # [M, dim of H]
-            scores[name] = common.knn_accuracy(bank, labels[0], queries, labels[1])
+            scores[name] = common.knn_accuracy(bank, labels, queries, data.test_labels)
     run.close(scores)
     return run
 

@@ -1,4 +1,4 @@
-"""Shuffled-DBN (Hua et al., ICCV 2021): whiten random groups of channels, then make views equal.
+"""Shuffled-DBN (Hua et al., ICCV 2021): whiten random groups of channels, match the views.
 
 Paper: "On Feature Decorrelation in Self-Supervised Learning", arXiv 2105.00470
 Code: PatrickHua/FeatureDecorrelationSSL (the first author's)
@@ -23,17 +23,17 @@ Diff it with: wmse.py (slices of the batch instead of groups of channels)
 
 Deviations:
     ZCA's gradient is written out, since autograd's is NaN for equal eigenvalues.
-    Here a ResNet's residual blocks start as the identity; in the official code they do not.
+    The official code does not start residual blocks as the identity.
     Whitening and batch norms see the global batch; in the authors' code, one GPU's images.
     With more than two views, the loss is the mean over all pairs of views.
 
 Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
     Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.
     Adam with weight decay 1e-6 at a rate of 3e-3 (SimSiam 2e-3, BYOL and Barlow Twins 1e-3).
-    The rate rises for a tenth of the run, at most 500 steps (MoCo 150), then falls as a cosine.
-    Each view has its own batch statistics. A ResNet's residual blocks start as the identity.
+    The rate rises for a tenth of the run, at most 500 steps (MoCo: 150), then falls as a cosine.
+    The backbone sees one view at a time. A ResNet's residual blocks start as the identity.
 
-Run: python methods/shuffled_dbn.py    (about two minutes on two CPU cores, offline)
+Run: python methods/shuffled_dbn.py    (two to four minutes on two CPU cores, offline)
 """
 
 import itertools
@@ -60,11 +60,11 @@ class Args(common.Args):
     proj_hidden: int = 1024
     proj_dim: int = 512
     proj_layers: int = 2
-    groups: int = common.flag(0, "g, random groups of channels; 0 takes 2 d / batch size", least=0)
+    groups: int = common.flag(0, "random groups of channels; 0 takes as few as fit", least=0)
     no_shuffle: bool = common.flag(False, "groups of neighbouring channels, always the same")
 
     def rules(self):
-        groups = self.groups or self.proj_dim  # 0 fits always
+        groups = self.groups or self.proj_dim  # 0 always fits
         yield self.proj_dim % groups == 0, "--groups must divide --proj-dim"
         full = self.batch_size > self.proj_dim // groups
         yield full, "--proj-dim / --groups must be below --batch-size"
@@ -111,7 +111,7 @@ def decorrelate(z, groups=0, permutation=None):
     2 d / N (the authors' code) or the next divisor of d. N must be above d / g, else S is
     singular: ValueError."""
     n, d = z.shape
-    groups = groups or next(g for g in range(-(-2 * d // n), d + 1) if d % g == 0)
+    groups = groups or next(g for g in range(min(d, -(-2 * d // n)), d + 1) if d % g == 0)
     if d % groups:
         raise ValueError(f"groups = {groups} does not divide the {d} channels")
     z = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -189,7 +189,7 @@ def build(args):
 
 @common.gives_back  # signal handlers and the lock on the folder, however it ends
 def train(args, build=build):
-    """Train a model as `args` say. Returns the finished run. Raises common.UserError."""
+    """Train the model of build(args). Returns the finished run. Raises common.UserError."""
     # ---- Set up --------------------------------------------------------------
     args, device = common.set_up(args)  # GPU or CPU, precision, torchrun
     data = common.load_data(args, device)  # uint8 images, on the device where they fit
@@ -218,7 +218,7 @@ def train(args, build=build):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            run.watch(step, loss)  # is every gradient finite? Noted on the device, without waiting
+            run.watch(step, loss)  # adds up the loss, notes numbers that are not finite; no waiting
             step += 1
 
             if step % args.log_every == 0:
@@ -244,15 +244,15 @@ def train(args, build=build):
     run.save_backbone()
     scores = {}
     if data.labelled:
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed)  # the weights with which this run started
         untrained = build(args).backbone.to(device)
         pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(32, data.size)), nn.Flatten())
         networks = {"kNN": model.backbone, "raw pixels": pixels, "untrained backbone": untrained}
-        labels = data.large_bank_labels, data.test_labels
+        labels = data.large_bank_labels
         for name, encoder in networks.items():
             bank = common.extract(encoder, data, data.large_bank, args.precision)  # [N, dim of H]
             queries = common.extract(encoder, data, data.test, args.precision)  # [M, dim of H]
-            scores[name] = common.knn_accuracy(bank, labels[0], queries, labels[1])
+            scores[name] = common.knn_accuracy(bank, labels, queries, data.test_labels)
     run.close(scores)
     return run
 

@@ -4,7 +4,7 @@ Paper: "Exploring Simple Siamese Representation Learning", arXiv 2011.10566
 Code: facebookresearch/simsiam (official)
 
 Idea: A network with a predictor learns to predict its own embedding of another view.
-    The gradient flows through the prediction only; without this stop-gradient all collapses.
+    The gradient flows through the prediction only; without this stop-gradient, Z collapses.
     The authors' hypothesis: training alternates, as EM does, between targets and weights.
 
 Loss: for predictions p [N, d] of one view and targets z [N, d] of the other
@@ -27,10 +27,10 @@ Deviations:
 Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
     Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.
     Adam with weight decay 1e-6 at a rate of 3e-3 (SimSiam 2e-3, BYOL and Barlow Twins 1e-3).
-    The rate rises for a tenth of the run, at most 500 steps (MoCo 150), then falls as a cosine.
-    Each view has its own batch statistics. A ResNet's residual blocks start as the identity.
+    The rate rises for a tenth of the run, at most 500 steps (MoCo: 150), then falls as a cosine.
+    The backbone sees one view at a time. A ResNet's residual blocks start as the identity.
 
-Run: python methods/simsiam.py    (about two minutes on two CPU cores, offline)
+Run: python methods/simsiam.py    (two to four minutes on two CPU cores, offline)
 """
 
 import itertools
@@ -60,7 +60,7 @@ class Args(common.Args):
     proj_layers: int = 2
     pred_hidden: int = common.flag(512, "the predictor's hidden width", least=1, most=2**14)
     predictor: str = common.flag("mlp", "`none` removes it: collapses", choices="mlp none")
-    no_stop_gradient: bool = common.flag(False, "let the gradient into the targets: collapses")
+    no_stop_gradient: bool = common.flag(False, "let the gradient into the targets too: collapses")
 
 
 def parse_args(argv=None):
@@ -79,7 +79,7 @@ def negative_cosine(p, z):
     p: predictions [N, d] of one view. z: targets [N, d], embeddings of the other view."""
     p = F.normalize(p.to(torch.promote_types(p.dtype, torch.float32)), dim=1)
     z = F.normalize(z.to(p.dtype), dim=1)
-    return -(p * z).sum(1).mean()
+    return -(p * z).sum(1).mean()  # Eq. 1
 
 
 # ==============================================================================
@@ -110,7 +110,7 @@ class SimSiam(nn.Module):
         self.predictor = mlp(args.proj_dim, args.pred_hidden, args.proj_dim, layers=2, bias=True)
         if args.predictor == "none":
             self.predictor = nn.Identity()
-        self.predictor.constant_lr = True  # common.build_optimizer: no warm-up and no decay
+        self.predictor.constant_lr = True  # common.build_optimizer: the peak rate at all steps
 
     def forward(self, views):
         """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
@@ -140,7 +140,7 @@ def build(args):
 
 @common.gives_back  # signal handlers and the lock on the folder, however it ends
 def train(args, build=build):
-    """Train a model as `args` say. Returns the finished run. Raises common.UserError."""
+    """Train the model of build(args). Returns the finished run. Raises common.UserError."""
     # ---- Set up --------------------------------------------------------------
     args, device = common.set_up(args)  # GPU or CPU, precision, torchrun
     data = common.load_data(args, device)  # uint8 images, on the device where they fit
@@ -169,7 +169,7 @@ def train(args, build=build):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            run.watch(step, loss)  # is every gradient finite? Noted on the device, without waiting
+            run.watch(step, loss)  # adds up the loss, notes numbers that are not finite; no waiting
             step += 1
 
             if step % args.log_every == 0:
@@ -195,15 +195,15 @@ def train(args, build=build):
     run.save_backbone()
     scores = {}
     if data.labelled:
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed)  # the weights with which this run started
         untrained = build(args).backbone.to(device)
         pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(32, data.size)), nn.Flatten())
         networks = {"kNN": model.backbone, "raw pixels": pixels, "untrained backbone": untrained}
-        labels = data.large_bank_labels, data.test_labels
+        labels = data.large_bank_labels
         for name, encoder in networks.items():
             bank = common.extract(encoder, data, data.large_bank, args.precision)  # [N, dim of H]
             queries = common.extract(encoder, data, data.test, args.precision)  # [M, dim of H]
-            scores[name] = common.knn_accuracy(bank, labels[0], queries, labels[1])
+            scores[name] = common.knn_accuracy(bank, labels, queries, data.test_labels)
     run.close(scores)
     return run
 

@@ -11,7 +11,7 @@ Loss: for embeddings Z1, Z2 [N, d] of two views
     s = mean over N and d of (Z1 - Z2)^2                                    invariance (Eq. 5)
     v(Z) = 1/d sum_j max(0, 1 - sqrt(Var(z_j) + 1e-4))                      variance (Eq. 1, 2)
     c(Z) = 1/d sum_{i != j} Cov(Z)_ij^2                                     covariance (Eq. 3, 4)
-    L = lambda s + mu (v(Z1) + v(Z2)) / 2 + nu (c(Z1) + c(Z2))              (Eq. 6)
+    L = lambda s + mu (v(Z1) + v(Z2)) / 2 + nu (c(Z1) + c(Z2)), here --inv, --var, --cov (Eq. 6)
 
 What prevents collapse:
     negatives       no
@@ -30,10 +30,10 @@ Deviations:
 Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
     Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.
     Adam with weight decay 1e-6 at a rate of 3e-3 (SimSiam 2e-3, BYOL and Barlow Twins 1e-3).
-    The rate rises for a tenth of the run, at most 500 steps (MoCo 150), then falls as a cosine.
-    Each view has its own batch statistics. A ResNet's residual blocks start as the identity.
+    The rate rises for a tenth of the run, at most 500 steps (MoCo: 150), then falls as a cosine.
+    The backbone sees one view at a time. A ResNet's residual blocks start as the identity.
 
-Run: python methods/vicreg.py    (about two minutes on two CPU cores, offline)
+Run: python methods/vicreg.py    (two to four minutes on two CPU cores, offline)
 """
 
 import itertools
@@ -62,7 +62,7 @@ class Args(common.Args):
     proj_layers: int = 2
     inv: float = common.flag(25.0, "weight of the invariance term", least=0, most=10**6)
     var: float = common.flag(25.0, "weight of the variance term; 0 collapses", least=0, most=10**6)
-    cov: float = common.flag(1.0, "weight of the covariance term; 0: low rank", least=0, most=10**6)
+    cov: float = common.flag(1.0, "weight of the covariance term; 0 collapses", least=0, most=10**6)
 
 
 def parse_args(argv=None):
@@ -146,7 +146,7 @@ def build(args):
 
 @common.gives_back  # signal handlers and the lock on the folder, however it ends
 def train(args, build=build):
-    """Train a model as `args` say. Returns the finished run. Raises common.UserError."""
+    """Train the model of build(args). Returns the finished run. Raises common.UserError."""
     # ---- Set up --------------------------------------------------------------
     args, device = common.set_up(args)  # GPU or CPU, precision, torchrun
     data = common.load_data(args, device)  # uint8 images, on the device where they fit
@@ -175,7 +175,7 @@ def train(args, build=build):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            run.watch(step, loss)  # is every gradient finite? Noted on the device, without waiting
+            run.watch(step, loss)  # adds up the loss, notes numbers that are not finite; no waiting
             step += 1
 
             if step % args.log_every == 0:
@@ -201,15 +201,15 @@ def train(args, build=build):
     run.save_backbone()
     scores = {}
     if data.labelled:
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed)  # the weights with which this run started
         untrained = build(args).backbone.to(device)
         pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(32, data.size)), nn.Flatten())
         networks = {"kNN": model.backbone, "raw pixels": pixels, "untrained backbone": untrained}
-        labels = data.large_bank_labels, data.test_labels
+        labels = data.large_bank_labels
         for name, encoder in networks.items():
             bank = common.extract(encoder, data, data.large_bank, args.precision)  # [N, dim of H]
             queries = common.extract(encoder, data, data.test, args.precision)  # [M, dim of H]
-            scores[name] = common.knn_accuracy(bank, labels[0], queries, labels[1])
+            scores[name] = common.knn_accuracy(bank, labels, queries, data.test_labels)
     run.close(scores)
     return run
 

@@ -1,4 +1,4 @@
-"""W-MSE (Ermolov et al., ICML 2021): whiten the embeddings, then make the views equal.
+"""W-MSE (Ermolov et al., ICML 2021): whiten the embeddings, then match the views.
 
 Paper: "Whitening for Self-Supervised Representation Learning", arXiv 2007.06346
 Code: htdt/self-supervised (official)
@@ -23,17 +23,18 @@ Diff it with: cw_rgp.py (samples over channels), shuffled_dbn.py (groups of chan
 
 Deviations:
     ZCA's gradient is written out, since autograd's is NaN for equal eigenvalues.
-    Here a ResNet's residual blocks start as the identity; in the official code they do not.
-    The paper's rate falls in two steps at the end, and its CIFAR-10 batches are of 512.
-    `pca`: non-finite gradients become 0. In our runs its loss did not fall (rank stayed full).
+    The official code does not start residual blocks as the identity.
+    The paper's rate falls in two steps at the end, ours as a cosine.
+    The paper's batches on CIFAR-10 are of 512.
+    For `pca`, non-finite gradients become 0. Its loss did not fall in our runs on `patterns`.
 
 Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
     Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.
     Adam with weight decay 1e-6 at a rate of 3e-3 (SimSiam 2e-3, BYOL and Barlow Twins 1e-3).
-    The rate rises for a tenth of the run, at most 500 steps (MoCo 150), then falls as a cosine.
-    Each view has its own batch statistics. A ResNet's residual blocks start as the identity.
+    The rate rises for a tenth of the run, at most 500 steps (MoCo: 150), then falls as a cosine.
+    The backbone sees one view at a time. A ResNet's residual blocks start as the identity.
 
-Run: python methods/wmse.py    (about two minutes on two CPU cores, offline)
+Run: python methods/wmse.py    (two to four minutes on two CPU cores, offline)
 """
 
 import itertools
@@ -60,10 +61,11 @@ class Args(common.Args):
     proj_hidden: int = 1024
     proj_dim: int = 64
     proj_layers: int = 2
-    whitening: str = common.flag("cholesky", "bn/none collapse", choices="cholesky zca pca bn none")
-    w_size: int = common.flag(128, "w, images whitened together, above d", least=3)
+    whitening: str = common.flag("cholesky", "how channels are made uncorrelated; bn only scales "
+                                 "them, none does nothing", choices="cholesky zca pca bn none")
+    w_size: int = common.flag(128, "images whitened together, more than --proj-dim", least=3)
     w_iter: int = common.flag(1, "times a step cuts the batch into slices", least=1, most=100)
-    eps: float = common.flag(0.0, "share of I mixed into the covariance", least=0, below=1)
+    eps: float = common.flag(0.0, "share of the identity in the covariance", least=0, below=1)
 
     def rules(self):
         yield self.batch_size % self.w_size == 0, "--w-size must divide --batch-size"
@@ -108,9 +110,8 @@ class InverseSquareRoot(torch.autograd.Function):
 def whiten(z, kind="cholesky", eps=0.0):
     """Whiten channels over samples: z [..., w, d] -> [..., w, d], mean 0 and covariance I.
 
-    kind: `cholesky` (the paper), `zca`, `pca`; `bn` divides each channel by its own deviation.
-    eps: S becomes (1 - eps) S + eps I. With eps = 0, w must be above d, else S is singular:
-    ValueError."""
+    kind: `cholesky` (the paper), `zca` or `pca`; `bn` only makes the variances 1, `none` returns
+    z. eps: S becomes (1 - eps) S + eps I. With eps = 0, w must be above d: else ValueError."""
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     if kind == "none":
         return z
@@ -201,7 +202,7 @@ def build(args):
 
 @common.gives_back  # signal handlers and the lock on the folder, however it ends
 def train(args, build=build):
-    """Train a model as `args` say. Returns the finished run. Raises common.UserError."""
+    """Train the model of build(args). Returns the finished run. Raises common.UserError."""
     # ---- Set up --------------------------------------------------------------
     args, device = common.set_up(args)  # GPU or CPU, precision, torchrun
     data = common.load_data(args, device)  # uint8 images, on the device where they fit
@@ -230,7 +231,7 @@ def train(args, build=build):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            run.watch(step, loss)  # is every gradient finite? Noted on the device, without waiting
+            run.watch(step, loss)  # adds up the loss, notes numbers that are not finite; no waiting
             step += 1
 
             if step % args.log_every == 0:
@@ -256,15 +257,15 @@ def train(args, build=build):
     run.save_backbone()
     scores = {}
     if data.labelled:
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed)  # the weights with which this run started
         untrained = build(args).backbone.to(device)
         pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(32, data.size)), nn.Flatten())
         networks = {"kNN": model.backbone, "raw pixels": pixels, "untrained backbone": untrained}
-        labels = data.large_bank_labels, data.test_labels
+        labels = data.large_bank_labels
         for name, encoder in networks.items():
             bank = common.extract(encoder, data, data.large_bank, args.precision)  # [N, dim of H]
             queries = common.extract(encoder, data, data.test, args.precision)  # [M, dim of H]
-            scores[name] = common.knn_accuracy(bank, labels[0], queries, labels[1])
+            scores[name] = common.knn_accuracy(bank, labels, queries, data.test_labels)
     run.close(scores)
     return run
 

@@ -82,7 +82,9 @@ class Experiment:
         mine = (args.method, args.experiment) == tuple(self.name.split("/"))
         common.check(mine, f'these are not the Args of {self.name}; try find("{self.name}").Args()')
         backbone, feature_dim = common.build_backbone(args.backbone, args.image_size)
-        return self.model(backbone, feature_dim, args)
+        model = self.model(backbone, feature_dim, args)
+        model.experiment = self.experiment  # which common.Run compares with args
+        return model
 
     def parse_args(self, argv=None):
         """Its Args from a command line, a list of words. Raises UserError."""
@@ -289,7 +291,7 @@ class GroupNorm(byol.BYOL):
 add(
     "byol/group-norm",
     sentence="Group norm in the heads, which then use no batch statistics; collapsed on `patterns` "
-    "in both of two runs (std 0.01).",
+    "in both of two runs at 2212f11 (std 0.01).",
     source="Richemond et al., arXiv 2010.10241: in the backbone too, with standardised weights; no "
     "collapse",
     model=GroupNorm,
@@ -530,7 +532,8 @@ class OneWay(wmse.WMSE):
 
 add(
     "wmse/one-way",
-    sentence="The second view of a pair is a fixed target, which halves the expected gradient.",
+    sentence="The second view of a pair is a fixed target, which halves the expected gradient. "
+    "With more than two views, each pair has its own slices.",
     source="Weng et al., arXiv 2210.03586, L1' of Eq. 6",
     model=OneWay,
 )
@@ -633,7 +636,7 @@ def detached_whiten(z, groups=4, permutation=None, eps=0.0):
         x = x.gather(-1, permutation)
     x = x.unflatten(-1, (groups, -1)).transpose(-2, -3)  # [..., g, w, d/g]
     w, width = x.shape[-2:]
-    if width == 1 or (eps == 0 and w > width - (groups == 1)):
+    if width == 1 or (eps == 0 and w > width - (groups == 1)):  # centring takes one dimension
         raise ValueError(f"{width} channels are too few to whiten w = {w} samples")
     s = x @ x.mT / (width - 1)  # [..., g, w, w]
     s = (1 - eps) * s + eps * torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
