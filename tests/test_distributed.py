@@ -1,5 +1,6 @@
 """N processes with B / N images each are one process with B: real processes (gloo), other data on every rank."""
 
+import importlib
 import json
 import os
 import socket
@@ -45,8 +46,6 @@ def class_of(module):
 
 def three_steps(variant):
     """Train a small model for three steps on fixed random views. -> losses, gradients of the first step, weights and buffers at the end."""
-    import importlib
-
     name, extra = VARIANTS[variant]
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -79,6 +78,11 @@ def free_port():
         return s.getsockname()[1]
 
 
+def in_processes(function, processes, *more):
+    """function(rank, processes, port, *more) in that many processes. Forks: they need not load torch, which takes seconds each."""
+    mp.start_processes(function, (processes, free_port(), *more), nprocs=processes, start_method="fork")
+
+
 def worker(rank, world, port, folder):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -97,7 +101,7 @@ def one_process():
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def many_processes(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (request.param, free_port(), str(folder)), nprocs=request.param)
+    in_processes(worker, request.param, str(folder))
     return [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in (0, request.param - 1)]
 
 
@@ -152,10 +156,8 @@ def rows(out):
 
 def assert_same_training(folder, tmp_path, method, *more):
     """torchrun with two processes leaves the metrics and the weights of one process, up to rounding; only rank 0 writes and speaks."""
-    from conftest import run_script
-
     argv = [*SMALL, *SMALL_OF[method], "--dataset", "folder", "--data-dir", folder, "--out", tmp_path / "one"]
-    assert run_script(ROOT / "methods" / f"{method}.py", *argv).status == 0
+    assert run_here(method, argv).status == 0
     done = torchrun(method, folder, tmp_path / "two", 2, *more)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("epoch 1/2") == 1  # one process speaks
@@ -192,20 +194,25 @@ def extract_worker(rank, world, port, folder):
 
 
 def test_every_image_is_measured_once_whatever_the_world_size(tmp_path):
-    mp.spawn(extract_worker, (3, free_port(), str(tmp_path)), nprocs=3)
+    in_processes(extract_worker, 3, str(tmp_path))
     images = torch.arange(7 * 3 * 8 * 8).remainder(251).to(torch.uint8).view(7, 3, 8, 8)
     for r in range(3):
         assert torch.equal(torch.load(tmp_path / f"features{r}.pt", weights_only=True), images.float().flatten(1))
 
 
+def train_worker(rank, world, port, argv):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    moco = importlib.import_module("moco")
+    moco.train(moco.parse_args(list(map(str, argv))))
+    dist.destroy_process_group()
+
+
 def test_a_run_goes_on_with_another_number_of_processes(small_folder, tmp_path):
     """One epoch by two processes, the second by one: the rows of a run that one process made, up to rounding."""
-    from conftest import run_script
-
     argv = [*SMALL, *SMALL_OF["moco"], "--dataset", "folder", "--data-dir", small_folder, "--epochs", "2"]
-    assert run_script(ROOT / "methods" / "moco.py", *argv, "--out", tmp_path / "one").status == 0
-    assert torchrun("moco", small_folder, tmp_path / "two", 2, "--epochs", "1").returncode == 0
-    done = run_script(ROOT / "methods" / "moco.py", *argv, "--out", tmp_path / "two", "--resume")
+    assert run_here("moco", [*argv, "--out", tmp_path / "one"]).status == 0
+    in_processes(train_worker, 2, [*argv, "--epochs", "1", "--out", tmp_path / "two"])
+    done = run_here("moco", [*argv, "--out", tmp_path / "two", "--resume"])
     assert done.status == 0 and "after step 2 of 4" in done.out
     assert [row["epoch"] for row in rows(tmp_path / "two")] == ["1", "2"]
     first, second = (abs(float(a["loss"]) - float(b["loss"])) for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True))

@@ -3,6 +3,7 @@ which draws, the gradient, the rate, Adam, the slow copy, the queue; and at the 
 
 Each step is replayed from the weights that `train()` had before it, so rounding does not add up and tolerances are tight."""
 
+import functools
 import importlib
 import math
 from types import SimpleNamespace
@@ -26,11 +27,20 @@ MOMENTUM = 0.9
 OWN = {
     "simclr": dict(proj_dim=8), "moco": dict(proj_dim=8, queue_size=20, bn_splits=2, momentum=MOMENTUM),
     "byol": dict(proj_dim=8, momentum=MOMENTUM), "simsiam": dict(proj_dim=8, pred_hidden=4), "barlow": dict(proj_dim=8),
-    "vicreg": dict(proj_dim=8), "wmse": dict(proj_dim=4, w_size=8), "shuffled_dbn": dict(proj_dim=16, groups=4),
+    "vicreg": dict(proj_dim=8), "wmse": dict(proj_dim=4, w_size=8), "shuffled_dbn": dict(proj_dim=16, groups=8),
     "cw_rgp": dict(proj_dim=32, groups=2, w_size=8, w_iter=1),
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def narrow_backbone():
+    """The small network with 4 channels in place of 32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "build_backbone", functools.partial(common.build_backbone, width=4))
+        yield
+
+
+@functools.cache
 def pictures():
     """28 training and 13 test images of three classes; 28 = 3 x 8 + 4, so four are left out in each epoch."""
     rng = np.random.default_rng(0)
@@ -137,6 +147,7 @@ def box(i, area, aspect, place):
     return 0, 0, SIDE, SIDE  # a square image: the central box is the whole
 
 
+@functools.cache
 def views_of(step, number):
     """View `number` of a step by W-MSE's recipe, image by image with torchvision."""
     rng = np.random.default_rng((SEED, 0, step, number))
@@ -167,6 +178,13 @@ def close(a, b, tolerance=1e-5):
     return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * max(1e-3, float(b.abs().max())))
 
 
+def model_of(seen, state):
+    """A new model with these weights, in the layout of training."""
+    model = seen.module.build(seen.args).to(memory_format=torch.channels_last)
+    model.load_state_dict(state)
+    return model.train()
+
+
 def before(seen, step):
     return seen.steps[step - 1].state if step else seen.start
 
@@ -189,8 +207,7 @@ def test_each_step_sees_its_own_images_views_and_draws(recorded, method):
 def test_each_step_has_the_gradient_of_its_own_loss(recorded, method):
     seen = recorded(method)
     for step, now in enumerate(seen.steps):
-        model = seen.module.build(seen.args).train()
-        model.load_state_dict(before(seen, step))
+        model = model_of(seen, before(seen, step))
         torch.set_rng_state(now.rng)
         loss = model(now.views)
         wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -236,8 +253,7 @@ def test_each_step_puts_its_keys_at_the_end_of_the_queue(recorded):
     """In the order of the images, though the slow copy saw them shuffled, half a batch at a time."""
     seen = recorded("moco")
     for step, now in enumerate(seen.steps):
-        model = seen.module.build(seen.args).train()
-        model.load_state_dict(now.state)
+        model = model_of(seen, now.state)
         torch.set_rng_state(now.rng)
         order = torch.randperm(BATCH)
         with torch.no_grad():
@@ -272,8 +288,7 @@ def test_the_row_of_an_epoch(recorded, method):
         assert (row["epoch"], row["step"]) == (epoch, STEPS * epoch)
         assert row["loss"] == pytest.approx(np.mean([s.loss for s in steps]), rel=1e-6)
         assert row["lr"] == pytest.approx(RATES["lr"] * factor_of(STEPS * epoch - 1))
-        model = seen.module.build(seen.args)
-        model.load_state_dict(steps[-1].state)
+        model = model_of(seen, steps[-1].state)
         assert row["knn"] == pytest.approx(accuracy(model.backbone, train[:21], labels[:21], test[:10], test_labels[:10]))
         h = measured(torch.from_numpy(test[:10]), model.backbone)
         with torch.no_grad():

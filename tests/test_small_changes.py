@@ -1,6 +1,7 @@
 """Small changes that no other test saw: defaults of a measure, what is fed to the network, times and rates that are printed, what
 eval.py counts, whitens and draws. Each test asserts the right value, by a slow reference where there is a formula."""
 
+import functools
 import importlib
 import io
 import json
@@ -51,6 +52,14 @@ def numbers_of(images):
 
 def noise(count, side=8, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, 3, side, side), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow_backbone():
+    """The small network with 4 channels in place of 32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "build_backbone", functools.partial(common.build_backbone, width=4))
+        yield
 
 
 # ---- kNN -----------------------------------------------------------------------------------------
@@ -203,7 +212,7 @@ def test_muon_computes_in_the_precision_of_the_networks(precision, monkeypatch):
 
 def test_tinys_filters_start_with_kaimings_deviation_by_their_outputs():
     torch.manual_seed(0)
-    for module in common.build_backbone("tiny", 32)[0].modules():
+    for module in common.build_backbone("tiny", 32, width=32)[0].modules():
         if isinstance(module, nn.Conv2d):
             outputs = module.weight.shape[0] * module.weight[0, 0].numel()
             assert float(module.weight.detach().std()) == pytest.approx(math.sqrt(2 / outputs), rel=0.1)
@@ -676,7 +685,7 @@ def test_the_report_has_the_runs_own_facts_and_percent(evaluated):
     assert (report["dataset"], report["trained_on"], report["method"]) == ("patterns", "patterns", "wmse")
     assert all(figures["linear"] == 0.123 for figures in report["features"].values())
     table = [line.split() for line in printed.splitlines() if line.startswith(("H ", "Z "))]
-    assert table[0][1:2] == ["1024"] and table[0][4] == "12.30" and table[0][5] == "-"
+    assert table[0][1:2] == ["128"] and table[0][4] == "12.30" and table[0][5] == "-"
     assert f"{100 * report['features']['H']['5-NN']:.2f}" == table[0][2]
     assert "patterns, 8x8: 26 training images, 10 test images, 10 classes; bf16" in printed
     assert calls.project == [("bf16",), ("bf16",)]
