@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional
 
 import common
 
+pytestmark = pytest.mark.usefixtures("narrow_backbone")
 SEED, BATCH, STEPS, EPOCHS, SIDE, SIZE = 3, 8, 3, 2, 10, 8  # three steps an epoch, images of 10 pixels, views of 8
 TOTAL = STEPS * EPOCHS
 RATES = dict(lr=0.01, lr_bias=0.02, weight_decay=0.1, warmup=2)
@@ -30,14 +31,6 @@ OWN = {
     "vicreg": dict(proj_dim=8), "wmse": dict(proj_dim=4, w_size=8), "shuffled_dbn": dict(proj_dim=16, groups=8),
     "cw_rgp": dict(proj_dim=32, groups=2, w_size=8, w_iter=1),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def narrow_backbone():
-    """The small network with 4 channels in place of 32."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "build_backbone", functools.partial(common.build_backbone, width=4))
-        yield
 
 
 @functools.cache

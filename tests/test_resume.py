@@ -22,6 +22,7 @@ import torch
 import common
 from conftest import METHODS, ROOT, SMALL_OF, is_one_line_error, make_folder, run_here
 
+pytestmark = pytest.mark.usefixtures("narrow_backbone")
 gc.freeze()  # torch's own objects need not be looked through after each run: a third of a short run's time
 STEPS = 4  # of an epoch; two epochs
 TIMES = ("images_per_s", "seconds")

@@ -1,7 +1,6 @@
 """Small changes that no other test saw: defaults of a measure, what is fed to the network, times and rates that are printed, what
 eval.py counts, whitens and draws. Each test asserts the right value, by a slow reference where there is a formula."""
 
-import functools
 import importlib
 import io
 import json
@@ -22,6 +21,7 @@ from torchvision.transforms.v2 import functional
 
 import common
 
+pytestmark = pytest.mark.usefixtures("narrow_backbone")
 evaluation = importlib.import_module("eval")
 CPU = torch.device("cpu")
 
@@ -52,14 +52,6 @@ def numbers_of(images):
 
 def noise(count, side=8, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, 3, side, side), dtype=np.uint8)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def narrow_backbone():
-    """The small network with 4 channels in place of 32."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "build_backbone", functools.partial(common.build_backbone, width=4))
-        yield
 
 
 # ---- kNN -----------------------------------------------------------------------------------------
