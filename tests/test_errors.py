@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, is_one_line_error, make_folder, run_here, run_script, write_image
 from test_data import gradient, save_broken
 
+pytestmark = pytest.mark.usefixtures("narrow_backbone")
 WAY_OUT = re.compile(r"\btry |--help|put |remove |add --resume|wait for|restore|make room|needs --data-dir|another --out")
 
 

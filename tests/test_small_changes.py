@@ -250,6 +250,27 @@ def test_the_loss_is_computed_in_float32_outside_autocast(method, monkeypatch):
     assert seen and all(now == (False, {torch.float32}, torch.float32) for now in seen), seen
 
 
+# ---- heads ---------------------------------------------------------------------------------------
+
+WIDTHS = {  # the linear layers of projector and predictor, as (inputs, outputs), of H with 128, a hidden width of 24, d of 6 and 10 in SimSiam's predictor
+    "simclr": ([(128, 24), (24, 6)], None), "moco": ([(128, 6)], None), "byol": ([(128, 24), (24, 6)], [(6, 24), (24, 6)]),
+    "simsiam": ([(128, 24), (24, 6)], [(6, 10), (10, 6)]), "barlow": ([(128, 24), (24, 6)], None), "vicreg": ([(128, 24), (24, 6)], None),
+    "wmse": ([(128, 24), (24, 6)], None), "shuffled_dbn": ([(128, 24), (24, 6)], None), "cw_rgp": ([(128, 24), (24, 6)], None)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_heads_have_the_widths_of_their_flags(method):
+    own = {"simsiam": dict(pred_hidden=10), "moco": dict(bn_splits=1, queue_size=9), "wmse": dict(w_size=8), "cw_rgp": dict(groups=1, w_size=4)}
+    model = importlib.import_module(method).build(args_of(method, proj_hidden=24, proj_dim=6, **own.get(method, {})))
+
+    def widths(head):
+        return [(m.in_features, m.out_features) for m in head.modules() if isinstance(m, nn.Linear)] if head is not None else None
+
+    assert (widths(model.projector), widths(getattr(model, "predictor", None))) == WIDTHS[method]
+    three = importlib.import_module(method).build(args_of(method, proj_hidden=24, proj_dim=6, proj_layers=3, **own.get(method, {})))
+    assert widths(three.projector) == [(128, 24), (24, 24), (24, 6)]
+
+
 # ---- a run with a clock of its own ---------------------------------------------------------------
 
 
@@ -289,8 +310,8 @@ def timed(monkeypatch):
     module = importlib.import_module("vicreg")
 
     def train(out, **flags):
-        args = module.Args(device="cpu", precision="fp32", image_size=8, batch_size=8, epochs=2, out=out, log_every=1, proj_dim=8, proj_hidden=8, **flags)
-        return module.train(args)
+        usual = dict(image_size=8, batch_size=8, epochs=2, log_every=1, proj_dim=8, proj_hidden=8)
+        return module.train(module.Args(device="cpu", precision="fp32", out=out, **{**usual, **flags}))
 
     train.clock = clock
     return train
@@ -352,6 +373,17 @@ def test_the_closing_line_counts_the_images_it_measured(timed, tmp_path, capsys,
     timed(tmp_path / "run")
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("kNN"))
     assert "k = 20, cosine, T = 0.07, 10 test images against 26 training images" in line
+
+
+@pytest.mark.parametrize("size, pooled", [(24, 24), (48, 32)])
+def test_raw_pixels_are_pooled_to_32_if_they_are_more(size, pooled, timed, tmp_path, monkeypatch):
+    encoders, extract = [], common.extract
+    monkeypatch.setattr(common, "extract", lambda network, *more: encoders.append(network) or extract(network, *more))
+    monkeypatch.setattr(common, "make_patterns", lambda: (noise(26, size), np.arange(26) % 3, noise(10, size, 1), np.arange(10) % 3))
+    timed(tmp_path / "run", image_size=size, epochs=1)
+    (raw,) = {network for network in encoders if not list(network.parameters())}
+    x = torch.rand(2, 3, size, size)
+    assert torch.equal(raw(x), F.adaptive_avg_pool2d(x, pooled).flatten(1))
 
 
 def test_the_last_columns_are_the_times(timed, tmp_path):
@@ -688,6 +720,17 @@ def test_collapse_is_of_the_test_images(evaluated):
     assert [len(z) for z in calls.collapse] == [10, 10, 10] and "10 test images, eval mode" in printed
     words = common.collapse_in_words(common.collapse_metrics(calls.collapse[1]), 4)
     assert (words in printed) if words else "COLLAPSE" not in printed
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_one_number_that_is_not_finite_is_enough(part, evaluated, monkeypatch):
+    run = evaluated[4]
+    h = [torch.rand(26, 128), torch.rand(10, 128)]
+    h[part][7, 3] = math.inf
+    monkeypatch.setattr(evaluation, "extract", lambda *_: h)
+    trained = SimpleNamespace(path="here", name="wmse", args=run.args, step=6, backbone_only="", model=run.model)
+    with pytest.raises(common.UserError, match="^here: the backbone's output is not finite; try "):
+        evaluation.evaluate(trained, run.data, SimpleNamespace(precision="fp32", features=["H"], batch_size=None, label_fraction=1.0, seed=0, probe_epochs=0))
 
 
 def test_z_is_what_the_collapse_is_said_of(capsys):
