@@ -93,7 +93,7 @@ def test_accuracies_are_five_votes_two_hundred_at_01_and_a_probe_on_its_rows(mon
 # ---- images --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("height, width, size", [(256, 256, 224), (256, 320, 224), (320, 256, 224), (96, 96, 64), (100, 60, 50), (20, 30, 32), (32, 32, 32)])
+@pytest.mark.parametrize("height, width, size", [(256, 256, 224), (256, 320, 224), (320, 256, 224), (96, 96, 64), (100, 60, 50), (20, 30, 32), (32, 32, 32), (48, 64, 48), (64, 48, 48)])
 def test_a_view_to_measure_is_the_middle_seven_eighths(height, width, size):
     x = torch.rand(2, 3, height, width, generator=seeded())
     side = min(height, width)
@@ -421,6 +421,18 @@ def test_configuration_says_what_was_used(monkeypatch):
     assert (found["processes"], found["threads"], found["git"]) == (3, 77, 40 * "a")
     assert asked[0][:2] == ["git", "-C"] and asked[0][3:] == ["rev-parse", "HEAD"]
     assert (found["torch"], found["numpy"], found["method"], found["batch_size"]) == (torch.__version__, np.__version__, "simclr", 8)
+
+
+def test_what_is_measured_is_no_output_of_a_step(evaluated):
+    """The watch looks at outputs in training only: in eval mode it would keep all of them, and blame the next step for them."""
+    run = evaluated[4]
+    run.model.eval()
+    with torch.no_grad():
+        run.model.projector(run.model.backbone(torch.full((2, 3, 8, 8), math.nan)))
+    assert not any(run.finite.outputs.values())
+    run.model.train()
+    run.model.backbone(torch.rand(2, 3, 8, 8))
+    assert len(run.finite.outputs["backbone"]) == 1
 
 
 # ---- words about collapse ------------------------------------------------------------------------
