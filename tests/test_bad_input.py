@@ -213,11 +213,11 @@ SIZES = {
 
 @pytest.mark.parametrize("method", SIZES)
 def test_following_the_proposals_ends_in_an_accepted_command_line(method):
-    """200 random sets of sizes; each refusal proposes values, and whoever follows has a command line that is accepted."""
+    """Random sets of sizes; each refusal proposes values, and whoever follows has a command line that is accepted."""
     rng, refused = random.Random(method), 0
-    for _ in range(200):
+    for _ in range(50):
         argv = [word for flag, bounds in SIZES[method].items() for word in (flag, str(rng.randint(*bounds)))]
         count = refusals(method, argv, most=2)
         assert count < 2, argv
         refused += count > 0
-    assert refused > 20, refused  # else the sizes above are no test
+    assert refused > 5, refused  # else the sizes above are no test

@@ -14,6 +14,7 @@ import common
 from conftest import METHODS, run_here
 from test_resume import arguments, first_difference, images, left_by, unstopped  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("narrow_backbone")
 DRAWING = ("moco", "cw_rgp", "shuffled_dbn", "wmse", "byol")  # draws beside the augmentation's, or a second network
 
 

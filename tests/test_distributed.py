@@ -1,5 +1,6 @@
 """N processes with B / N images each are one process with B: real processes (gloo), other data on every rank."""
 
+import importlib
 import json
 import os
 import socket
@@ -45,8 +46,6 @@ def class_of(module):
 
 def three_steps(variant):
     """Train a small model for three steps on fixed random views. -> losses, gradients of the first step, weights and buffers at the end."""
-    import importlib
-
     name, extra = VARIANTS[variant]
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -79,6 +78,11 @@ def free_port():
         return s.getsockname()[1]
 
 
+def in_processes(function, processes, *more):
+    """function(rank, processes, port, *more) in that many processes. Forks: they need not load torch, which takes seconds each."""
+    mp.start_processes(function, (processes, free_port(), *more), nprocs=processes, start_method="fork")
+
+
 def worker(rank, world, port, folder):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -97,7 +101,7 @@ def one_process():
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def many_processes(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (request.param, free_port(), str(folder)), nprocs=request.param)
+    in_processes(worker, request.param, str(folder))
     return [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in (0, request.param - 1)]
 
 
@@ -152,10 +156,8 @@ def rows(out):
 
 def assert_same_training(folder, tmp_path, method, *more):
     """torchrun with two processes leaves the metrics and the weights of one process, up to rounding; only rank 0 writes and speaks."""
-    from conftest import run_script
-
     argv = [*SMALL, *SMALL_OF[method], "--dataset", "folder", "--data-dir", folder, "--out", tmp_path / "one"]
-    assert run_script(ROOT / "methods" / f"{method}.py", *argv).status == 0
+    assert run_here(method, argv).status == 0
     done = torchrun(method, folder, tmp_path / "two", 2, *more)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("epoch 1/2") == 1  # one process speaks
@@ -192,74 +194,95 @@ def extract_worker(rank, world, port, folder):
 
 
 def test_every_image_is_measured_once_whatever_the_world_size(tmp_path):
-    mp.spawn(extract_worker, (3, free_port(), str(tmp_path)), nprocs=3)
+    in_processes(extract_worker, 3, str(tmp_path))
     images = torch.arange(7 * 3 * 8 * 8).remainder(251).to(torch.uint8).view(7, 3, 8, 8)
     for r in range(3):
         assert torch.equal(torch.load(tmp_path / f"features{r}.pt", weights_only=True), images.float().flatten(1))
 
 
+def train_worker(rank, world, port, argv):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    moco = importlib.import_module("moco")
+    moco.train(moco.parse_args(list(map(str, argv))))
+    dist.destroy_process_group()
+
+
 def test_a_run_goes_on_with_another_number_of_processes(small_folder, tmp_path):
     """One epoch by two processes, the second by one: the rows of a run that one process made, up to rounding."""
-    from conftest import run_script
-
     argv = [*SMALL, *SMALL_OF["moco"], "--dataset", "folder", "--data-dir", small_folder, "--epochs", "2"]
-    assert run_script(ROOT / "methods" / "moco.py", *argv, "--out", tmp_path / "one").status == 0
-    assert torchrun("moco", small_folder, tmp_path / "two", 2, "--epochs", "1").returncode == 0
-    done = run_script(ROOT / "methods" / "moco.py", *argv, "--out", tmp_path / "two", "--resume")
+    assert run_here("moco", [*argv, "--out", tmp_path / "one"]).status == 0
+    in_processes(train_worker, 2, [*argv, "--epochs", "1", "--out", tmp_path / "two"])
+    done = run_here("moco", [*argv, "--out", tmp_path / "two", "--resume"])
     assert done.status == 0 and "after step 2 of 4" in done.out
     assert [row["epoch"] for row in rows(tmp_path / "two")] == ["1", "2"]
     first, second = (abs(float(a["loss"]) - float(b["loss"])) for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True))
     assert first < 1e-3 and second < 0.2  # the schedule of one epoch is another one than that of two
 
 
-DYING = """
-import os, sys
-sys.path[:0] = [{root!r}, {methods!r}]
-import common, simclr
-watch = common.Run.watch
-def die(self, step, loss):
-    if step == 2 and common.rank() == 1:
-        {death}
-    watch(self, step, loss)
-common.Run.watch = die
-common.main(simclr.train, lambda: simclr.parse_args(sys.argv[1:]))
-"""
+def torchrun_here(function, processes, log):
+    """Two processes of function() under the launcher that torchrun starts, as forks that need not load torch. -> status, stderr.
+
+    Without the step from a script's name to a function, this is torch.distributed.run; the test above has that step too."""
+
+    def launched():
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        sys.stderr = open(2, "w", closefd=False)
+        config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+                              run_id="here", start_method="fork", max_restarts=0)
+        elastic_launch(config, function)()
+
+    process = mp.get_context("fork").Process(target=launched)
+    process.start()
+    process.join(300)
+    status = process.exitcode
+    process.kill()
+    return status, log.read_text()
 
 
-@pytest.mark.parametrize("death, cause", [("os.kill(os.getpid(), 9)", "lost another process"), ('raise common.UserError("rank 1 ran dry")', "rank 1 ran dry")])
+@pytest.mark.parametrize("death, cause", [("kill", "lost another process"), ("error", "rank 1 ran dry")])
 def test_a_process_that_dies_ends_the_others_with_the_cause_first(small_folder, tmp_path, death, cause):
-    script = tmp_path / "dying.py"
-    script.write_text(DYING.format(root=str(ROOT), methods=str(ROOT / "methods"), death=death))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *SMALL, *SMALL_OF["simclr"],
-               "--dataset", "folder", "--data-dir", str(small_folder), "--out", str(tmp_path / "run"), "--epochs", "5"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode != 0
-    errors = [line for line in done.stderr.splitlines() if "error:" in line or "Traceback" in line or "Signal 9" in line]
-    assert cause in errors[0] or "Signal 9" in errors[0], done.stderr[:3000]
+    argv = [*SMALL, *SMALL_OF["simclr"], "--dataset", "folder", "--data-dir", str(small_folder), "--out", str(tmp_path / "run"), "--epochs", "5"]
+
+    def dying():
+        simclr, watch = importlib.import_module("simclr"), common.Run.watch
+
+        def die(run, step, loss):
+            if step == 2 and common.rank() == 1:
+                if death == "kill":
+                    os.kill(os.getpid(), 9)
+                raise common.UserError("rank 1 ran dry")
+            watch(run, step, loss)
+
+        common.Run.watch = die
+        common.main(simclr.train, lambda: simclr.parse_args(argv))
+
+    status, err = torchrun_here(dying, 2, tmp_path / "log")
+    assert status not in (0, None), err[:3000]
+    errors = [line for line in err.splitlines() if "error:" in line or "Traceback" in line or "Signal 9" in line]
+    assert cause in errors[0] or "Signal 9" in errors[0], err[:3000]
     assert (tmp_path / "run" / "last.pt").exists()  # of the first epoch
 
 
-UNSHARED = """
-import sys
-sys.path[:0] = [{root!r}, {methods!r}]
-import common, simclr
-load = common.load_last
-common.load_last = lambda folder, accept: load(folder, accept) if common.rank() == 0 else None
-common.main(simclr.train, lambda: simclr.parse_args(sys.argv[1:]))
-"""
+def unshared_worker(rank, world, port, argv, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.stderr = open(f"{folder}/err{rank}", "w")
+    simclr, load = importlib.import_module("simclr"), common.load_last
+    common.load_last = lambda folder, accept: load(folder, accept) if rank == 0 else None
+    common.main(simclr.train, lambda: simclr.parse_args(argv))
 
 
 def test_a_second_machine_that_does_not_see_the_checkpoint_is_named_not_waited_for(small_folder, tmp_path):
     """Rank 1 began to train while rank 0 waited for its word on the step: lost processes or a hang, and no word of the cause."""
-    script = tmp_path / "unshared.py"
-    script.write_text(UNSHARED.format(root=str(ROOT), methods=str(ROOT / "methods")))
     argv = [*SMALL, *SMALL_OF["simclr"], "--dataset", "folder", "--data-dir", str(small_folder), "--out", str(tmp_path / "run")]
     assert run_here("simclr", [*argv, "--epochs", "1"]).status == 0
     before = (tmp_path / "run" / "config.json").read_bytes()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *argv, "--epochs", "3", "--resume"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode != 0 and "must lie on a disk that all machines share" in done.stderr, done.stderr[:3000]
-    assert "Traceback (most recent call last):\n  File \"" + str(script) not in done.stderr
+    with pytest.raises(mp.ProcessExitedException) as ended:
+        in_processes(unshared_worker, 2, [*argv, "--epochs", "3", "--resume"], str(tmp_path))
+    assert ended.value.exit_code == 2
+    (line,) = (tmp_path / "err0").read_text().splitlines()
+    assert "error: " in line and "must lie on a disk that all machines share" in line
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
@@ -273,7 +296,7 @@ def test_sigterm_to_torchrun_saves_and_leaves(small_folder, tmp_path):
         while "epoch" not in (line := run.stdout.readline()):
             assert line, run.stderr.read()[-2000:]
         run.send_signal(signal.SIGTERM)
-        out, err = run.communicate(timeout=60)
+        out, err = run.communicate(timeout=300)
     assert "stopped after step" in out, err[:2000]
     checkpoint = common.load_checkpoint(str(tmp_path / "run" / "last.pt"))
     assert checkpoint["step"] == int(out.split("stopped after step ")[1].split()[0])

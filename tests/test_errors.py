@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, is_one_line_error, make_folder, run_here, run_script, write_image
 from test_data import gradient, save_broken
 
+pytestmark = pytest.mark.usefixtures("narrow_backbone")
 WAY_OUT = re.compile(r"\btry |--help|put |remove |add --resume|wait for|restore|make room|needs --data-dir|another --out")
 
 
@@ -33,17 +34,19 @@ def snapshot(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# ---- as a user sees it: three cases in a process of their own ------------------------------------
+# ---- as a user sees it: the first case in a process of its own -----------------------------------
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--lr", "-1"], ["--lr", "-1"]),
-    (["--dataset", "folder", "--data-dir", "nowhere"], ["--data-dir", "nowhere"]),
-    (["--batch-size", "100", "--w-size", "64"], ["--w-size 64", "--batch-size 100"]),
+@pytest.mark.parametrize("argv, words, script", [
+    (["--dataset", "folder", "--data-dir", "nowhere"], ["--data-dir", "nowhere"], True),
+    (["--lr", "-1"], ["--lr", "-1"], False),
+    (["--batch-size", "100", "--w-size", "64"], ["--w-size 64", "--batch-size 100"], False),
 ])
-def test_bad_input_as_a_script(tmp_path, argv, words):
-    err = refused(run_script(ROOT / "methods" / "cw_rgp.py", *argv, cwd=tmp_path), *words)
-    assert err.startswith("cw_rgp.py: error: ") and not list(tmp_path.iterdir())
+def test_bad_input_as_a_script(tmp_path, monkeypatch, argv, words, script):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "methods" / "cw_rgp.py")])
+    result = run_script(ROOT / "methods" / "cw_rgp.py", *argv, cwd=tmp_path) if script else run_here("cw_rgp", argv)
+    assert refused(result, *words).startswith("cw_rgp.py: error: ") and not list(tmp_path.iterdir())
 
 
 # ---- flags ---------------------------------------------------------------------------------------

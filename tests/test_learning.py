@@ -14,6 +14,9 @@ from conftest import METHODS, SMALL, SMALL_OF, run_here
 import common
 
 
+pytestmark = pytest.mark.usefixtures("narrow_backbone")
+
+
 # ---------------------------------------------------------------------------------------------- helpers
 def table(folder):
     with open(folder / "metrics.csv") as file:
@@ -165,7 +168,7 @@ def test_bf16_run_starts_from_nearly_the_same_loss(method, plain, small_folder, 
 # ---------------------------------------------------------------------------------------------- slow: does it learn
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_default_run_learns_patterns(method, tmp_path):
+def test_default_run_learns_patterns(full_backbone, method, tmp_path):
     result = run_here(method, ["--out", tmp_path / "run"])
     assert result.status == 0, result.err
     scores = closing_scores(result.out)
@@ -180,7 +183,7 @@ COLLAPSES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", COLLAPSES)
-def test_collapse_switch_collapses_in_words(line, tmp_path):
+def test_collapse_switch_collapses_in_words(full_backbone, line, tmp_path):
     """The last epoch's figures show it, the run says so in words. (The default run does not: the test before this one.)"""
     method, *more = line.split()
     result = run_here(method, ["--out", tmp_path / "run", "--epochs", "4", *more])

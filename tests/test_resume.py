@@ -6,12 +6,14 @@ processes of two; `-m slow` kills real processes of all nine, at many points."""
 
 import csv
 import gc
+import importlib
+import multiprocessing
 import os
 import random
 import re
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -20,6 +22,7 @@ import torch
 import common
 from conftest import METHODS, ROOT, SMALL_OF, is_one_line_error, make_folder, run_here
 
+pytestmark = pytest.mark.usefixtures("narrow_backbone")
 gc.freeze()  # torch's own objects need not be looked through after each run: a third of a short run's time
 STEPS = 4  # of an epoch; two epochs
 TIMES = ("images_per_s", "seconds")
@@ -236,31 +239,64 @@ def test_seconds_go_on_counting(monkeypatch, images, tmp_path):
 
 # ---- real processes, really killed ---------------------------------------------------------------
 
-# The script as a user starts it, but held in one step, so that a signal finds it there on a machine of any speed.
-HELD = """
-import os, runpy, sys, time
-root, held, forever = sys.argv[1:4]
-sys.path.insert(0, root)
-sys.argv = sys.argv[4:]
-import common
-watch = common.Run.watch
-def watch_and_wait(run, step, loss):
-    watch(run, step, loss)
-    if step == int(held):
-        open(os.path.join(run.folder, "held"), "w").close()
-        for _ in range(24000):
-            if forever or not run.signals.number:
-                time.sleep(0.01)
-common.Run.watch = watch_and_wait
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+class Started:
+    """function() in a process of its own, with the interface of subprocess.Popen. A fork: it need not load torch, which takes seconds."""
+
+    def __init__(self, function):
+        self.output = [tempfile.TemporaryFile("w+") for _ in range(2)]
+        self.process = multiprocessing.get_context("fork").Process(target=self.run, args=(function,))
+        self.process.start()
+
+    def run(self, function):
+        for number, file in zip((1, 2), self.output):
+            os.dup2(file.fileno(), number)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        try:
+            function()
+        except SystemExit as leave:
+            os._exit(leave.code)
+
+    def poll(self):
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def kill(self):
+        self.process.kill()
+
+    def communicate(self, timeout):
+        self.process.join(timeout)
+        for file in self.output:
+            file.seek(0)
+        return [file.read() for file in self.output]
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
 
 
 def start(method, argv, held=-1, forever=""):
-    """A process that waits in step `held` (-1: none) for a signal; `forever`: also after one."""
-    command = [sys.executable, "-c", HELD, str(ROOT), str(held), forever, str(ROOT / "methods" / f"{method}.py"), *argv]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "PYTHONHASHSEED": "random"})
+    """A process that waits in step `held` (-1: none) for a signal, on a machine of any speed; `forever`: also after one."""
+
+    def hold():
+        module, watch = importlib.import_module(method), common.Run.watch
+
+        def watch_and_wait(run, step, loss):
+            watch(run, step, loss)
+            if step == held:
+                open(os.path.join(run.folder, "held"), "w").close()
+                for _ in range(24000):
+                    if forever or not run.signals.number:
+                        time.sleep(0.01)
+
+        common.Run.watch = watch_and_wait
+        sys.argv = [str(ROOT / "methods" / f"{method}.py"), *argv]
+        common.main(module.train, module.parse_args)
+
+    return Started(hold)
 
 
 def wait_for(process, path, limit=240):

@@ -1,0 +1,771 @@
+"""Small changes that no other test saw: defaults of a measure, what is fed to the network, times and rates that are printed, what
+eval.py counts, whitens and draws. Each test asserts the right value, by a slow reference where there is a formula."""
+
+import importlib
+import io
+import json
+import math
+import re
+import subprocess
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import reference as ref
+import torch
+import torch.nn.functional as F
+from conftest import METHODS, SMALL_OF
+from test_metrics import slow_knn
+from torch import nn
+from torchvision.transforms.v2 import functional
+
+import common
+
+pytestmark = pytest.mark.usefixtures("narrow_backbone")
+evaluation = importlib.import_module("eval")
+CPU = torch.device("cpu")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def args_of(method="simclr", **values):
+    return importlib.import_module(method).Args(**{"device": "cpu", "precision": "fp32", "image_size": 8, "batch_size": 8, **values})
+
+
+def data_of(train, labels, test=None, test_labels=None, unlabeled=None, **values):
+    args, _ = common.set_up(args_of(**values))
+    return common.Data(args, CPU, train, labels, test, test_labels, ["a", "b", "c"], unlabeled=unlabeled)
+
+
+def numbered(count, side=8):
+    """uint8 images whose three channels spell their number."""
+    number = np.arange(count)
+    digits = np.stack([number % 256, number // 256 % 256, number // 65536], 1).astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(digits[:, :, None, None], (count, 3, side, side)))
+
+
+def numbers_of(images):
+    return images[:, :, 0, 0].long() @ torch.tensor([1, 256, 65536])
+
+
+def noise(count, side=8, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, 3, side, side), dtype=np.uint8)
+
+
+# ---- kNN -----------------------------------------------------------------------------------------
+
+
+def test_knn_has_twenty_neighbours_and_a_temperature_of_007_by_default():
+    rng = np.random.default_rng(1)
+    centres = rng.normal(size=(6, 5))
+    labels, test_labels = rng.integers(0, 6, 400), rng.integers(0, 6, 1500)
+    bank, queries = centres[labels] + 1.2 * rng.normal(size=(400, 5)), centres[test_labels] + 1.2 * rng.normal(size=(1500, 5))
+
+    def slow(k, temperature):
+        return slow_knn(bank, labels, queries, test_labels, k, temperature)
+
+    found = common.knn_accuracy(*(torch.from_numpy(x) for x in (bank, labels, queries, test_labels)))
+    assert found == pytest.approx(slow(20, 0.07), abs=1e-6)
+    others = [slow(10, 0.07), slow(19, 0.07), slow(21, 0.07), slow(200, 0.07), slow(20, 0.1), slow(20, 0.05), slow(20, None)]
+    assert all(other != pytest.approx(found, abs=1e-6) for other in others), (found, others)  # so another default would show
+
+
+def test_accuracies_are_five_votes_two_hundred_at_01_and_a_probe_on_its_rows(monkeypatch):
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(4, 6))
+    labels, test_labels = rng.integers(0, 4, 500), rng.integers(0, 4, 200)
+    bank, queries = ((centres[y] + 1.6 * rng.normal(size=(len(y), 6))) * rng.uniform(0.2, 3, (len(y), 1)) for y in (labels, test_labels))
+    asked = {}
+    monkeypatch.setattr(evaluation, "linear_probe", lambda *args, **more: asked.update(args=args, **more) or (0.5, None))
+    data = SimpleNamespace(train_labels=torch.from_numpy(labels), test_labels=torch.from_numpy(test_labels))
+    x, rows = [torch.from_numpy(bank), torch.from_numpy(queries)], torch.tensor([3, 5, 8])
+    found = evaluation.accuracies(x, data, rows, SimpleNamespace(probe_epochs=7, seed=11))
+    slow = {(k, t): slow_knn(bank, labels, queries, test_labels, k, t) for k in (3, 5, 100, 200) for t in (None, 0.07, 0.1)}
+    assert found["5-NN"] == pytest.approx(slow[5, None]) and found["200-NN"] == pytest.approx(slow[200, 0.1])
+    assert all(slow[other] != slow[5, None] for other in ((3, None), (5, 0.1)))
+    assert all(slow[other] != slow[200, 0.1] for other in ((100, 0.1), (200, 0.07)))
+    assert [a is b for a, b in zip(asked["args"], (x[0], data.train_labels, rows, x[1], data.test_labels))] == [True] * 5
+    assert (asked["epochs"], asked["seed"]) == (7, 11)
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("height, width, size", [(256, 256, 224), (256, 320, 224), (320, 256, 224), (96, 96, 64), (100, 60, 50), (20, 30, 32), (32, 32, 32), (48, 64, 48), (64, 48, 48)])
+def test_a_view_to_measure_is_the_middle_seven_eighths(height, width, size):
+    x = torch.rand(2, 3, height, width, generator=seeded())
+    side = min(height, width)
+    side = round(side * 7 / 8) if side > size else side
+    top, left = (height - side) // 2, (width - side) // 2
+    cut = x[:, :, top:top + side, left:left + side]
+    expected = cut if side == size else functional.resize(cut, [size, size], antialias=True)
+    assert torch.allclose(common.centre_view(x, size), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [150, 5000, 12_001])
+def test_measured_colours_are_mean_and_deviation_of_evenly_spaced_images(count):
+    """At most 5000: every third one of 12,001. The images darken on the way, so that the first ones alone would be too light."""
+    images = (noise(count, 4) * np.linspace(1, 0.3, count)[:, None, None, None] * np.array([1, 0.5, 0.8])[:, None, None]).astype(np.uint8)
+    used = images[:: math.ceil(count / 5000)] / 255
+    mean, std = common.colour_statistics(torch.from_numpy(images))
+    assert np.allclose(mean, used.mean((0, 2, 3)), atol=1e-9) and np.allclose(std, used.std((0, 2, 3)), atol=1e-9)
+
+
+def test_what_is_measured_on_is_evenly_spaced_and_of_its_size():
+    train, test = numbered(100_101), numbered(2500)
+    labels, test_labels = np.arange(len(train)) % 7, np.arange(len(test)) % 7
+    data = data_of(train, labels, test, test_labels)
+    for images, given, count, total in ((data.bank, data.bank_labels, 5000, 100_101), (data.queries, data.query_labels, 1000, 2500),
+                                        (data.large_bank, data.large_bank_labels, 100_000, 100_101)):
+        index = (torch.arange(count, dtype=torch.float64) * (total - 1) / (count - 1)).floor().long()
+        assert len(images) == count and (numbers_of(images) - index).abs().max() <= 1  # rounding may take the one before
+        assert torch.equal(given, numbers_of(images) % 7)
+        assert numbers_of(images)[-1] == total - 1 and numbers_of(images).unique().numel() == count
+
+
+@pytest.mark.parametrize("kind", ["labels", "no labels", "test without labels", "no test", "unlabelled images"])
+def test_what_data_holds(kind):
+    train, test, more = numbered(20), numbered(9), numbered(31)
+    labels, test_labels = np.arange(20) % 3, np.arange(9) % 3
+    given = {"labels": (train, labels, test, test_labels), "no labels": (train, None, test, None), "test without labels": (train, labels, test, None),
+             "no test": (train, labels), "unlabelled images": (train, labels, None, None, more)}[kind]
+    data = data_of(*given)
+    everything = [*range(20), *range(31)] if kind == "unlabelled images" else list(range(20))
+    assert numbers_of(data.train).tolist() == everything and numbers_of(data.labelled_train).tolist() == list(range(20))
+    no_test = kind in ("no test", "unlabelled images")
+    assert numbers_of(data.test).tolist() == list(range(20 if no_test else 9))
+    assert data.labelled == (kind == "labels") and (data.test_labels is None) == (kind != "labels")
+    assert evaluation.test_count(data) == (0 if no_test else 9)
+    assert data.steps_per_epoch == len(everything) // 8 and data.class_names == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (8, 10), (10, 8), (10, 10)])
+def test_images_of_another_size_must_be_cropped(height, width):
+    images = np.zeros((16, 3, height, width), np.uint8)
+    assert data_of(images, None).must_be_cropped == ((height, width) != (8, 8))
+
+
+@pytest.mark.parametrize("count", [3, 31, 33, 48, 63, 65])
+def test_the_batch_size_that_is_proposed_is_the_largest_power_of_two(count):
+    with pytest.raises(common.UserError, match=f"data set of {count} images; try --batch-size {2 ** int(math.log2(count))}$"):
+        data_of(numbered(count), None, batch_size=128)
+
+
+def test_known_data_sets_have_the_papers_colours_and_sizes():
+    """htdt/self-supervised, datasets/*.py, typed a second time."""
+    assert common.COLOUR_STATISTICS == {
+        "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)), "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+        "stl10": ((0.43, 0.42, 0.39), (0.27, 0.26, 0.27)), "tinyimagenet": ((0.480, 0.448, 0.398), (0.277, 0.269, 0.282))}
+    assert common.DEFAULT_IMAGE_SIZE == {"patterns": 32, "cifar10": 32, "cifar100": 32, "stl10": 64, "tinyimagenet": 64}
+
+
+def test_no_draw_of_a_step_is_that_of_another_step_or_view():
+    """The second view of a step is not the first view of the next one, for any two steps and views, in memory."""
+    image = torch.from_numpy(noise(1, 16)).expand(4, 3, 16, 16)
+    seen = [view for step in range(4) for view in common.augment(image, "w-mse", 4, 16, (0.5,) * 3, (0.5,) * 3, seed=1, step=step)]
+    flat = torch.stack(seen).flatten(1)
+    assert torch.cdist(flat, flat).fill_diagonal_(9).min() > 0.1
+
+
+# ---- optimizers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd"])
+def test_a_rate_that_changes_scales_the_step_not_what_momentum_remembers(name):
+    w = nn.Parameter(torch.randn(4, 3, dtype=torch.float64, generator=seeded()))
+    model = nn.ParameterList([w])
+    optimizer = common.build_optimizer(model, SimpleNamespace(optimizer=name, lr=0.5, lr_bias=0.5, weight_decay=0.1))
+    expected, velocity = w.detach().numpy().copy(), 0
+    for step, rate in enumerate((0.5, 0.01, 0.3, 0.0)):
+        optimizer.param_groups[0]["lr"] = rate
+        w.grad = torch.randn(4, 3, dtype=torch.float64, generator=seeded(step))
+        update = w.grad.numpy() + 0.1 * expected
+        if name == "lars":
+            update = update * 0.001 * np.linalg.norm(expected) / np.linalg.norm(update)
+        velocity = 0.9 * velocity + update
+        expected = expected - rate * velocity
+        optimizer.step()
+        assert np.allclose(w.detach().numpy(), expected, rtol=1e-9), step
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_muon_computes_in_the_precision_of_the_networks(precision, monkeypatch):
+    seen, original = [], common.orthogonalise
+    monkeypatch.setattr(common, "orthogonalise", lambda m: seen.append(m.dtype) or original(m))
+    model = nn.Conv2d(3, 4, 3, bias=False)
+    args = SimpleNamespace(optimizer="muon", lr=0.1, lr_bias=0.1, lr_filters=0.1, weight_decay=0.0, precision=precision)
+    optimizer = common.build_optimizer(model, args)
+    model.weight.grad = torch.randn_like(model.weight)
+    optimizer.step()
+    assert seen == [torch.float32 if precision == "fp32" else torch.bfloat16]
+
+
+def test_tinys_filters_start_with_kaimings_deviation_by_their_outputs():
+    torch.manual_seed(0)
+    for module in common.build_backbone("tiny", 32, width=32)[0].modules():
+        if isinstance(module, nn.Conv2d):
+            outputs = module.weight.shape[0] * module.weight[0, 0].numel()
+            assert float(module.weight.detach().std()) == pytest.approx(math.sqrt(2 / outputs), rel=0.1)
+
+
+@pytest.mark.parametrize("flags, fast", [("avx512f avx512_vnni sse2", False), ("avx512_bf16", True), ("amx_tile amx_bf16", True), ("fpu", False), (None, False)])
+def test_bf16_is_taken_where_the_processor_computes_in_it(monkeypatch, flags, fast):
+    def opened(path, *_):
+        if flags is None:
+            raise FileNotFoundError(path)
+        return io.StringIO(f"processor : 0\nflags\t\t: fpu {flags}\n")
+
+    monkeypatch.setattr("builtins.open", opened)
+    assert common.has_fast_bf16(CPU) == fast
+    monkeypatch.setattr(common, "has_fast_bf16", lambda device: fast)
+    found = common.set_up(args_of(precision="auto"))[0].precision
+    assert found == ("bf16" if fast else "fp32")
+
+
+# ---- the loss under bf16 -------------------------------------------------------------------------
+
+LOSS = {"simclr": "nt_xent_loss", "moco": "info_nce_loss", "byol": "byol_loss", "simsiam": "negative_cosine", "barlow": "barlow_twins_loss",
+        "vicreg": "vicreg_loss", "wmse": "wmse_loss", "shuffled_dbn": "shuffled_dbn_loss", "cw_rgp": "cw_rgp_loss"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_is_computed_in_float32_outside_autocast(method, monkeypatch):
+    """The type of the result proves nothing: cross-entropies and norms give float32 under autocast too."""
+    module = importlib.import_module(method)
+    args = module.parse_args(["--image-size", "8", "--batch-size", "32", "--proj-hidden", "16", *SMALL_OF[method]])
+    torch.manual_seed(0)
+    model, seen, loss = module.build(args), [], getattr(module, LOSS[method])
+
+    def noted(*inputs, **more):
+        tensors = [t for i in inputs for t in (i if isinstance(i, (list, tuple)) else [i]) if torch.is_tensor(t)]
+        seen.append((torch.is_autocast_enabled("cpu"), {t.dtype for t in tensors}, (tensors[0] @ tensors[0].mT).dtype))
+        return loss(*inputs, **more)
+
+    monkeypatch.setattr(module, LOSS[method], noted)
+    views = [torch.randn(32, 3, 8, 8, generator=seeded(i)) for i in range(2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        model(views)
+    assert seen and all(now == (False, {torch.float32}, torch.float32) for now in seen), seen
+
+
+# ---- heads ---------------------------------------------------------------------------------------
+
+WIDTHS = {  # the linear layers of projector and predictor, as (inputs, outputs), of H with 128, a hidden width of 24, d of 6 and 10 in SimSiam's predictor
+    "simclr": ([(128, 24), (24, 6)], None), "moco": ([(128, 6)], None), "byol": ([(128, 24), (24, 6)], [(6, 24), (24, 6)]),
+    "simsiam": ([(128, 24), (24, 6)], [(6, 10), (10, 6)]), "barlow": ([(128, 24), (24, 6)], None), "vicreg": ([(128, 24), (24, 6)], None),
+    "wmse": ([(128, 24), (24, 6)], None), "shuffled_dbn": ([(128, 24), (24, 6)], None), "cw_rgp": ([(128, 24), (24, 6)], None)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_heads_have_the_widths_of_their_flags(method):
+    own = {"simsiam": dict(pred_hidden=10), "moco": dict(bn_splits=1, queue_size=9), "wmse": dict(w_size=8), "cw_rgp": dict(groups=1, w_size=4)}
+    model = importlib.import_module(method).build(args_of(method, proj_hidden=24, proj_dim=6, **own.get(method, {})))
+
+    def widths(head):
+        return [(m.in_features, m.out_features) for m in head.modules() if isinstance(m, nn.Linear)] if head is not None else None
+
+    assert (widths(model.projector), widths(getattr(model, "predictor", None))) == WIDTHS[method]
+    three = importlib.import_module(method).build(args_of(method, proj_hidden=24, proj_dim=6, proj_layers=3, **own.get(method, {})))
+    assert widths(three.projector) == [(128, 24), (24, 24), (24, 6)]
+
+
+# ---- a run with a clock of its own ---------------------------------------------------------------
+
+
+class Clock:
+    """A step takes 10 s, features of a set of images 100 s, a checkpoint 1000 s."""
+
+    def __init__(self, patch):
+        self.now = 0.0
+        patch.setattr(common.time, "monotonic", lambda: self.now)
+        for owner, name, seconds in ((common.Run, "watch", 10), (common, "extract", 100), (common.Run, "save", 1000)):
+            patch.setattr(owner, name, self.then(getattr(owner, name), seconds))
+
+    def then(self, function, seconds):
+        def timed(*args, **more):
+            result = function(*args, **more)
+            self.now += seconds
+            return result
+
+        return timed
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def small_patterns():
+    return noise(26), np.arange(26) % 3, noise(10, seed=1), np.arange(10) % 3
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """train(out, **flags) -> the run, two epochs of three steps of 8 images, by the clock above."""
+    monkeypatch.setattr(common.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(common, "make_patterns", small_patterns)
+    clock = Clock(monkeypatch)
+    module = importlib.import_module("vicreg")
+
+    def train(out, **flags):
+        usual = dict(image_size=8, batch_size=8, epochs=2, log_every=1, proj_dim=8, proj_hidden=8)
+        return module.train(module.Args(device="cpu", precision="fp32", out=out, **{**usual, **flags}))
+
+    train.clock = clock
+    return train
+
+
+def test_times_and_rates(timed, tmp_path, capsys):
+    """Images a second are those of the steps alone; the time that is left counts the measuring too; the seconds count all."""
+    run = timed(tmp_path / "run")
+    assert [row["images_per_s"] for row in run.rows] == [24 / 30] * 2
+    assert [row["seconds"] for row in run.rows] == [230, 1460]  # 3 x 10 + 2 x 100, and once more after a checkpoint
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert [line.split("  ")[0:2] for line in lines] == [["epoch 1/2", "step 3/6"], ["epoch 2/2", "step 6/6"]]
+    assert [line.split("  ")[-1] for line in lines] == ["3m50s left", "0m00s left"]
+    row = run.rows[0]
+    assert f"loss {row['loss']:.4f}  kNN {100 * row['knn']:5.2f} %  std*sqrt(d) {row['std_sqrt_d']:.2f}  rank {row['rank_1pct']:.0f}  1 images/s" in lines[0]
+
+
+def test_the_status_line_has_the_time_that_is_left_by_the_steps_of_this_epoch(timed, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdout", Terminal())
+    timed(tmp_path / "run")
+    found = re.findall(r"\repoch (\d)/2  step (\d)/6  loss [\d.]+  (\w+) left", common.sys.stdout.getvalue())
+    assert found == [("1", "1", "0m50s"), ("1", "2", "0m40s"), ("1", "3", "0m30s"), ("2", "4", "0m20s"), ("2", "5", "0m10s"), ("2", "6", "0m00s")]
+
+
+def test_times_go_on_inside_an_epoch(timed, tmp_path, monkeypatch):
+    """After a stop in the second step, from the checkpoint of the first: its ten seconds count, the stop's do not."""
+    watch = common.Run.watch
+
+    def stop(run, step, loss):
+        watch(run, step, loss)
+        if step == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "watch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            timed(tmp_path / "run", save_every=1)
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 1
+    timed.clock.now += 12_345
+    rows = timed(tmp_path / "run", resume=True).rows
+    assert [row["images_per_s"] for row in rows] == [24 / 30] * 2 and [row["seconds"] for row in rows] == [230, 1460]
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "0m00s"), (59.9, "0m59s"), (60, "1m00s"), (187, "3m07s"), (3599, "59m59s"), (3600, "1h00m"), (3720, "1h02m"),
+                                           (7384, "2h03m"), (90_000, "25h00m")])
+def test_seconds_in_words(seconds, text):
+    assert common.format_seconds(seconds) == text
+
+
+def test_the_closing_line_counts_the_images_it_measured(timed, tmp_path, capsys, monkeypatch):
+    load = common.load_data
+
+    def few(args, device):
+        data = load(args, device)
+        data.bank, data.bank_labels, data.queries, data.query_labels = data.train[:9], data.train_labels[:9], data.test[:4], data.test_labels[:4]
+        return data
+
+    monkeypatch.setattr(common, "load_data", few)
+    timed(tmp_path / "run")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("kNN"))
+    assert "k = 20, cosine, T = 0.07, 10 test images against 26 training images" in line
+
+
+@pytest.mark.parametrize("size, pooled", [(24, 24), (48, 32)])
+def test_raw_pixels_are_pooled_to_32_if_they_are_more(size, pooled, timed, tmp_path, monkeypatch):
+    encoders, extract = [], common.extract
+    monkeypatch.setattr(common, "extract", lambda network, *more: encoders.append(network) or extract(network, *more))
+    monkeypatch.setattr(common, "make_patterns", lambda: (noise(26, size), np.arange(26) % 3, noise(10, size, 1), np.arange(10) % 3))
+    timed(tmp_path / "run", image_size=size, epochs=1)
+    (raw,) = {network for network in encoders if not list(network.parameters())}
+    x = torch.rand(2, 3, size, size)
+    assert torch.equal(raw(x), F.adaptive_avg_pool2d(x, pooled).flatten(1))
+
+
+def test_the_last_columns_are_the_times(timed, tmp_path):
+    timed(tmp_path / "run", eval_every=2)
+    header, first, second = ((tmp_path / "run" / "metrics.csv").read_text()).splitlines()
+    names = header.split(",")
+    assert names[:5] == ["epoch", "step", "loss", "lr", "knn"] and names[-2:] == ["images_per_s", "seconds"]
+    assert first.split(",")[4:-2] == [""] * (len(names) - 6) and "" not in second.split(",")
+
+
+def test_a_damaged_checkpoint_does_not_replace_the_one_before(timed, tmp_path, monkeypatch):
+    """After a resume from previous.pt, the first save must not keep the damaged last.pt as previous.pt; the second keeps the first."""
+    out = tmp_path / "run"
+    timed(out)
+    last = (out / "last.pt").read_bytes()
+    (out / "last.pt").write_bytes(last[: len(last) // 2])
+    steps, save = [], common.Run.save
+
+    def save_and_look(run, step):
+        save(run, step)
+        steps.append([torch.load(out / name, weights_only=True)["step"] for name in ("previous.pt", "last.pt")])
+
+    monkeypatch.setattr(common.Run, "save", save_and_look)
+    timed(out, resume=True, save_every=1)
+    assert steps == [[3, 4], [4, 5], [5, 6]]
+
+
+def test_configuration_says_what_was_used(monkeypatch):
+    asked = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: asked.append(command) or SimpleNamespace(stdout=40 * "a" + "\n"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    args, _ = common.set_up(args_of())
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    found = common.configuration(args, CPU)
+    assert (found["processes"], found["threads"], found["git"]) == (3, 77, 40 * "a")
+    assert asked[0][:2] == ["git", "-C"] and asked[0][3:] == ["rev-parse", "HEAD"]
+    assert (found["torch"], found["numpy"], found["method"], found["batch_size"]) == (torch.__version__, np.__version__, "simclr", 8)
+
+
+def test_what_is_measured_is_no_output_of_a_step(evaluated):
+    """The watch looks at outputs in training only: in eval mode it would keep all of them, and blame the next step for them."""
+    run = evaluated[4]
+    run.model.eval()
+    with torch.no_grad():
+        run.model.projector(run.model.backbone(torch.full((2, 3, 8, 8), math.nan)))
+    assert not any(run.finite.outputs.values())
+    run.model.train()
+    run.model.backbone(torch.rand(2, 3, 8, 8))
+    assert len(run.finite.outputs["backbone"]) == 1
+
+
+# ---- words about collapse ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("std, stable, rank, dim, word", [
+    (0.099, 5, 50, 64, "COLLAPSE"), (0.101, 5, 50, 64, ""), (0.4, 5, 50, 64, ""), (0.9, 1.09, 50, 64, "DIMENSIONAL"), (0.9, 1.11, 50, 64, ""),
+    (0.9, 1.04, 50, 64, "DIMENSIONAL"), (0.9, 5, 4, 64, "DIMENSIONAL"), (0.9, 5, 5, 64, ""), (0.9, 5, 2, 4, ""), (0.9, 5, 1, 4, "DIMENSIONAL")])
+def test_the_limits_of_a_collapse(std, stable, rank, dim, word):
+    words = common.collapse_in_words({"std_sqrt_d": std, "stable_rank_sq": stable, "rank_1pct": rank}, dim)
+    assert words.split(" ")[0].rstrip(":") == word
+
+
+# ---- features ------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """Notes the type it computes in and whether it trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm, self.seen = nn.Linear(192, 4), nn.BatchNorm1d(4), []
+
+    def forward(self, x):
+        y = self.linear(x.flatten(1))
+        self.seen.append((y.dtype, self.training, len(x)))
+        return self.norm(y)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("training", [True, False])
+def test_features_are_taken_in_eval_mode_in_the_asked_precision_and_the_mode_comes_back(precision, training):
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    data, images = data_of(noise(30), None), torch.from_numpy(noise(1203, seed=2))
+    network = Layer().train(training)
+    before = {name: t.clone() for name, t in network.state_dict().items()}
+    h = common.extract(network, data, images, precision)
+    assert h.dtype == torch.float32 and len(h) == 1203 and network.training == training
+    assert network.seen == [(dtype, False, 500), (dtype, False, 500), (dtype, False, 203)]
+    network.seen.clear()
+    z = common.project(network, torch.randn(2100, 192), precision)
+    assert z.shape == (2100, 4) and z.dtype == torch.float32 and network.training == training
+    assert {(d, t) for d, t, _ in network.seen} == {(dtype, False)}
+    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+    mean, std = ((images.double() / 255 - data.mean) / data.std).flatten(1), network.linear
+    expected = (mean @ std.weight.T.double() + std.bias) / math.sqrt(1 + network.norm.eps)
+    assert torch.allclose(h.double(), expected, atol=1e-5 if precision == "fp32" else 0.1)
+
+
+def test_eval_extracts_all_images_with_the_flags_it_was_given(monkeypatch):
+    asked = []
+    monkeypatch.setattr(common, "extract", lambda network, data, images, **settings: asked.append((images, settings)) or len(images))
+    train, test = numbered(1200), numbered(1100)
+    data = data_of(train, np.arange(1200) % 3, test, np.arange(1100) % 3)
+    args = SimpleNamespace(precision="bf16", batch_size=77)
+    assert evaluation.extract("network", data, args) == [1200, 1100]
+    assert [images is wanted for (images, _), wanted in zip(asked, (data.labelled_train, data.test))] == [True, True]
+    assert all(settings == {"precision": "bf16", "batch_size": 77} for _, settings in asked)
+
+
+def test_eval_measures_at_the_size_of_training_with_its_own_seed(monkeypatch):
+    seen = []
+    monkeypatch.setattr(common, "load_data", lambda args, device: seen.append(args))
+    args = SimpleNamespace(dataset=None, data_dir=None, seed=5, num_workers=1)
+    flags = {"dataset": "folder", "data_dir": "here", "image_size": 24, "seed": 2, "num_workers": 9, "batch_size": 128, "views": 2}
+    evaluation.load_data(SimpleNamespace(args=SimpleNamespace(**flags)), args, CPU)
+    assert vars(seen[0]) == {**flags, "seed": 5, "num_workers": 1, "batch_size": 1, "views": 8}
+    args.dataset = "cifar10"
+    evaluation.load_data(SimpleNamespace(args=SimpleNamespace(**flags)), args, CPU)
+    assert (seen[1].dataset, seen[1].data_dir, seen[1].image_size) == ("cifar10", "data", 24)
+
+
+# ---- the linear probe ----------------------------------------------------------------------------
+
+
+def test_the_probe_a_second_time_in_numpy(monkeypatch):
+    """Two epochs on 1300 of 2000 rows: the draws, the batches, the softmax gradient, Adam with weight decay, the rates."""
+    kept, Adam = [], torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda parameters, **more: kept.append(list(parameters)) or Adam(kept[0], **more))
+    threads = torch.get_num_threads()
+    x, y = torch.randn(2000, 6, generator=seeded()), torch.randint(0, 7, (2000,), generator=seeded(1))
+    rows = torch.randperm(2000, generator=seeded(2))[:1300].sort().values
+    torch.set_num_threads(2)
+    found = evaluation.linear_probe(x, y, rows, x[:500], y[:500], epochs=2, seed=9)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
+    torch.manual_seed(9)
+    start = nn.Linear(6, 7)
+    w = np.concatenate([start.weight.detach().double().numpy(), start.bias.detach().double().numpy()[:, None]], 1)  # [7, 6 + 1]
+    m, v, step = 0, 0, 0
+    inputs = np.concatenate([x.double().numpy(), np.ones((2000, 1))], 1)
+    for epoch in range(2):
+        order = rows[torch.randperm(1300)].numpy()
+        for batch in (order[:1000], order[1000:]):
+            logits = inputs[batch] @ w.T
+            p = np.exp(logits - logits.max(1, keepdims=True))
+            p = p / p.sum(1, keepdims=True) - np.eye(7)[y.numpy()[batch]]
+            g = p.T @ inputs[batch] / len(batch) + 5e-6 * w
+            m, v, step = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2, step + 1
+            w = w - 1e-2 * 1e-4 ** (epoch / 2) * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+    weight, bias = (p.detach().double().numpy() for p in kept[0])
+    assert np.abs(np.concatenate([weight, bias[:, None]], 1) - w).max() < 1e-5
+    best = np.argsort(-(inputs[:500] @ w.T), axis=1)[:, :5]
+    hits = best == y.numpy()[:500, None]
+    assert found == pytest.approx((hits[:, 0].mean(), hits.sum(1).mean()), abs=2.1e-3)
+
+
+def test_the_probe_decays_its_weights_as_a_penalty(monkeypatch):
+    """With features of zero the gradient is the decay's alone in the weights: L2 in Adam moves them at the full rate, AdamW hardly."""
+    kept, Adam = [], torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda parameters, **more: kept.append((list(parameters), more)) or Adam(kept[0][0], **more))
+    y = torch.arange(100) % 3
+    evaluation.linear_probe(torch.zeros(100, 4), y, torch.arange(100), torch.zeros(5, 4), y[:5], epochs=1, seed=0)
+    torch.manual_seed(0)
+    start = nn.Linear(4, 3).weight.detach()
+    expected = start - 1e-2 * 5e-6 * start / ((5e-6 * start).abs() + 1e-8)
+    assert torch.allclose(kept[0][0][0].detach(), expected, atol=1e-6) and kept[0][1]["weight_decay"] == 5e-6
+
+
+@pytest.mark.parametrize("classes, top5", [(5, False), (6, True)])
+def test_the_first_five_are_counted_where_there_are_more_than_five_classes(classes, top5):
+    y = torch.arange(60) % classes
+    assert (evaluation.linear_probe(torch.randn(60, 3), y, torch.arange(60), torch.randn(6, 3), y[:6], epochs=1)[1] is not None) == top5
+
+
+def test_label_fraction_rounds_and_draws():
+    labels = torch.tensor([0] * 16 + [1] * 14 + [2] * 1)
+    rows = evaluation.labelled_rows(labels, 0.1)
+    assert labels[rows].bincount().tolist() == [2, 1, 1]  # 1.6, 1.4 and 0.1
+    drawn = {tuple(evaluation.labelled_rows(labels, 0.1, seed).tolist()) for seed in range(6)}
+    assert len(drawn) > 3
+
+
+# ---- whitened Z ----------------------------------------------------------------------------------
+
+
+def run_of(method, **values):
+    return SimpleNamespace(args=SimpleNamespace(method=method, **values), module=importlib.import_module(method), experiment=None)
+
+
+@pytest.mark.parametrize("kind", ["cholesky", "zca", "bn", "none"])
+@pytest.mark.parametrize("eps", [0.0, 0.3])
+def test_whitened_z_of_wmse_is_of_the_runs_kind_and_eps(kind, eps):
+    z = torch.randn(20, 4, dtype=torch.float64, generator=seeded()) @ torch.randn(4, 4, dtype=torch.float64, generator=seeded(1)) + 2
+    found = evaluation.whitening_of(run_of("wmse", whitening=kind, eps=eps))(z)
+    assert np.allclose(found.numpy(), ref.whiten(z.numpy(), kind, eps), atol=1e-8)
+
+
+@pytest.mark.parametrize("groups, eps", [(2, 0.0), (4, 0.0), (2, 0.3)])
+def test_whitened_z_of_cw_rgp_is_of_the_runs_groups_and_eps(groups, eps):
+    z = torch.randn(5, 32, dtype=torch.float64, generator=seeded())
+    found = evaluation.whitening_of(run_of("cw_rgp", groups=groups, eps=eps))(z)
+    assert np.allclose(found.numpy(), ref.channel_whiten(z.numpy(), groups, None, eps), atol=1e-8)
+
+
+@pytest.mark.parametrize("groups", [2, 8])
+def test_whitened_z_of_shuffled_dbn_is_of_the_runs_groups(groups):
+    z = torch.randn(20, 16, dtype=torch.float64, generator=seeded())
+    found = evaluation.whitening_of(run_of("shuffled_dbn", groups=groups))(z)
+    assert np.allclose(found.numpy(), ref.decorrelate(z.numpy(), groups), atol=1e-8)
+
+
+def test_slices_are_of_the_runs_size_and_drawn_by_the_seed(monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluation, "whiten_in_slices", lambda z, size, whiten, seed=0: asked.append((len(z), size, seed)) or z)
+    z = [torch.zeros(90, 4), torch.zeros(80, 4)]
+    evaluation.whitened(run_of("wmse", whitening="zca", eps=0.1, w_size=16, batch_size=64), z, 7)
+    evaluation.whitened(run_of("shuffled_dbn", groups=2, batch_size=64), z, 8)
+    assert asked == [(90, 16, 7), (80, 16, 7), (90, 64, 8), (80, 64, 8)]
+
+
+def test_a_sample_is_evenly_spaced():
+    x = torch.arange(25_000.0)[:, None]
+    assert torch.equal(evaluation.sample(x, 4).flatten(), torch.tensor([0.0, 8333, 16666, 24999]))
+    found = evaluation.sample(x).flatten()
+    assert len(found) == 10_000 and found[-1] == 24_999 and (found.diff() >= 2).all() and torch.equal(evaluation.sample(x[:7]), x[:7])
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sheet(monkeypatch):
+    """The tiles of the last sheet, in `sheet[0]`."""
+    tiles = []
+    monkeypatch.setattr(evaluation, "write_sheet", lambda path, these: tiles.insert(0, these))
+    return tiles
+
+
+@pytest.mark.parametrize("with_test", [True, False])
+def test_neighbours_are_the_nearest_by_cosine_in_frames_of_their_class(sheet, with_test):
+    """Without test images, an image is not its own neighbour."""
+    train, test = noise(40), noise(33, seed=1)
+    labels, test_labels = np.arange(40) % 3, np.arange(33) % 3
+    data = data_of(train, labels, *((test, test_labels) if with_test else ()))
+    bank = np.random.default_rng(2).normal(size=(40, 3)) * np.linspace(0.1, 5, 40)[:, None]
+    queries = np.random.default_rng(3).normal(size=(33, 3)) if with_test else bank
+    evaluation.draw_neighbors("near.png", data, [torch.from_numpy(bank), torch.from_numpy(queries)])
+    images, own = (test, test_labels) if with_test else (train, labels)
+    cosine = ref.unit_rows(queries) @ ref.unit_rows(bank).T
+    for row, i in enumerate(np.floor(np.linspace(0, len(images) - 1, 10) + 1e-9).astype(int)):
+        inner, frames = sheet[0][row, :, :, 2:-2, 2:-2], sheet[0][row, :, :, 0, 0]
+        nearest = [j for j in np.argsort(-cosine[i]) if with_test or j != i][:9]
+        shown = np.concatenate([images[[i]], train[nearest]]) / 255
+        assert np.abs(inner.numpy() - shown).max() < 1e-5
+        assert (frames[0] == 0).all()
+        for j, frame in zip(nearest, frames[1:]):
+            assert torch.equal(frame, torch.tensor([0.1, 0.7, 0.2] if labels[j] == own[i] else [0.85, 0.1, 0.1]))
+
+
+def test_views_are_of_evenly_spaced_training_images(sheet):
+    train = noise(50)
+    data = data_of(train, None, views=3)
+    evaluation.draw_views("views.png", data)
+    index = np.floor(np.linspace(0, 49, 8) + 1e-9).astype(int)
+    assert sheet[0].shape == (8, 4, 3, 8, 8)
+    assert np.abs(sheet[0][:, 0].numpy() - train[index] / 255).max() < 1e-5
+    views = common.augment(torch.from_numpy(train[index]), "w-mse", 3, 8, (0, 0, 0), (1, 1, 1), seed=0, step=0)
+    assert (sheet[0][:, 1:] - torch.stack(views, 1)).abs().max() < 1e-4
+
+
+def test_a_sheet_has_each_pixel_where_it_belongs(tmp_path):
+    from PIL import Image
+
+    tiles = torch.rand(2, 3, 3, 32, 32, generator=seeded())
+    evaluation.write_sheet(str(tmp_path / "sheet.png"), tiles)
+    picture = np.asarray(Image.open(tmp_path / "sheet.png")) / 255
+    for row in range(2):
+        for column in range(3):
+            part = picture[row * 66 + 2:row * 66 + 66, column * 66 + 2:column * 66 + 66]
+            assert np.abs(part[::2, ::2] - tiles[row, column].permute(1, 2, 0).numpy()).max() < 0.01
+            assert np.array_equal(part[::2, ::2], part[1::2, 1::2])
+
+
+def test_the_plot_shows_the_right_columns(monkeypatch, tmp_path):
+    """Without matplotlib: what is drawn in each panel, in minutes, percent and logarithms to base ten, without what was not measured."""
+    panels = [SimpleNamespace(drawn=[], set=lambda **_: None, grid=lambda **_: None, legend=lambda **_: None) for _ in range(6)]
+    for panel in panels:
+        panel.plot = lambda x, y, panel=panel, **_: panel.drawn.append((list(x), list(y)))
+    figure = SimpleNamespace(subplots=lambda *_: SimpleNamespace(flat=panels), savefig=lambda file, **_: file.write(b"png"))
+    monkeypatch.setattr(evaluation, "import_figure", lambda: lambda **_: figure)
+    (tmp_path / "metrics.csv").write_text("epoch,step,loss,knn,std_sqrt_d,rank_1pct,seconds\n1,3,9.0,,,,60\n2,6,8.5,0.25,0.75,4,90\n")
+    x = torch.randn(30, 4, generator=seeded()) + 3
+    h = evaluation.singular_values(x)
+    assert np.allclose(h.numpy(), np.linalg.svd((x - x.mean(0)).double().numpy(), compute_uv=False))
+    evaluation.draw_plot(str(tmp_path / "p.png"), [(str(tmp_path), h, torch.tensor([100.0, 10.0, 1.0]))])
+    assert panels[0].drawn[0][1] == pytest.approx(np.log10(h.numpy()).tolist()) and panels[1].drawn == [([1, 2, 3], [2.0, 1.0, 0.0])]
+    assert [panel.drawn for panel in panels[2:]] == [[([1.5], [25.0])], [([1.0, 2.0], [9.0, 8.5])], [([2.0], [0.75])], [([2.0], [4.0])]]
+
+
+# ---- the report of eval.py -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """(report of --json, what was printed, calls, data, run) of a small W-MSE run with other images; the accuracies are made up."""
+    out, module = tmp_path_factory.mktemp("evaluated"), importlib.import_module("wmse")
+    calls = SimpleNamespace(collapse=[], probe=[], project=[])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.signal, "signal", lambda *_: None)
+        patch.setattr(common, "make_patterns", small_patterns)
+        args = module.Args(device="cpu", precision="fp32", image_size=8, batch_size=8, epochs=2, out=out / "run", proj_dim=4, w_size=8)
+        run = module.train(args)
+        metrics, probe, project = common.collapse_metrics, evaluation.linear_probe, common.project
+        patch.setattr(common, "collapse_metrics", lambda z: calls.collapse.append(z) or metrics(z))
+        patch.setattr(evaluation, "linear_probe", lambda *a, **k: calls.probe.append(a) or (0.123, None))
+        patch.setattr(common, "project", lambda *a: calls.project.append(a[2:]) or project(*a))
+        printed = io.StringIO()
+        patch.setattr("sys.stdout", printed)
+        flags = [str(out / "run"), "--precision", "bf16", "--json", str(out / "j.json"), "--label-fraction", "0.25", "--features", "H,Z,W", "--device", "cpu"]
+        evaluation.run(evaluation.parse_args(flags))
+    return json.loads((out / "j.json").read_text())[0], printed.getvalue(), calls, run.data, run
+
+
+def test_the_probe_sees_the_labels_that_the_report_counts(evaluated):
+    report, printed, calls, data, _ = evaluated
+    rows = evaluation.labelled_rows(data.train_labels, 0.25, 0)
+    assert len(rows) == 6 and report["labels_for_probe"] == 6  # of 9, 9 and 8 images
+    assert len(calls.probe) == 3 and all(torch.equal(arguments[2], rows) for arguments in calls.probe)
+    assert "features of 6 of 26 training images" in report["protocols"]["linear"] and "5 nearest of 26 training images" in printed
+
+
+def test_the_report_has_the_runs_own_facts_and_percent(evaluated):
+    report, printed, calls, _, run = evaluated
+    assert (report["step"], report["training_images"], report["test_images"], report["precision"]) == (6, 26, 10, "bf16")
+    assert (report["dataset"], report["trained_on"], report["method"]) == ("patterns", "patterns", "wmse")
+    assert all(figures["linear"] == 0.123 for figures in report["features"].values())
+    table = [line.split() for line in printed.splitlines() if line.startswith(("H ", "Z "))]
+    assert table[0][1:2] == ["128"] and table[0][4] == "12.30" and table[0][5] == "-"
+    assert f"{100 * report['features']['H']['5-NN']:.2f}" == table[0][2]
+    assert "patterns, 8x8: 26 training images, 10 test images, 10 classes; bf16" in printed
+    assert calls.project == [("bf16",), ("bf16",)]
+
+
+def test_collapse_is_of_the_test_images(evaluated):
+    _, printed, calls, _, _ = evaluated
+    assert [len(z) for z in calls.collapse] == [10, 10, 10] and "10 test images, eval mode" in printed
+    words = common.collapse_in_words(common.collapse_metrics(calls.collapse[1]), 4)
+    assert (words in printed) if words else "COLLAPSE" not in printed
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_one_number_that_is_not_finite_is_enough(part, evaluated, monkeypatch):
+    run = evaluated[4]
+    h = [torch.rand(26, 128), torch.rand(10, 128)]
+    h[part][7, 3] = math.inf
+    monkeypatch.setattr(evaluation, "extract", lambda *_: h)
+    trained = SimpleNamespace(path="here", name="wmse", args=run.args, step=6, backbone_only="", model=run.model)
+    with pytest.raises(common.UserError, match="^here: the backbone's output is not finite; try "):
+        evaluation.evaluate(trained, run.data, SimpleNamespace(precision="fp32", features=["H"], batch_size=None, label_fraction=1.0, seed=0, probe_epochs=0))
+
+
+def test_z_is_what_the_collapse_is_said_of(capsys):
+    one, spread = common.collapse_metrics(torch.ones(50, 8)), common.collapse_metrics(torch.randn(50, 8, generator=seeded()))
+    evaluation.say_collapse({"H": {"dim": 8, "collapse": spread}, "Z": {"dim": 8, "collapse": one}, "W": {"dim": 8, "collapse": spread}}, "here")
+    assert "COLLAPSE: all embeddings are nearly one point" in capsys.readouterr().out
+    evaluation.say_collapse({"H": {"dim": 8, "collapse": one}, "Z": {"dim": 8, "collapse": spread}, "W": {"dim": 8, "collapse": one}}, "here")
+    assert "COLLAPSE" not in capsys.readouterr().out
+
+
+# ---- batch norm over processes -------------------------------------------------------------------
+
+
+def test_synchronised_batch_norm_counts_its_batches_and_keeps_torchs_running_statistics(monkeypatch):
+    monkeypatch.setattr(common.SumOverRanks, "apply", staticmethod(lambda t: t))
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.BatchNorm1d(3, momentum=0.3))
+    ours = nn.Sequential(nn.BatchNorm1d(3, momentum=0.3))
+    common.synchronise_batch_norm(ours)
+    assert type(ours[0]) is common.CPUSyncBatchNorm
+    for step in range(3):
+        x = torch.randn(5, 3, generator=seeded(step)) + step
+        assert torch.allclose(ours(x), plain(x), atol=1e-5)
+    for name, t in plain.state_dict().items():
+        assert torch.allclose(ours.state_dict()[name].float(), t.float(), atol=1e-6), name
+    assert F.mse_loss(ours.eval()(x), plain.eval()(x)) < 1e-10
