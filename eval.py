@@ -6,13 +6,13 @@
     python eval.py runs/a --dataset folder --data-dir DIR  # other images than the run's own
     python eval.py runs/a --probe-epochs 0 --neighbors near.png --views views.png
 
-Contents:
-    1  command line             the flags, and what is refused before measuring
-    2  a run and its data       from a checkpoint to networks; a hash shows that they do not change
-    3  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
-    4  report                   what is printed, and written by --json
-    5  pictures                 --views, --neighbors, --plot
-    6  all runs                 one after the other
+Contents, by line number (`python tests/test_common.py` writes them):
+     65  command line             the flags, and what is refused before measuring
+    162  a run and its data       from a checkpoint to networks; a hash shows that these stay
+    319  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
+    473  report                   what is printed, and written by --json
+    584  pictures                 --views, --neighbors, --plot
+    726  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
