@@ -15,50 +15,50 @@ folders, torchrun. A default run enters the command line, messages and files the
 #
 #    120  Args               the flags that all nine methods share
 #    110  flag               a field of Args: default, help, bounds
-#   1594  main               run train(); print an expected error as one line
-#   1335  parse_args         Args from the command line
+#   1600  main               run train(); print an expected error as one line
+#   1340  parse_args         Args from the command line
 #    203  set_up             device, precision, other processes
 #    238  load_data          read or draw the data set: Data
 #    485  build_backbone     the network whose output is H
 #    529  build_optimizer    Adam, SGD, LARS or Muon
 #    571  gives_back         signal handlers, lock and processes, when train() ends
 #    590  Run                the run's folder, checkpoints, log and checks
-#    833  distribute         the model for several processes, or compiled
+#    837  distribute         the model for several processes, or compiled
 #    612  Run.resume         the step to start from, usually 0
 #    305  Data.batches       the batches of an epoch, uint8
-#    849  step_seed          the seed of a step's random draws
+#    853  step_seed          the seed of a step's random draws
 #    320  Data.augment       the random views of a batch
-#    855  learning_rate      the schedule's factor at a step
+#    859  learning_rate      the schedule's factor at a step
 #    625  Run.guard          a failed decomposition becomes a clear error
-#    843  gather             embeddings of all processes, with gradient
-#   1751  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#    847  gather             embeddings of all processes, with gradient
+#   1757  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #    193  world_size         the number of processes (MoCo)
 #    198  rank               this process's number among them (MoCo)
 #    630  Run.watch          note whether loss and gradients are finite
 #    637  Run.progress       stop if they were not; show the status line
 #    648  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
 #    656  Run.mean_loss      the mean loss of the epoch
-#   1128  extract            H of a set of images
-#   1150  project            Z of H
-#   1187  collapse_metrics   how much of its space a set of embeddings fills
-#   1161  knn_accuracy       accuracy of a vote among the nearest training images
+#   1133  extract            H of a set of images
+#   1155  project            Z of H
+#   1192  collapse_metrics   how much of its space a set of embeddings fills
+#   1166  knn_accuracy       accuracy of a vote among the nearest training images
 #    665  Run.end_epoch      write metrics.csv and last.pt, print a line
 #    704  Run.save_backbone  write backbone.pt
 #    712  Run.close          print the scores
 #
 # Part II:
 #
-#   1263  Command line: flags from Args, checks, and sizes to propose
-#   1504  Messages and errors
-#   1659  Several processes
-#   1813  Data sets by name
-#   1902  Folders of images
-#   2241  Streaming
-#   2364  Recipes of augmentation
-#   2437  ResNets, LARS, Muon
-#   2565  Run folder and signals
-#   2731  Resume
-#   2922  Files of a run
+#   1268  Command line: flags from Args, checks, and sizes to propose
+#   1509  Messages and errors
+#   1665  Several processes
+#   1819  Data sets by name
+#   1908  Folders of images
+#   2247  Streaming
+#   2370  Recipes of augmentation
+#   2443  ResNets, LARS, Muon
+#   2573  Run folder and signals
+#   2741  Resume
+#   2932  Files of a run
 
 import argparse
 import collections
@@ -738,12 +738,15 @@ class Clock:
         self.run_started = self.epoch_started = time.monotonic()
 
     def seconds(self):
+        """Seconds of the run so far."""
         return self.run_before + time.monotonic() - self.run_started
 
     def epoch_seconds(self):
+        """Seconds of this epoch so far."""
         return self.epoch_before + time.monotonic() - self.epoch_started
 
     def start_epoch(self):
+        """The seconds of an epoch begin here."""
         self.epoch_before, self.epoch_started = 0.0, time.monotonic()
 
 
@@ -767,6 +770,7 @@ class FiniteWatch:
         self.first_bad = torch.full((len(self.watched),), self.NEVER, device=data.device)
 
     def keep(self, name, module, _inputs, output):
+        """Called after a child's forward, to remember its output."""
         if module.training:
             self.outputs[name].append(output.detach())
 
@@ -933,7 +937,8 @@ def draw(view, n, height, width, rng):
 def draw_boxes(n, height, width, min_area, max_area, rng, ratio=(3 / 4, 4 / 3)):
     """n crop boxes, int64 [n, 4]: top, left, height, width.
 
-    As torchvision's RandomResizedCrop: the first of ten tries that fits, else a central box."""
+    As torchvision's RandomResizedCrop: the first of ten tries that fits, else a central box. The
+    area is a share of the image's, from min_area to max_area; ratio: bounds of width / height."""
     area = height * width * rng.uniform(min_area, max_area, (10, n))
     aspect = np.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1]), (10, n)))
     w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))  # [10, n]
@@ -1276,7 +1281,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def number(kind, least=None, most=None, above=None, below=None, example=None):
-    """A `type` for argparse: int or float within bounds. A value outside gets a message."""
+    """A `type` for argparse: int or float within bounds, else ArgumentTypeError with a message."""
     bounds = {"at least": least, "above": above, "at most": most, "below": below}
     bounds = " and ".join(f"{words} {x}" for words, x in bounds.items() if x is not None)
     wanted = "a whole number" if kind is int else "a number"
@@ -1564,6 +1569,7 @@ class StatusLine:
         return rank() == 0 and time.monotonic() - self.last >= self.seconds
 
     def show(self, text):
+        """Show a text in the status line, off a terminal at most every 30 seconds."""
         with contextlib.suppress(AttributeError, ValueError):  # no terminal, but closed or a Tee
             if rank() == 0 and sys.stdout.isatty():
                 text = text[:shutil.get_terminal_size().columns - 1]
@@ -2481,6 +2487,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """Update the weights by their gradients."""
         for group in self.param_groups:
             for w in group["params"]:
                 if w.grad is None:
@@ -2519,6 +2526,7 @@ class Muon(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self):
+        """Update the weights by their gradients."""
         gradients = {}
         for group in self.param_groups:
             if not group["filters"]:
@@ -2593,6 +2601,7 @@ class StopSignals:
                 signal.signal(number_, self.note)
 
     def note(self, number_, _frame):
+        """Called by Python when a signal comes."""
         self.number = number_
         if world_size() == 1:  # torchrun itself repeats the signal, and kills after 30 seconds
             signal.signal(number_, self.before[number_])  # a second Ctrl-C ends at once
@@ -2619,6 +2628,7 @@ class StopSignals:
         sys.exit(128 + self.number)
 
     def give_back(self):
+        """Put the handlers back that were there before."""
         for number_, handler in self.before.items():
             signal.signal(number_, handler)
         self.before = {}
