@@ -14,7 +14,7 @@ import pytest
 import reference as ref
 import torch
 import torch.nn.functional as F
-from conftest import METHODS, SMALL_OF
+from conftest import METHODS, SMALL_OF, write_image
 from test_metrics import slow_knn
 from torch import nn
 from torchvision.transforms.v2 import functional
@@ -167,6 +167,19 @@ def test_no_draw_of_a_step_is_that_of_another_step_or_view():
     seen = [view for step in range(4) for view in common.augment(image, "w-mse", 4, 16, (0.5,) * 3, (0.5,) * 3, seed=1, step=step)]
     flat = torch.stack(seen).flatten(1)
     assert torch.cdist(flat, flat).fill_diagonal_(9).min() > 0.1
+
+
+def test_no_streamed_crop_is_that_of_another_step_view_or_row(tmp_path):
+    """The same image everywhere: each step, view and row of the batch cuts another part of it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    write_image(tmp_path / "one.png", pixels)
+    args, _ = common.set_up(args_of(views=3, augment="crop-flip", num_workers=0, seed=4))
+    files = common.Files([str(tmp_path / "one.png")], 8, 8)
+    crops = [view for views in files.crops(torch.zeros(4, 3, dtype=torch.long), args, 10, CPU) for view in views]
+    flat = torch.cat(crops).flatten(1).float()
+    assert len(flat) == 4 * 3 * 3 and torch.cdist(flat, flat).fill_diagonal_(1e9).min() > 10
+    again = list(files.crops(torch.zeros(2, 3, dtype=torch.long), args, 12, CPU))
+    assert all(torch.equal(a, b) for a, b in zip(crops[6:], [view for views in again for view in views]))
 
 
 # ---- optimizers ----------------------------------------------------------------------------------
@@ -626,7 +639,7 @@ def sheet(monkeypatch):
 def test_neighbours_are_the_nearest_by_cosine_in_frames_of_their_class(sheet, with_test):
     """Without test images, an image is not its own neighbour."""
     train, test = noise(40), noise(33, seed=1)
-    labels, test_labels = np.arange(40) % 3, np.arange(33) % 3
+    labels, test_labels = np.arange(40) % 3, (np.arange(33) + 1) % 3
     data = data_of(train, labels, *((test, test_labels) if with_test else ()))
     bank = np.random.default_rng(2).normal(size=(40, 3)) * np.linspace(0.1, 5, 40)[:, None]
     queries = np.random.default_rng(3).normal(size=(33, 3)) if with_test else bank
@@ -725,6 +738,13 @@ def test_the_report_has_the_runs_own_facts_and_percent(evaluated):
     assert f"{100 * report['features']['H']['5-NN']:.2f}" == table[0][2]
     assert "patterns, 8x8: 26 training images, 10 test images, 10 classes; bf16" in printed
     assert calls.project == [("bf16",), ("bf16",)]
+
+
+def test_the_protocol_names_all_images():
+    data = SimpleNamespace(labelled=True, labelled_train=range(6000), bank=range(5000))
+    texts = evaluation.protocols(data, range(60), SimpleNamespace(probe_epochs=9, seed=3))
+    assert "5 nearest of 6000 training images" in texts["5-NN"] and "200 nearest of 6000 training images; cosine" in texts["200-NN"]
+    assert "of 60 of 6000 training images; Adam" in texts["linear"] and "9 epochs, seed 3" in texts["linear"]
 
 
 def test_collapse_is_of_the_test_images(evaluated):
