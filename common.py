@@ -15,7 +15,7 @@ folders, torchrun. A default run enters the command line, messages and files the
 #
 #    120  Args               the flags that all nine methods share
 #    110  flag               a field of Args: default, help, bounds
-#   1600  main               run train(); print an expected error as one line
+#   1601  main               run train(); print an expected error as one line
 #   1340  parse_args         Args from the command line
 #    203  set_up             device, precision, other processes
 #    238  load_data          read or draw the data set: Data
@@ -31,7 +31,7 @@ folders, torchrun. A default run enters the command line, messages and files the
 #    859  learning_rate      the schedule's factor at a step
 #    625  Run.guard          a failed decomposition becomes a clear error
 #    847  gather             embeddings of all processes, with gradient
-#   1757  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1758  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #    193  world_size         the number of processes (MoCo)
 #    198  rank               this process's number among them (MoCo)
 #    630  Run.watch          note whether loss and gradients are finite
@@ -49,16 +49,16 @@ folders, torchrun. A default run enters the command line, messages and files the
 # Part II:
 #
 #   1268  Command line: flags from Args, checks, and sizes to propose
-#   1509  Messages and errors
-#   1665  Several processes
-#   1819  Data sets by name
-#   1908  Folders of images
-#   2247  Streaming
-#   2370  Recipes of augmentation
-#   2443  ResNets, LARS, Muon
-#   2573  Run folder and signals
-#   2741  Resume
-#   2932  Files of a run
+#   1510  Messages and errors
+#   1666  Several processes
+#   1820  Data sets by name
+#   1909  Folders of images
+#   2248  Streaming
+#   2371  Recipes of augmentation
+#   2444  ResNets, LARS, Muon
+#   2574  Run folder and signals
+#   2742  Resume
+#   2933  Files of a run
 
 import argparse
 import collections
@@ -1428,7 +1428,8 @@ def rules_of(args):
     need = 250 * side**2 * args.batch_size * args.views / world_size()  # bytes, of `tiny`
     fits = need < MEMORY or (args.device != "cpu" and torch.cuda.is_available())
     return [(multiple, f"--batch-size must be a multiple of the {world_size()} processes"),
-            (args.batch_size <= images, f"--batch-size must be at most {images}, all images"),
+            (args.batch_size <= images,
+             f"--batch-size must be at most {images}, the training images"),
             (args.proj_dim <= 2**14, "--proj-dim must be at most 16384"),
             (fits, f"--batch-size and --views of {side} pixels need {need / 2**30:.0f} GB"),
             *args.rules()]

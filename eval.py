@@ -129,10 +129,10 @@ def check_writable(flag, path):
     common.check(not os.path.isdir(path), f"{flag} {path} is a folder; try a file name in it")
     if is_stream(path):
         return common.check(os.access(path, os.W_OK), f"{flag} {path} is read-only; try a file")
-    path = os.path.realpath(path)
+    temporary = os.path.realpath(path) + ".tmp"
     try:
-        open(path + ".tmp", "wb").close()
-        os.remove(path + ".tmp")
+        open(temporary, "wb").close()
+        os.remove(temporary)
     except OSError as error:
         raise common.UserError(f"{flag} {path} cannot be written ({error.strerror}); "
                                "try a folder that exists") from error

@@ -153,7 +153,7 @@ class Symmetric(moco.MoCo):
         """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
         h = [self.backbone(x) for x in views]  # every view is a query
         q = [self.projector(v) for v in h]  # s x [n, d]
-        self.update_target()
+        self.update_target()  # Eq. 2, with the weights before this step
         k = [self.keys(x) for x in views]  # s x [N, d]; every view is a key
         with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
             q = [common.gather(v) for v in q]  # s x [N, d]
@@ -183,7 +183,7 @@ class NoShuffle(moco.MoCo):
         mine = order.chunk(common.world_size())[common.rank()]
         x = x[mine].contiguous(memory_format=torch.channels_last)
         k = self.target_projector(self.target_backbone(x))  # [n, d]
-        return F.normalize(common.gather(k), dim=1)[order.argsort()]
+        return F.normalize(common.gather(k), dim=1)[order.argsort()]  # in the order of x again
 
 
 add(
@@ -247,7 +247,7 @@ class DirectPredictor(byol.BYOL):
         w = self.predict(z)  # [d, d], without gradient
         p = [v.to(w.dtype) @ w for v in z]  # s x [n, d]
         with torch.no_grad():
-            z = [self.target_projector(self.target_backbone(x)) for x in views]  # s x [n, d]
+            z = [self.target_projector(self.target_backbone(x)) for x in views]  # the targets
         with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
             p, z = [common.gather(v) for v in p], [common.gather(v) for v in z]  # s x [N, d]
             pairs = itertools.combinations(zip(p, z), 2)
@@ -556,9 +556,9 @@ def shared_loss(views, groups=4, w_size=64, w_iter=4, eps=0.0, generator=None):
     slices = z[:, order.flatten()].unflatten(1, (-1, w_size))  # [s, w_iter N / w, w, d]
     draws = torch.rand(1, slices.shape[1], d, device=z.device, generator=generator)
     permutation = draws.argsort(-1).expand(s, -1, -1)  # the groups of a slice, for all views
-    y = F.normalize(channel_whiten(slices, groups, permutation, eps), dim=-1)
+    y = F.normalize(channel_whiten(slices, groups, permutation, eps), dim=-1)  # Eq. 2
     pairs = itertools.combinations(y, 2)
-    losses = [(2 - 2 * (y1 * y2).sum(-1)).mean() for y1, y2 in pairs]
+    losses = [(2 - 2 * (y1 * y2).sum(-1)).mean() for y1, y2 in pairs]  # Eq. 4
     return sum(losses) / len(losses)
 
 
@@ -595,9 +595,9 @@ def fixed_loss(views, groups=4, w_size=64, w_iter=4, eps=0.0, generator=None):
     order = torch.rand(w_iter, n, device=z.device, generator=generator).argsort(-1)
     slices = z[:, order.flatten()].unflatten(1, (-1, w_size))  # [s, w_iter N / w, w, d]
     permutation = None  # groups of neighbouring channels
-    y = F.normalize(channel_whiten(slices, groups, permutation, eps), dim=-1)
+    y = F.normalize(channel_whiten(slices, groups, permutation, eps), dim=-1)  # Eq. 2
     pairs = itertools.combinations(y, 2)
-    losses = [(2 - 2 * (y1 * y2).sum(-1)).mean() for y1, y2 in pairs]
+    losses = [(2 - 2 * (y1 * y2).sum(-1)).mean() for y1, y2 in pairs]  # Eq. 4
     return sum(losses) / len(losses)
 
 
@@ -658,9 +658,9 @@ def detached_loss(views, groups=4, w_size=64, w_iter=4, eps=0.0, generator=None)
     slices = z[:, order.flatten()].unflatten(1, (-1, w_size))  # [s, w_iter N / w, w, d]
     draws = torch.rand(s, slices.shape[1], d, device=z.device, generator=generator)
     permutation = draws.argsort(-1)  # own groups for each slice and view, so L stays above 0
-    y = F.normalize(detached_whiten(slices, groups, permutation, eps), dim=-1)
+    y = F.normalize(detached_whiten(slices, groups, permutation, eps), dim=-1)  # Eq. 2
     pairs = itertools.combinations(y, 2)
-    losses = [(2 - 2 * (y1 * y2).sum(-1)).mean() for y1, y2 in pairs]
+    losses = [(2 - 2 * (y1 * y2).sum(-1)).mean() for y1, y2 in pairs]  # Eq. 4
     return sum(losses) / len(losses)
 
 

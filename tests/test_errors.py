@@ -195,7 +195,7 @@ def test_folders_that_cannot_be_trained_on(make, words, tmp_path, flags):
 
 
 def test_a_batch_larger_than_the_data_set_is_refused_and_the_advice_works(flags, tmp_path):
-    err = refused(run_here("cw_rgp", flags("cw_rgp", "--batch-size", 128)), "--batch-size 128", "64 images")
+    err = refused(run_here("cw_rgp", flags("cw_rgp", "--batch-size", 128)), "--batch-size 128", "at most 64, the training images")
     assert not (tmp_path / "run").exists()
     flag, value = re.search(r"try (--batch-size) (\d+)", err).groups()
     assert run_here("cw_rgp", flags("cw_rgp", flag, value, "--epochs", 1, "--image-size", 8)).status == 0

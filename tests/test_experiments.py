@@ -1192,7 +1192,7 @@ def test_find_raises_a_user_error():
 @pytest.mark.parametrize("line,words", [
     ("simsiam/asymmetric --pred-hidden 0", "--pred-hidden"),
     ("simsiam/asymmetric --asymmetric", "--asymmetric"),
-    ("byol/group-norm --proj-hidden 100", "try --proj-hidden 128"),
+    ("byol/group-norm --proj-hidden 100", "try --proj-hidden 96"),
     ("byol/group-norm --proj-hidden 16", "try --proj-hidden 64"),
     ("byol/linear-predictor --predictor linear", "--predictor"),
     ("moco/symmetric --bn-splits 3", "--bn-splits 3 --batch-size 256"),

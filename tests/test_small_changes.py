@@ -81,7 +81,7 @@ def test_accuracies_are_five_votes_two_hundred_at_01_and_a_probe_on_its_rows(mon
     monkeypatch.setattr(evaluation, "linear_probe", lambda *args, **more: asked.update(args=args, **more) or (0.5, None))
     data = SimpleNamespace(train_labels=torch.from_numpy(labels), test_labels=torch.from_numpy(test_labels))
     x, rows = [torch.from_numpy(bank), torch.from_numpy(queries)], torch.tensor([3, 5, 8])
-    found = evaluation.accuracies(x, data, rows, SimpleNamespace(probe_epochs=7, seed=11))
+    found = evaluation.accuracies(x, data, rows, SimpleNamespace(probe_epochs=7, seed=11), name="H")
     slow = {(k, t): slow_knn(bank, labels, queries, test_labels, k, t) for k in (3, 5, 100, 200) for t in (None, 0.07, 0.1)}
     assert found["5-NN"] == pytest.approx(slow[5, None]) and found["200-NN"] == pytest.approx(slow[200, 0.1])
     assert all(slow[other] != slow[5, None] for other in ((3, None), (5, 0.1)))
@@ -149,7 +149,7 @@ def test_images_of_another_size_must_be_cropped(height, width):
 
 @pytest.mark.parametrize("count", [3, 31, 33, 48, 63, 65])
 def test_the_batch_size_that_is_proposed_is_the_largest_power_of_two(count):
-    with pytest.raises(common.UserError, match=f"data set of {count} images; try --batch-size {2 ** int(math.log2(count))}$"):
+    with pytest.raises(common.UserError, match=f"at most {count}, the training images; try --batch-size {2 ** int(math.log2(count))}$"):
         data_of(numbered(count), None, batch_size=128)
 
 
@@ -335,7 +335,7 @@ def test_times_and_rates(timed, tmp_path, capsys):
     run = timed(tmp_path / "run")
     assert [row["images_per_s"] for row in run.rows] == [24 / 30] * 2
     assert [row["seconds"] for row in run.rows] == [230, 1460]  # 3 x 10 + 2 x 100, and once more after a checkpoint
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch") and "images/s" in line]
     assert [line.split("  ")[0:2] for line in lines] == [["epoch 1/2", "step 3/6"], ["epoch 2/2", "step 6/6"]]
     assert [line.split("  ")[-1] for line in lines] == ["3m50s left", "0m00s left"]
     row = run.rows[0]
@@ -430,7 +430,8 @@ def test_configuration_says_what_was_used(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     args, _ = common.set_up(args_of())
     monkeypatch.setenv("WORLD_SIZE", "3")
-    found = common.configuration(args, CPU)
+    found = common.configuration(args, SimpleNamespace(device=CPU, statistics={"size": 8}))
+    assert found["data_statistics"] == {"size": 8}
     assert (found["processes"], found["threads"], found["git"]) == (3, 77, 40 * "a")
     assert asked[0][:2] == ["git", "-C"] and asked[0][3:] == ["rev-parse", "HEAD"]
     assert (found["torch"], found["numpy"], found["method"], found["batch_size"]) == (torch.__version__, np.__version__, "simclr", 8)
@@ -439,6 +440,7 @@ def test_configuration_says_what_was_used(monkeypatch):
 def test_what_is_measured_is_no_output_of_a_step(evaluated):
     """The watch looks at outputs in training only: in eval mode it would keep all of them, and blame the next step for them."""
     run = evaluated[4]
+    run.finite = common.FiniteWatch(run.model, run.data, run.folder)  # that of the run has gone with it
     run.model.eval()
     with torch.no_grad():
         run.model.projector(run.model.backbone(torch.full((2, 3, 8, 8), math.nan)))
@@ -501,20 +503,20 @@ def test_eval_extracts_all_images_with_the_flags_it_was_given(monkeypatch):
     train, test = numbered(1200), numbered(1100)
     data = data_of(train, np.arange(1200) % 3, test, np.arange(1100) % 3)
     args = SimpleNamespace(precision="bf16", batch_size=77)
-    assert evaluation.extract("network", data, args) == [1200, 1100]
+    assert evaluation.extract("network", data, args, "H") == [1200, 1100]
     assert [images is wanted for (images, _), wanted in zip(asked, (data.labelled_train, data.test))] == [True, True]
-    assert all(settings == {"precision": "bf16", "batch_size": 77} for _, settings in asked)
+    assert all(settings | {"precision": "bf16", "batch_size": 77} == settings for _, settings in asked)
 
 
 def test_eval_measures_at_the_size_of_training_with_its_own_seed(monkeypatch):
     seen = []
-    monkeypatch.setattr(common, "load_data", lambda args, device: seen.append(args))
+    monkeypatch.setattr(common, "load_data", lambda args, device, statistics: seen.append(args))
     args = SimpleNamespace(dataset=None, data_dir=None, seed=5, num_workers=1)
     flags = {"dataset": "folder", "data_dir": "here", "image_size": 24, "seed": 2, "num_workers": 9, "batch_size": 128, "views": 2}
-    evaluation.load_data(SimpleNamespace(args=SimpleNamespace(**flags)), args, CPU)
-    assert vars(seen[0]) == {**flags, "seed": 5, "num_workers": 1, "batch_size": 1, "views": 8}
+    evaluation.load_data(SimpleNamespace(args=SimpleNamespace(**flags), statistics=None), args, CPU)
+    assert vars(seen[0]) == {**flags, "test_fraction": 0, "seed": 5, "num_workers": 1, "batch_size": 1, "views": 8}
     args.dataset = "cifar10"
-    evaluation.load_data(SimpleNamespace(args=SimpleNamespace(**flags)), args, CPU)
+    evaluation.load_data(SimpleNamespace(args=SimpleNamespace(**flags), statistics=None), args, CPU)
     assert (seen[1].dataset, seen[1].data_dir, seen[1].image_size) == ("cifar10", "data", 24)
 
 
@@ -736,7 +738,7 @@ def test_the_report_has_the_runs_own_facts_and_percent(evaluated):
     table = [line.split() for line in printed.splitlines() if line.startswith(("H ", "Z "))]
     assert table[0][1:2] == ["128"] and table[0][4] == "12.30" and table[0][5] == "-"
     assert f"{100 * report['features']['H']['5-NN']:.2f}" == table[0][2]
-    assert "patterns, 8x8: 26 training images, 10 test images, 10 classes; bf16" in printed
+    assert "26 training images in 10 classes, 10 test images, 8x8" in printed
     assert calls.project == [("bf16",), ("bf16",)]
 
 
@@ -749,8 +751,8 @@ def test_the_protocol_names_all_images():
 
 def test_collapse_is_of_the_test_images(evaluated):
     _, printed, calls, _, _ = evaluated
-    assert [len(z) for z in calls.collapse] == [10, 10, 10] and "10 test images, eval mode" in printed
-    words = common.collapse_in_words(common.collapse_metrics(calls.collapse[1]), 4)
+    assert [len(z) for z in calls.collapse[-3:]] == [10, 10, 10] and "10 test images, eval mode" in printed
+    words = common.collapse_in_words(common.collapse_metrics(calls.collapse[-2]), 4)
     assert (words in printed) if words else "COLLAPSE" not in printed
 
 

@@ -129,7 +129,7 @@ def test_however_it_ends_handlers_and_lock_are_given_back(monkeypatch, images, u
 
 def test_an_error_before_there_is_a_run_gives_back_too(images, tmp_path):  # noqa: F811
     before = handlers()
-    with pytest.raises(common.UserError, match="larger than the data"):
+    with pytest.raises(common.UserError, match="at most 64, the training images"):
         train(images, tmp_path / "run", batch_size=4096, queue_size=8192)
     (tmp_path / "file").write_text("")
     with pytest.raises(common.UserError, match="cannot write there"):
@@ -631,7 +631,8 @@ def test_on_a_terminal_one_line_moves_and_other_lines_replace_it(monkeypatch, im
     out = run_here("moco", arguments("moco", images, tmp_path / "run")).out
     screen = [re.split(r"\r(?:\033\[K)?", line.replace("\033[K\r", "\r"))[-1] for line in out.split("\n")]
     assert out.count("\r") > 8 and not any(STATUS.fullmatch(line) for line in screen)
-    assert screen[0].startswith("epoch 1/2  step 4/8  loss") and "kNN" in screen[0]
+    assert screen[0].startswith("64 training images in 4 classes")
+    assert screen[1].startswith("epoch 1/2  step 4/8  loss") and "kNN" in screen[1]
 
 
 def test_the_moving_line_fits_the_terminal(monkeypatch):
