@@ -1591,7 +1591,7 @@ STATUS = StatusLine()
 
 def said(items, count, what):
     """The items, while the status line says `what 3/10, 0m12s left`."""
-    started = time.monotonic()
+    STATUS.last = started = time.monotonic()  # nothing is said about what takes no time
     for i, item in enumerate(items, 1):
         yield item
         left = (time.monotonic() - started) / i * (count - i)
