@@ -206,3 +206,12 @@ def test_top_level_is_what_the_house_says():
 def test_requirements_are_the_four():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert {re.split(r"[<>=!~ ]", line.strip())[0] for line in lines if line.strip()} == {"torch", "torchvision", "numpy", "pytest"}
+
+
+def test_the_commands_that_ci_runs_are_the_readmes():
+    """Both take the block that begins with "# set up"."""
+    assert "/^# set up/" in (ROOT / ".ci" / "run").read_text()
+    (block,) = re.findall(r"```bash\n# set up.*\n((?:.+\n)+?)```", (ROOT / "README.md").read_text())
+    assert len(block.splitlines()) == 5 and block.splitlines()[2:] == ["pip install -r requirements.txt", "python methods/cw_rgp.py", "pytest"]
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150 and len((ROOT / "README.md").read_bytes()) <= 12_000
