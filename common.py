@@ -13,52 +13,52 @@ folders, torchrun. A default run enters the command line, messages and files the
 #
 # What a method file calls, in this order:
 #
-#    120  Args               the flags that all nine methods share
-#    110  flag               a field of Args: default, help, bounds
-#   1601  main               run train(); print an expected error as one line
-#   1340  parse_args         Args from the command line
-#    203  set_up             device, precision, other processes
-#    238  load_data          read or draw the data set: Data
-#    485  build_backbone     the network whose output is H
-#    529  build_optimizer    Adam, SGD, LARS or Muon
-#    571  gives_back         signal handlers, lock and processes, when train() ends
-#    590  Run                the run's folder, checkpoints, log and checks
-#    837  distribute         the model for several processes, or compiled
-#    612  Run.resume         the step to start from, usually 0
-#    305  Data.batches       the batches of an epoch, uint8
-#    853  step_seed          the seed of a step's random draws
-#    320  Data.augment       the random views of a batch
-#    859  learning_rate      the schedule's factor at a step
-#    625  Run.guard          a failed decomposition becomes a clear error
-#    847  gather             embeddings of all processes, with gradient
-#   1758  mean_over_ranks    the mean of a tensor over the processes (MoCo)
-#    193  world_size         the number of processes (MoCo)
-#    198  rank               this process's number among them (MoCo)
-#    630  Run.watch          note whether loss and gradients are finite
-#    637  Run.progress       stop if they were not; show the status line
-#    648  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    656  Run.mean_loss      the mean loss of the epoch
-#   1133  extract            H of a set of images
-#   1155  project            Z of H
-#   1192  collapse_metrics   how much of its space a set of embeddings fills
-#   1166  knn_accuracy       accuracy of a vote among the nearest training images
-#    665  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    704  Run.save_backbone  write backbone.pt
-#    712  Run.close          print the scores
+#    121  Args               the flags that all nine methods share
+#    111  flag               a field of Args: default, help, bounds
+#   1602  main               run train(); print an expected error as one line
+#   1341  parse_args         Args from the command line
+#    204  set_up             device, precision, other processes
+#    239  load_data          read or draw the data set: Data
+#    486  build_backbone     the network whose output is H
+#    530  build_optimizer    Adam, SGD, LARS or Muon
+#    572  gives_back         signal handlers, lock and processes, when train() ends
+#    591  Run                the run's folder, checkpoints, log and checks
+#    838  distribute         the model for several processes, or compiled
+#    613  Run.resume         the step to start from, usually 0
+#    306  Data.batches       the batches of an epoch, uint8
+#    854  step_seed          the seed of a step's random draws
+#    321  Data.augment       the random views of a batch
+#    860  learning_rate      the schedule's factor at a step
+#    626  Run.guard          a failed decomposition becomes a clear error
+#    848  gather             embeddings of all processes, with gradient
+#   1759  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#    194  world_size         the number of processes (MoCo)
+#    199  rank               this process's number among them (MoCo)
+#    631  Run.watch          note whether loss and gradients are finite
+#    638  Run.progress       stop if they were not; show the status line
+#    649  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    657  Run.mean_loss      the mean loss of the epoch
+#   1134  extract            H of a set of images
+#   1156  project            Z of H
+#   1193  collapse_metrics   how much of its space a set of embeddings fills
+#   1167  knn_accuracy       accuracy of a vote among the nearest training images
+#    666  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    705  Run.save_backbone  write backbone.pt
+#    713  Run.close          print the scores
 #
 # Part II:
 #
-#   1268  Command line: flags from Args, checks, and sizes to propose
-#   1510  Messages and errors
-#   1666  Several processes
-#   1820  Data sets by name
-#   1909  Folders of images
-#   2248  Streaming
-#   2371  Recipes of augmentation
-#   2444  ResNets, LARS, Muon
-#   2574  Run folder and signals
-#   2742  Resume
-#   2933  Files of a run
+#   1269  Command line: flags from Args, checks, and sizes to propose
+#   1511  Messages and errors
+#   1667  Several processes
+#   1821  Data sets by name
+#   1910  Folders of images
+#   2249  Streaming
+#   2372  Recipes of augmentation
+#   2445  ResNets, LARS, Muon
+#   2575  Run folder and signals
+#   2744  Resume
+#   2976  Files of a run
 
 import argparse
 import collections
@@ -69,6 +69,7 @@ import dataclasses
 import datetime
 import errno
 import functools
+import hashlib
 import http.client
 import inspect
 import io
@@ -696,7 +697,7 @@ class Run:
                    "seconds": self.clock.seconds(), "epoch_seconds": self.clock.epoch_seconds(),
                    "data": self.data.fingerprint, "data_statistics": self.data.statistics}
         buffer = io.BytesIO()
-        torch.save(content, buffer)
+        torch.save({**content, "digest": digest_of(content)}, buffer)
         previous = os.path.join(self.folder, "previous.pt") if self.last_is_good else None
         write_file(os.path.join(self.folder, "last.pt"), buffer.getvalue(), keep_as=previous)
         self.last_is_good = True
@@ -2574,6 +2575,7 @@ def orthogonalise(m, iterations=3):
 # ==== Run folder and signals ====
 
 CHECKPOINT_FORMAT = "nine-ssl-methods-2"
+DIGESTED = "model", "step", "rows", "loss_sum", "data", "data_statistics"  # and state, args
 # Flags that may change on --resume. They do not change the numbers, except for rounding (compile)
 # and the permutations that a GPU draws (device).
 FREE_ON_RESUME = {"epochs", "out", "resume", "device", "num_workers", "log_every", "save_every",
@@ -2797,6 +2799,35 @@ def described(value):
     return "dict" if isinstance(value, dict) else type(value).__name__
 
 
+def digest_of(checkpoint):
+    """A text that tells whether the entries of a checkpoint that numbers follow from are of one
+    run and step. 64 hexadecimal digits."""
+    digest, optimizer, args = hashlib.sha256(), checkpoint.get("optimizer"), checkpoint.get("args")
+    entries = {name: checkpoint.get(name) for name in DIGESTED}
+    entries["state"] = optimizer.get("state") if isinstance(optimizer, dict) else optimizer
+    entries["args"] = args
+    if isinstance(args, dict):
+        entries["args"] = {name: value for name, value in args.items() if name != "given"}
+    add_to(digest, entries)
+    return digest.hexdigest()
+
+
+def add_to(digest, value):
+    """Update a digest with nested dicts of tensors and plain values."""
+    if isinstance(value, dict):
+        digest.update(b"{")
+        for key, child in value.items():
+            digest.update(ascii(key).encode() + b":")
+            add_to(digest, child)
+        digest.update(b"}")
+    elif torch.is_tensor(value) and value.layout == torch.strided:
+        numbers = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(described(value).encode())
+        digest.update(numbers)
+    else:
+        digest.update(ascii(value).encode() + b";")
+
+
 def check_like(value, like, entry):
     """Raise DamagedError unless `value` has the type, the shape and all names of `like`, and
     numbers that are finite, and not negative where that cannot be."""
@@ -2811,6 +2842,8 @@ def check_like(value, like, entry):
     elif torch.is_tensor(value):
         dense = value.layout == torch.strided and value.device.type == "cpu"
         whole(dense and value.isfinite().all(), f"{entry} is not finite")
+        unit = name != "queue" or ((value.norm(dim=1) - 1).abs() < 1e-3).all()
+        whole(unit, f"{entry} has rows that are not of length 1")
         signed = name not in ("step", "exp_avg_sq", "running_var", "num_batches_tracked")
         whole(signed or (value >= 0).all(), f"{entry} is negative")
     elif kind in ("int", "float"):
@@ -2861,6 +2894,11 @@ def restore(run, checkpoint):
     run.model.load_state_dict(checkpoint["model"])
     groups = run.optimizer.state_dict()["param_groups"]  # by the flags
     run.optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
+    for w, state in run.optimizer.state.items():  # the fused kernels pair numbers by memory order
+        for name, value in state.items():
+            if torch.is_tensor(value):
+                like = value if value.dim() == 0 else w
+                state[name] = torch.empty_like(like, device=value.device).copy_(value)
     run.loss_sum.copy_(checkpoint["loss_sum"])
     run.rows = checkpoint["rows"]
     run.clock.run_before = checkpoint["seconds"]
@@ -2918,6 +2956,11 @@ def load_checkpoint(path, accept=None):
                            f"({type(error).__name__})") from error
     known = isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT
     whole(known, f"{path} is not a checkpoint of these scripts; try runs/<run>/last.pt")
+    try:
+        same = checkpoint.get("digest") == digest_of(checkpoint)
+    except (RuntimeError, TypeError, ValueError, MemoryError):  # no numbers of a run
+        same = False
+    whole(same, f"{path} is damaged or was edited or mixed with another run's")
     like = {"args": {"method": "", "experiment": "", "image_size": 1}, "step": 1, "model": {},
             "optimizer": {}, "loss_sum": torch.zeros((), dtype=torch.float64),
             "rows": [], "seconds": 0.0, "epoch_seconds": 0.0, "data": ""}
