@@ -326,7 +326,8 @@ def test_an_entry_of_another_run_or_step_is_refused(stopped, finished, images, t
     shutil.copytree(stopped("simclr"), folder)
     checkpoint, other = (torch.load(folder / name, weights_only=True) for name in ("last.pt", "previous.pt"))
     if what == "a weight":
-        checkpoint["model"][WEIGHT].view(-1)[0] += 0.01
+        container, key = at(checkpoint, WEIGHT)
+        container[key] = container[key] * 1.01
     elif what == "a moment":
         checkpoint["optimizer"]["state"][0]["momentum_buffer"] *= 1.01
     elif what == "args.seed":
@@ -351,6 +352,43 @@ def test_the_queue_holds_rows_of_length_1(stopped, images, tmp_path):
         folder = edited(stopped("moco"), tmp_path / str(factor), put("model/queue", lambda queue: queue * factor))
         for result in both("moco", images, folder):
             holds(result, folder, "model.queue has rows that are not of length 1")
+
+
+# ---- what eval.py alone needs --------------------------------------------------------------------
+
+
+STATISTICS = {
+    "none": drop("data_statistics"), "None": put("data_statistics", None), "a list": put("data_statistics", [1]),
+    "no mean": drop("data_statistics.mean"), "lists in lists": put("data_statistics.mean", [[0.5], [0.5], [0.5]]),
+    "two": put("data_statistics.mean", [0.5, 0.5]), "whole": put("data_statistics.mean", [1, 0, 1]), "True": put("data_statistics.std", [True] * 3),
+    "mean above 1": put("data_statistics.mean.0", 1.5), "mean below 0": put("data_statistics.mean.0", -0.1), "nan": put("data_statistics.mean.0", math.nan),
+    "std 0": put("data_statistics.std.2", 0.0), "std 2": put("data_statistics.std.2", 2.0), "std a tensor": put("data_statistics.std", torch.ones(3)),
+    "another size": put("data_statistics.size", 9), "size True": put("data_statistics.size", True), "no scale": drop("data_statistics.scale"),
+    "scale []": put("data_statistics.scale", []), "scale of lists": put("data_statistics.scale", ["16 bits", [0], [1]]),
+    "scale falls": put("data_statistics.scale", ["16 bits", 1.0, 0.0]), "scale nan": put("data_statistics.scale", ["16 bits", 0.0, math.nan]),
+    "classes text": put("data_statistics.class_names", "abc"), "classes of lists": put("data_statistics.class_names", [["a"], ["b"]]),
+    "a class twice": put("data_statistics.class_names", ["a", "a"]), "class 3": put("data_statistics.class_names", ["a", 3]),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_the_statistics_of_the_images_are_compared(stopped, tmp_path, name):
+    folder = edited(stopped("simclr"), tmp_path / "run", STATISTICS[name])
+    holds(run_here("eval", [*QUICK, str(folder)]), folder, "damaged or was edited: data_statistics")
+
+
+@pytest.mark.parametrize("method", ["eval", "common", "benchmark", "no method", "x" * 5000, "a\nb"])
+def test_a_method_that_is_none_is_one_short_line(stopped, images, tmp_path, method):
+    folder = edited(stopped("simclr"), tmp_path / "run", put("args.method", method))
+    for result in both("simclr", images, folder):
+        assert is_one_line_error(result) and len(result.err) < 700, result.err
+
+
+@pytest.mark.parametrize("key", [3, None, (1, 2), 1.5])
+def test_a_flag_whose_name_is_no_text(stopped, images, tmp_path, key):
+    folder = edited(stopped("simclr"), tmp_path / "run", lambda checkpoint: checkpoint["args"].update({key: 1}))
+    for result in both("simclr", images, folder):
+        holds(result, folder, "args has a key that is no text")
 
 
 # ---- random edits --------------------------------------------------------------------------------
