@@ -13,52 +13,52 @@ folders, torchrun. A default run enters the command line, messages and files the
 #
 # What a method file calls, in this order:
 #
-#    122  Args               the flags that all nine methods share
-#    112  flag               a field of Args: default, help, bounds
-#   1630  main               run train(); print an expected error as one line
-#   1347  parse_args         Args from the command line
-#    205  set_up             device, precision, other processes
-#    243  load_data          read or draw the data set: Data
-#    490  build_backbone     the network whose output is H
-#    534  build_optimizer    Adam, SGD, LARS or Muon
-#    576  gives_back         signal handlers, lock and processes, when train() ends
-#    598  Run                the run's folder, checkpoints, log and checks
-#    844  distribute         the model for several processes, or compiled
-#    618  Run.resume         the step to start from, usually 0
-#    310  Data.batches       the batches of an epoch, uint8
-#    860  step_seed          the seed of a step's random draws
-#    325  Data.augment       the random views of a batch
-#    866  learning_rate      the schedule's factor at a step
-#    631  Run.guard          a failed decomposition becomes a clear error
-#    854  gather             embeddings of all processes, with gradient
-#   1789  mean_over_ranks    the mean of a tensor over the processes (MoCo)
-#    195  world_size         the number of processes (MoCo)
-#    200  rank               this process's number among them (MoCo)
-#    636  Run.watch          note whether loss and gradients are finite
-#    643  Run.progress       stop if they were not; show the status line
-#    654  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    662  Run.mean_loss      the mean loss of the epoch
-#   1140  extract            H of a set of images
-#   1162  project            Z of H
-#   1199  collapse_metrics   how much of its space a set of embeddings fills
-#   1173  knn_accuracy       accuracy of a vote among the nearest training images
-#    671  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    710  Run.save_backbone  write backbone.pt
-#    718  Run.close          print the scores
+#    123  Args               the flags that all nine methods share
+#    113  flag               a field of Args: default, help, bounds
+#   1631  main               run train(); print an expected error as one line
+#   1348  parse_args         Args from the command line
+#    206  set_up             device, precision, other processes
+#    244  load_data          read or draw the data set: Data
+#    491  build_backbone     the network whose output is H
+#    535  build_optimizer    Adam, SGD, LARS or Muon
+#    577  gives_back         signal handlers, lock and processes, when train() ends
+#    599  Run                the run's folder, checkpoints, log and checks
+#    845  distribute         the model for several processes, or compiled
+#    619  Run.resume         the step to start from, usually 0
+#    311  Data.batches       the batches of an epoch, uint8
+#    861  step_seed          the seed of a step's random draws
+#    326  Data.augment       the random views of a batch
+#    867  learning_rate      the schedule's factor at a step
+#    632  Run.guard          a failed decomposition becomes a clear error
+#    855  gather             embeddings of all processes, with gradient
+#   1790  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#    196  world_size         the number of processes (MoCo)
+#    201  rank               this process's number among them (MoCo)
+#    637  Run.watch          note whether loss and gradients are finite
+#    644  Run.progress       stop if they were not; show the status line
+#    655  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    663  Run.mean_loss      the mean loss of the epoch
+#   1141  extract            H of a set of images
+#   1163  project            Z of H
+#   1200  collapse_metrics   how much of its space a set of embeddings fills
+#   1174  knn_accuracy       accuracy of a vote among the nearest training images
+#    672  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    711  Run.save_backbone  write backbone.pt
+#    719  Run.close          print the scores
 #
 # Part II:
 #
-#   1275  Command line: flags from Args, checks, and sizes to propose
-#   1539  Messages and errors
-#   1695  Several processes
-#   1851  Data sets by name
-#   1940  Folders of images
-#   2279  Streaming
-#   2402  Recipes of augmentation
-#   2475  ResNets, LARS, Muon
-#   2605  Run folder and signals
-#   2785  Resume
-#   3019  Files of a run
+#   1276  Command line: flags from Args, checks, and sizes to propose
+#   1540  Messages and errors
+#   1696  Several processes
+#   1852  Data sets by name
+#   1941  Folders of images
+#   2280  Streaming
+#   2403  Recipes of augmentation
+#   2476  ResNets, LARS, Muon
+#   2606  Run folder and signals
+#   2788  Resume
+#   3022  Files of a run
 
 import argparse
 import collections
@@ -78,6 +78,7 @@ import json
 import math
 import multiprocessing.pool
 import os
+import pathlib
 import platform
 import re
 import shutil
@@ -207,9 +208,9 @@ def set_up(args):
 
     Returns a copy of args in which the precision and the optimizer's rates are filled in, and the
     torch.device. Raises UserError if there is no such device."""
-    if isinstance(args, Args):  # eval.py has other ones
+    if isinstance(args, Args):  # not eval.py's
         args = copy.copy(args)
-        check_args(args)  # once more, as a program may have changed them
+        check_args(args)  # a program may have changed them
     check(args.device != "cuda" or torch.cuda.is_available(),
           "--device cuda: torch finds no GPU that it can use; try --device cpu")
     device = torch.device("cpu")
@@ -578,9 +579,9 @@ def gives_back(train):
 
     @functools.wraps(train)
     def train_alone(*args, **more):
-        kind = train.__globals__.get("Args")  # eval.py has none
-        if kind and (args or "args" in more):
-            check_kind(args[0] if args else more["args"], kind)
+        kind = train.__globals__.get("Args")
+        for given in [*args, *more.values()][:1] if kind else []:
+            check_kind(more.get("args", given), kind)
         with TRAINING, contextlib.ExitStack() as ending:
             ENDINGS.append(ending)
             ending.callback(ENDINGS.pop)
@@ -2639,8 +2640,9 @@ class StopSignals:
         self.number = number_
         if world_size() > 1:
             return  # torchrun itself repeats the signal, and kills after 30 seconds
-        since = time.monotonic() - self.first.setdefault(number_, time.monotonic())
-        late = number_ == signal.SIGTERM and since >= 2  # before that, schedulers repeat it
+        now = time.monotonic()
+        since = now - self.first.setdefault(number_, now)
+        late = number_ == signal.SIGTERM and since >= 2  # schedulers repeat it
         if late or number_ != signal.SIGTERM:
             signal.signal(number_, self.before[number_])  # a second one ends at once
         if late:
@@ -2727,8 +2729,9 @@ def lock_folder(folder):
     """A folder's lock file, locked until it is closed; None if another process has locked it."""
     for name in ("lock", "last.pt", "last.pt.tmp", "previous.pt", "backbone.pt"):
         path = os.path.join(folder, name)
-        check(os.path.isfile(path) or not os.path.lexists(path),
-              f"{path} is no file or cannot be reached; try another --out")
+        usual = os.path.isfile(path) or not os.path.lexists(path)
+        check(usual or pathlib.Path(path).is_char_device(), f"{path} is no file or "
+              "cannot be reached; try another --out")
     try:
         os.makedirs(folder, exist_ok=True)
         file = open(os.path.join(folder, "lock"), "w")
@@ -2835,7 +2838,7 @@ def whole(condition, message):
 
 
 def short(text):
-    """A text out of a file as one line of at most 200 characters."""
+    """A text as one line of at most 200 characters."""
     return " ".join(str(text).split())[:200]
 
 
@@ -2854,7 +2857,7 @@ def digest_of(checkpoint):
 
 
 def add_to(digest, value):
-    """Update a digest with nested dicts, but for entries that may change."""
+    """Update a digest with nested dicts."""
     if isinstance(value, dict):
         for key in [key for key in value if key not in ("given", "param_groups")]:
             digest.update(ascii(key).encode() + b":")
@@ -2999,7 +3002,7 @@ def load_checkpoint(path, accept=None):
     known = isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT
     whole(known, f"{path} is not a checkpoint of these scripts; try runs/<run>/last.pt")
     same = False
-    with contextlib.suppress(RuntimeError, TypeError, ValueError, MemoryError):  # of odd tensors
+    with contextlib.suppress(RuntimeError, TypeError, ValueError, MemoryError):
         same = checkpoint.get("digest") == digest_of(checkpoint)
     whole(same, f"{path} is damaged or was edited or mixed with another run's")
     like = {"args": {"method": "", "experiment": "", "image_size": 1}, "step": 1, "model": {},

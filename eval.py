@@ -9,10 +9,10 @@
 Contents, by line number (`python tests/test_common.py` writes them):
      65  command line             the flags, and what is refused before measuring
     162  a run and its data       from a checkpoint to networks; a hash shows that these stay
-    325  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
-    479  report                   what is printed, and written by --json
-    590  pictures                 --views, --neighbors, --plot
-    732  all runs                 one after the other
+    326  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
+    480  report                   what is printed, and written by --json
+    591  pictures                 --views, --neighbors, --plot
+    733  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -271,7 +271,8 @@ def load_data(run, args, device):
     wanted.data_dir = args.data_dir or wanted.data_dir
     data = common.load_data(wanted, device, run.statistics)
     wanted.seed = args.seed  # only now: the run's seed drew the images that are held out
-    use_statistics(data, run.statistics)
+    if run.statistics:
+        use_statistics(data, run.statistics)
     return data
 
 
