@@ -13,52 +13,52 @@ folders, torchrun. A default run enters the command line, messages and files the
 #
 # What a method file calls, in this order:
 #
-#    120  Args               the flags that all nine methods share
-#    110  flag               a field of Args: default, help, bounds
-#   1601  main               run train(); print an expected error as one line
-#   1340  parse_args         Args from the command line
-#    203  set_up             device, precision, other processes
-#    238  load_data          read or draw the data set: Data
-#    485  build_backbone     the network whose output is H
-#    529  build_optimizer    Adam, SGD, LARS or Muon
-#    571  gives_back         signal handlers, lock and processes, when train() ends
-#    590  Run                the run's folder, checkpoints, log and checks
-#    837  distribute         the model for several processes, or compiled
-#    612  Run.resume         the step to start from, usually 0
-#    305  Data.batches       the batches of an epoch, uint8
-#    853  step_seed          the seed of a step's random draws
-#    320  Data.augment       the random views of a batch
-#    859  learning_rate      the schedule's factor at a step
-#    625  Run.guard          a failed decomposition becomes a clear error
-#    847  gather             embeddings of all processes, with gradient
-#   1758  mean_over_ranks    the mean of a tensor over the processes (MoCo)
-#    193  world_size         the number of processes (MoCo)
-#    198  rank               this process's number among them (MoCo)
-#    630  Run.watch          note whether loss and gradients are finite
-#    637  Run.progress       stop if they were not; show the status line
-#    648  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    656  Run.mean_loss      the mean loss of the epoch
-#   1133  extract            H of a set of images
-#   1155  project            Z of H
-#   1192  collapse_metrics   how much of its space a set of embeddings fills
-#   1166  knn_accuracy       accuracy of a vote among the nearest training images
-#    665  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    704  Run.save_backbone  write backbone.pt
-#    712  Run.close          print the scores
+#    123  Args               the flags that all nine methods share
+#    113  flag               a field of Args: default, help, bounds
+#   1631  main               run train(); print an expected error as one line
+#   1348  parse_args         Args from the command line
+#    206  set_up             device, precision, other processes
+#    244  load_data          read or draw the data set: Data
+#    491  build_backbone     the network whose output is H
+#    535  build_optimizer    Adam, SGD, LARS or Muon
+#    577  gives_back         signal handlers, lock and processes, when train() ends
+#    599  Run                the run's folder, checkpoints, log and checks
+#    845  distribute         the model for several processes, or compiled
+#    619  Run.resume         the step to start from, usually 0
+#    311  Data.batches       the batches of an epoch, uint8
+#    861  step_seed          the seed of a step's random draws
+#    326  Data.augment       the random views of a batch
+#    867  learning_rate      the schedule's factor at a step
+#    632  Run.guard          a failed decomposition becomes a clear error
+#    855  gather             embeddings of all processes, with gradient
+#   1790  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#    196  world_size         the number of processes (MoCo)
+#    201  rank               this process's number among them (MoCo)
+#    637  Run.watch          note whether loss and gradients are finite
+#    644  Run.progress       stop if they were not; show the status line
+#    655  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    663  Run.mean_loss      the mean loss of the epoch
+#   1141  extract            H of a set of images
+#   1163  project            Z of H
+#   1200  collapse_metrics   how much of its space a set of embeddings fills
+#   1174  knn_accuracy       accuracy of a vote among the nearest training images
+#    672  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    711  Run.save_backbone  write backbone.pt
+#    719  Run.close          print the scores
 #
 # Part II:
 #
-#   1268  Command line: flags from Args, checks, and sizes to propose
-#   1510  Messages and errors
-#   1666  Several processes
-#   1820  Data sets by name
-#   1909  Folders of images
-#   2248  Streaming
-#   2371  Recipes of augmentation
-#   2444  ResNets, LARS, Muon
-#   2574  Run folder and signals
-#   2742  Resume
-#   2933  Files of a run
+#   1276  Command line: flags from Args, checks, and sizes to propose
+#   1540  Messages and errors
+#   1696  Several processes
+#   1852  Data sets by name
+#   1941  Folders of images
+#   2280  Streaming
+#   2403  Recipes of augmentation
+#   2476  ResNets, LARS, Muon
+#   2606  Run folder and signals
+#   2788  Resume
+#   3022  Files of a run
 
 import argparse
 import collections
@@ -69,6 +69,7 @@ import dataclasses
 import datetime
 import errno
 import functools
+import hashlib
 import http.client
 import inspect
 import io
@@ -77,6 +78,7 @@ import json
 import math
 import multiprocessing.pool
 import os
+import pathlib
 import platform
 import re
 import shutil
@@ -86,6 +88,7 @@ import sys
 import threading
 import time
 import typing
+import warnings
 import zipfile
 import zlib
 
@@ -205,6 +208,9 @@ def set_up(args):
 
     Returns a copy of args in which the precision and the optimizer's rates are filled in, and the
     torch.device. Raises UserError if there is no such device."""
+    if isinstance(args, Args):  # not eval.py's
+        args = copy.copy(args)
+        check_args(args)  # a program may have changed them
     check(args.device != "cuda" or torch.cuda.is_available(),
           "--device cuda: torch finds no GPU that it can use; try --device cpu")
     device = torch.device("cpu")
@@ -573,6 +579,9 @@ def gives_back(train):
 
     @functools.wraps(train)
     def train_alone(*args, **more):
+        kind = train.__globals__.get("Args")
+        for given in [*args, *more.values()][:1] if kind else []:
+            check_kind(more.get("args", given), kind)
         with TRAINING, contextlib.ExitStack() as ending:
             ENDINGS.append(ending)
             ending.callback(ENDINGS.pop)
@@ -602,9 +611,7 @@ class Run:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=data.device)  # this epoch's
         self.last_is_good = True  # False after a resume from previous.pt, until the next save
         self.clock = Clock()
-        name = getattr(model, "experiment", "")  # set by tests/experiments.py
-        check(name == args.experiment, f"these Args are for {run_name(vars(args))}, the model is "
-              f"not; try the Args and the train of the same file")
+        check_model(args, model)
         self.signals = StopSignals(args, data.device)
         self.folder, self.lock = open_folder(args)
         self.finite = FiniteWatch(model, data, self.folder)
@@ -696,22 +703,23 @@ class Run:
                    "seconds": self.clock.seconds(), "epoch_seconds": self.clock.epoch_seconds(),
                    "data": self.data.fingerprint, "data_statistics": self.data.statistics}
         buffer = io.BytesIO()
-        torch.save(content, buffer)
+        torch.save({**content, "digest": digest_of(content)}, buffer)
         previous = os.path.join(self.folder, "previous.pt") if self.last_is_good else None
         write_file(os.path.join(self.folder, "last.pt"), buffer.getvalue(), keep_as=previous)
         self.last_is_good = True
 
     def save_backbone(self):
         """Write backbone.pt: the backbone's weights, a ResNet's under torchvision's names."""
-        self.signals.give_back()  # all else is saved, so Ctrl-C may end the program at once
         if rank() == 0:
             buffer = io.BytesIO()
             torch.save(self.model.backbone.state_dict(), buffer)
             write_file(os.path.join(self.folder, "backbone.pt"), buffer.getvalue())
+        self.signals.give_back()  # all is saved, so Ctrl-C may end the program at once
 
     def close(self, scores):
         """Keep the scores, print the last lines."""
         self.scores = scores
+        self.model.eval()
         if scores:
             first, *others = [f"{name} {100 * score:.2f} %" for name, score in scores.items()]
             test, bank = len(self.data.test), len(self.data.large_bank)
@@ -1383,7 +1391,7 @@ def check_values(args):
             check(isinstance(value, bool), f"{option}: {value!r} is not True or False; try True")
         else:
             text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
-            known = isinstance(text, str) and (words is None or text in words)
+            known = isinstance(text, str) and (words is None or text in words) and "\0" not in text
             check(known, f"{option}: {value!r} is not known; try {default or 'a name'}")
             setattr(args, name, str(text))  # numpy's text would not go into a checkpoint
     names = resnet_names()
@@ -1395,11 +1403,33 @@ def check_args(args):
     """Check the values of an Args by themselves and together, as far as that needs no data."""
     check_launch()
     check_values(args)
+    for name, value in vars(args).items():
+        known = name == "given" or name in args.__dataclass_fields__
+        check(known, f"Args has no {name!r}; see --help for its flags")
+        own = getattr(type(args), name, None)
+        check(name not in ("method", "experiment") or value == own,
+              f"Args({name}={short(repr(value))}) is no flag; try {own!r}")
     check(args.dataset != "folder" or args.data_dir != "data" or os.path.isdir("data"),
           "--dataset folder needs --data-dir DIR, the folder of your images")
     check(args.optimizer == "muon" or args.lr_filters is None, "--lr-filters needs --optimizer "
           f"muon; with --optimizer {args.optimizer} the filters' rate is --lr")
     check_rules(args)
+
+
+def check_kind(args, kind):
+    """Raise UserError unless args is an Args of class `kind`."""
+    found = run_name(vars(args)) if isinstance(args, Args) else type(args).__name__
+    check(isinstance(args, kind), f"train() needs an Args of {kind.method or 'a method'}, not of "
+          f"{found or 'common.py'}; try train(Args()) of one file")
+
+
+def check_model(args, model):
+    """Raise UserError unless the model is of args' method and experiment."""
+    files = [sys.modules.get(base.__module__) for base in type(model).__mro__]
+    kinds = tuple(file.Args for file in files if hasattr(file, "Args"))
+    same = getattr(model, "experiment", "") == args.experiment  # set by tests/experiments.py
+    check(same and (not kinds or isinstance(args, kinds)), f"these Args are for "
+          f"{run_name(vars(args))}, the model is not; try Args and train of the same file")
 
 
 def completed(args, device):
@@ -1671,18 +1701,20 @@ TORCHRUN = "start it with torchrun --nproc_per_node=N, or try `unset WORLD_SIZE 
 def from_environment(name, otherwise):
     """The whole number in an environment variable, or `otherwise` if it holds none."""
     text = os.environ.get(name, "")
-    return int(text) if text.isdecimal() else otherwise
+    return int(text) if text.isdecimal() and len(text) < 10 else otherwise
 
 
 def check_launch():
     """Raise UserError if the environment tells of several processes, but not as torchrun does."""
     size, mine = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
-    check(size.isdecimal() and mine.isdecimal() and int(mine) < int(size),
-          f"WORLD_SIZE={size} and RANK={mine} in the environment do not fit; {TORCHRUN}")
-    tasks = from_environment("SLURM_NTASKS", 1)
-    alone = tasks == 1 or "RANK" in os.environ or "SLURM_PROCID" not in os.environ
-    check(alone, f"SLURM_NTASKS={tasks}: such tasks do not know of each other; "
-          f"try --ntasks=1 with torchrun --nproc_per_node={tasks}")
+    fits = size.isdecimal() and mine.isdecimal() and max(len(size), len(mine)) < 10
+    check(fits and int(mine) < int(size) <= 4096, f"WORLD_SIZE={size[:20]} and RANK={mine[:20]} "
+          f"in the environment do not fit; {TORCHRUN}")
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        tasks = from_environment(name, 1)
+        lone = name == "SLURM_NTASKS" and "SLURM_PROCID" not in os.environ  # sbatch without srun
+        check(tasks <= 1 or lone or "RANK" in os.environ, f"{name}={tasks}: such tasks do not know "
+              f"of each other; try --ntasks=1 with torchrun --nproc_per_node={tasks}")
 
 
 def set_up_gpu():
@@ -2574,13 +2606,14 @@ def orthogonalise(m, iterations=3):
 # ==== Run folder and signals ====
 
 CHECKPOINT_FORMAT = "nine-ssl-methods-2"
+DIGESTED = "model", "optimizer", "step", "rows", "loss_sum", "data", "data_statistics", "args"
 # Flags that may change on --resume. They do not change the numbers, except for rounding (compile)
 # and the permutations that a GPU draws (device).
 FREE_ON_RESUME = {"epochs", "out", "resume", "device", "num_workers", "log_every", "save_every",
                   "compile", "data_dir", "given"}
 
 
-STOP_SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"  # as clusters send them
+STOP_SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"  # of clusters
 STOP_SIGNALS = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
 
 
@@ -2590,6 +2623,7 @@ class StopSignals:
     def __init__(self, args, device):
         self.args, self.device = args, device
         self.number = 0  # of the signal that came
+        self.first = {}  # signal -> when it first came
         self.before = {}  # signal -> its handler before this run
         at_end(self.give_back)
         if threading.current_thread() is not threading.main_thread():
@@ -2604,8 +2638,15 @@ class StopSignals:
     def note(self, number_, _frame):
         """Called by Python when a signal comes."""
         self.number = number_
-        if world_size() == 1:  # torchrun itself repeats the signal, and kills after 30 seconds
-            signal.signal(number_, self.before[number_])  # a second Ctrl-C ends at once
+        if world_size() > 1:
+            return  # torchrun itself repeats the signal, and kills after 30 seconds
+        now = time.monotonic()
+        since = now - self.first.setdefault(number_, now)
+        late = number_ == signal.SIGTERM and since >= 2  # schedulers repeat it
+        if late or number_ != signal.SIGTERM:
+            signal.signal(number_, self.before[number_])  # a second one ends at once
+        if late:
+            signal.raise_signal(number_)
 
     def came(self, step):
         """True after a signal; under torchrun all agree every --log-every steps."""
@@ -2686,6 +2727,11 @@ def holds_run(folder, *more):
 
 def lock_folder(folder):
     """A folder's lock file, locked until it is closed; None if another process has locked it."""
+    for name in ("lock", "last.pt", "last.pt.tmp", "previous.pt", "backbone.pt"):
+        path = os.path.join(folder, name)
+        usual = os.path.isfile(path) or not os.path.lexists(path)
+        check(usual or pathlib.Path(path).is_char_device(), f"{path} is no file or "
+              "cannot be reached; try another --out")
     try:
         os.makedirs(folder, exist_ok=True)
         file = open(os.path.join(folder, "lock"), "w")
@@ -2757,17 +2803,18 @@ def check_same_run(run, checkpoint):
     DamagedError if a number or tensor in it cannot be one of this run."""
     before, now = checkpoint["args"], vars(run.args)
     check(run_name(before) == run_name(now), f"--resume: {run.folder} is a run of "
-          f"{run_name(before)}, not of {run_name(now)}; try another --out")
+          f"{short(run_name(before))}, not of {run_name(now)}; try another --out")
     check_entries(checkpoint, type(run.args))
     for name in sorted(set(now) - FREE_ON_RESUME):
         flag, value = "--" + name.replace("_", "-"), before.get(name)
+        value = short(value) if isinstance(value, str) else value
         remedy = f"{flag} {value}"
         if value is None or value is False:
             remedy = f"it without {flag}"
         elif value is True:
             remedy = f"it with {flag}"
-        check(value == now[name], f"--resume: {flag} was {value} and is now {now[name]}; "
-              f"try {remedy}, or another --out")
+        check(before.get(name) == now[name], f"--resume: {flag} was {value} and is now "
+              f"{now[name]}; try {remedy}, or another --out")
     images = run.data.fingerprint
     check(checkpoint["data"] == images, f"--resume: --data-dir held {checkpoint['data']} and now "
           f"holds {images}; restore it, or try another --out")
@@ -2790,11 +2837,38 @@ def whole(condition, message):
         raise DamagedError(message)
 
 
+def short(text):
+    """A text as one line of at most 200 characters."""
+    return " ".join(str(text).split())[:200]
+
+
 def described(value):
     """The type of an entry; of a tensor its dtype and shape."""
     if torch.is_tensor(value):
         return f"{value.dtype} {list(value.shape)}"
     return "dict" if isinstance(value, dict) else type(value).__name__
+
+
+def digest_of(checkpoint):
+    """A hash that tells whether a checkpoint's entries are of one run and step."""
+    digest = hashlib.sha256()
+    add_to(digest, {name: checkpoint.get(name) for name in DIGESTED})
+    return digest.hexdigest()
+
+
+def add_to(digest, value):
+    """Update a digest with nested dicts."""
+    if isinstance(value, dict):
+        for key in [key for key in value if key not in ("given", "param_groups")]:
+            digest.update(ascii(key).encode() + b":")
+            add_to(digest, value[key])
+        digest.update(b"}")
+    elif torch.is_tensor(value) and value.layout == torch.strided:
+        numbers = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(described(value).encode())
+        digest.update(numbers)
+    else:
+        digest.update(ascii(value).encode() + b";")
 
 
 def check_like(value, like, entry):
@@ -2811,6 +2885,8 @@ def check_like(value, like, entry):
     elif torch.is_tensor(value):
         dense = value.layout == torch.strided and value.device.type == "cpu"
         whole(dense and value.isfinite().all(), f"{entry} is not finite")
+        unit = name != "queue" or ((value.norm(dim=1) - 1).abs() < 1e-3).all()
+        whole(unit, f"{entry} has rows that are not of length 1")
         signed = name not in ("step", "exp_avg_sq", "running_var", "num_batches_tracked")
         whole(signed or (value >= 0).all(), f"{entry} is negative")
     elif kind in ("int", "float"):
@@ -2861,6 +2937,11 @@ def restore(run, checkpoint):
     run.model.load_state_dict(checkpoint["model"])
     groups = run.optimizer.state_dict()["param_groups"]  # by the flags
     run.optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
+    for w, state in run.optimizer.state.items():  # the fused kernels pair numbers by memory order
+        for name, value in state.items():
+            if torch.is_tensor(value):
+                like = value if value.dim() == 0 else w
+                state[name] = torch.empty_like(like, device=value.device).copy_(value)
     run.loss_sum.copy_(checkpoint["loss_sum"])
     run.rows = checkpoint["rows"]
     run.clock.run_before = checkpoint["seconds"]
@@ -2884,7 +2965,7 @@ def load_last(folder, accept=None):
     faults = []
     for name in ("last.pt", "previous.pt"):
         path = os.path.join(folder, name)
-        if os.path.exists(path):
+        if os.path.lexists(path):
             try:
                 checkpoint = load_checkpoint(path, accept)
             except DamagedError as error:
@@ -2908,7 +2989,9 @@ def load_checkpoint(path, accept=None):
         with zipfile.ZipFile(path) as archive:  # torch itself does not compare the checksums
             damaged = archive.testzip()
         whole(damaged is None, f"{path} is damaged ({damaged})")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except OSError as error:
@@ -2918,15 +3001,21 @@ def load_checkpoint(path, accept=None):
                            f"({type(error).__name__})") from error
     known = isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT
     whole(known, f"{path} is not a checkpoint of these scripts; try runs/<run>/last.pt")
+    same = False
+    with contextlib.suppress(RuntimeError, TypeError, ValueError, MemoryError):
+        same = checkpoint.get("digest") == digest_of(checkpoint)
+    whole(same, f"{path} is damaged or was edited or mixed with another run's")
     like = {"args": {"method": "", "experiment": "", "image_size": 1}, "step": 1, "model": {},
             "optimizer": {}, "loss_sum": torch.zeros((), dtype=torch.float64),
             "rows": [], "seconds": 0.0, "epoch_seconds": 0.0, "data": ""}
     try:
         check_like(checkpoint, like, "checkpoint")
+        for name in checkpoint["args"]:
+            whole(isinstance(name, str), "args has a key that is no text")
         if accept:
             accept(checkpoint)
     except DamagedError as error:
-        raise DamagedError(f"{path} is damaged or was edited: {error}") from None
+        raise DamagedError(f"{path} is damaged or was edited: {short(error)}") from None
     return checkpoint
 
 

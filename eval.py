@@ -9,10 +9,10 @@
 Contents, by line number (`python tests/test_common.py` writes them):
      65  command line             the flags, and what is refused before measuring
     162  a run and its data       from a checkpoint to networks; a hash shows that these stay
-    319  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
-    473  report                   what is printed, and written by --json
-    584  pictures                 --views, --neighbors, --plot
-    726  all runs                 one after the other
+    326  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
+    480  report                   what is printed, and written by --json
+    591  pictures                 --views, --neighbors, --plot
+    733  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -53,7 +53,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.utils import make_grid, save_image
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.dirname(os.path.realpath(__file__))
 METHOD_FOLDERS = [os.path.join(HERE, "methods"), HERE]
 sys.path[1:1] = [*METHOD_FOLDERS, os.path.join(HERE, "tests")]  # tests: for experiments.py
 import common  # noqa: E402
@@ -169,7 +169,7 @@ def load_run(path, device):
     path, folder, step  where it was found, and how far it was trained
     name, args, module  `method` or `method/experiment`, its flags, the method's file
     experiment          its object in tests/experiments.py, or None
-    statistics          what the network needs of its images, common.Data.statistics, or None
+    statistics          what the network needs of its images, common.Data.statistics
     backbone_only       why there is nothing but the backbone in the networks, or ""
     model, untrained    the network as it is, and as it started, in eval mode on the device
 
@@ -185,9 +185,12 @@ def load_run(path, device):
 def accept(run, device, checkpoint):
     """Complete a run by its checkpoint. Raises UserError, DamagedError for damaged entries."""
     method = checkpoint["args"]["method"]
-    common.check(is_method(method), f"{run.path} is a run of the unknown method {method!r}; "
-                 f"put {method}.py into {METHOD_FOLDERS[0]}")
+    common.check(is_method(method), f"{run.path} is a run of the unknown method "
+                 f"{common.short(method)!r}; put its file into {METHOD_FOLDERS[0]}")
     run.name, run.module = method, importlib.import_module(method)
+    known = hasattr(run.module, "Args") and hasattr(run.module, "build")
+    common.check(known, f"{run.path} is a run of {method}, but {method}.py is no method; "
+                 "try the file it was trained with")
     common.check_entries(checkpoint, run.module.Args)
     run.step, run.args = checkpoint["step"], SimpleNamespace(**checkpoint["args"])
     try:
@@ -200,27 +203,31 @@ def accept(run, device, checkpoint):
 
 
 def statistics_of(checkpoint):
-    """The statistics of a run's images, None if it is too old to have them.
-
-    Raises ValueError, TypeError or KeyError if they are not such."""
+    """The statistics of a run's images. Raises DamagedError if they are not such."""
     found = checkpoint.get("data_statistics")
-    if found is None:
-        return None
-    numbers = [*found["mean"], *found["std"]]
-    positive = min(found["std"]) > 0
-    if found["scale"] is not None:
-        kind, low, high = found["scale"]
-        numbers += [low, high]
-        positive = positive and low < high and isinstance(kind, str)
-    finite = all(math.isfinite(number) for number in numbers)
-    if not (positive and finite and len(found["mean"]) == len(found["std"]) == 3):
-        raise ValueError("data_statistics are not three means and standard deviations")
-    return {**found, "class_names": list(found["class_names"])}
+    scale = {"scale": None}
+    if isinstance(found, dict) and found.get("scale") is not None:
+        scale = {"scale": []}
+    like = {"mean": [], "std": [], **scale, "size": 1, "class_names": []}
+    common.check_like(found, like, "data_statistics")
+    numbers, names = [*found["mean"], *found["std"]], found["class_names"]
+    fits = len(found["mean"]) == len(found["std"]) == 3
+    fits = fits and all(type(x) is float and 0 <= x <= 1 for x in numbers) and min(found["std"]) > 0
+    common.whole(fits, "data_statistics are not three means and standard deviations in 0 ... 1")
+    if found["scale"]:
+        types = [type(x) for x in found["scale"]]
+        fits = types[:1] == [str] and set(types[1:]) <= {int, float} and len(types) == 3
+        fits = fits and -math.inf < found["scale"][1] < found["scale"][2] < math.inf
+    common.whole(fits and found["scale"] != [], "data_statistics.scale is no range of pixels")
+    common.whole(found["size"] == checkpoint["args"]["image_size"], "data_statistics.size differs")
+    fits = all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+    common.whole(fits, "data_statistics.class_names are not distinct names")
+    return found
 
 
 def is_method(name):
     """True if there is a file of this name among the method files. The name may be anything."""
-    if not isinstance(name, str) or not name.isidentifier():
+    if not isinstance(name, str) or not name.isidentifier() or name in ("common", "eval"):
         return False
     return any(os.path.isfile(os.path.join(folder, f"{name}.py")) for folder in METHOD_FOLDERS)
 

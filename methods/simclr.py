@@ -46,7 +46,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # common.py lies one folder up, or beside a copy of this file.
-sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 import common  # noqa: E402
 
 # ==============================================================================

@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 sys.path[1:1] = [ROOT, os.path.join(ROOT, "methods")]
 import barlow  # noqa: E402
 import byol  # noqa: E402

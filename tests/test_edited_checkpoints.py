@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import common
-from conftest import SMALL_OF, is_one_line_error, make_folder, run_here
+from conftest import SMALL_OF, is_one_line_error, make_folder, run_here, save_edited
 from test_resume import first_difference, left_by, stop_in_step
 
 RUNS = {"moco": [], "wmse": ["--optimizer", "lars"], "byol": ["--optimizer", "muon"], "simclr": ["--optimizer", "sgd"]}
@@ -73,7 +73,7 @@ def edited(folder, to, edit, names=("last.pt",)):
         if name in names:
             checkpoint = torch.load(to / name, weights_only=True)
             edit(checkpoint)
-            torch.save(checkpoint, to / name)
+            save_edited(checkpoint, to / name)
         else:
             (to / name).unlink()
     return to
@@ -275,6 +275,120 @@ def test_other_flags_are_not_taken_for_damage(stopped, images, tmp_path):
     folder = edited(stopped("simclr"), tmp_path / "run", lambda checkpoint: None)
     result = run_here("simclr", arguments("simclr", images, folder, "--resume", "--proj-dim", "16"))
     assert is_one_line_error(result) and "--proj-dim was 32 and is now 16" in result.err and "damaged" not in result.err
+
+
+# ---- memory layouts, entries of other runs -------------------------------------------------------
+
+
+def laid_out(how):
+    """An edit: every moment has the same numbers in another memory layout; "one number": all share a single one of it."""
+    def lay(tensor, layout):
+        if layout == "channels first":
+            return tensor.contiguous()
+        if layout == "reversed":
+            return tensor.permute(*range(tensor.dim())[::-1]).contiguous().permute(*range(tensor.dim())[::-1])
+        if layout == "gaps":
+            return torch.stack([tensor, tensor], -1)[..., 0]
+        return tensor.flatten()[:1].view([1] * tensor.dim()).expand(tensor.shape)
+
+    def edit(checkpoint):
+        shared = torch.tensor(0.0)
+        for state in checkpoint["optimizer"]["state"].values():
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.dim():
+                    value = lay(value, how)
+                    state[name] = value.contiguous() if how == "one number, plain" else value
+                elif how == "one number" and "exp_avg" in state:
+                    shared.fill_(value)
+                    state[name] = shared
+    return edit
+
+
+@pytest.mark.parametrize("method", RUNS)
+def test_the_layout_of_a_moment_changes_no_number(stopped, finished, images, tmp_path, method):
+    """The fused kernels pair weight and moment by memory order, and write past a tensor that repeats one number."""
+    for how in ("channels first", "reversed", "gaps"):
+        folder = edited(stopped(method), tmp_path / how, laid_out(how))
+        assert run_here(method, arguments(method, images, folder, "--resume")).status == 0
+        assert first_difference(left_by(folder), finished(method)) == "", how
+    left = []
+    for how in ("one number", "one number, plain"):
+        folder = edited(stopped(method), tmp_path / how, laid_out(how))
+        assert run_here(method, arguments(method, images, folder, "--resume")).status == 0
+        left.append(left_by(folder))
+    assert first_difference(*left) == ""
+
+
+@pytest.mark.parametrize("what", ["optimizer", "model", "a weight", "a moment", "args.seed", "rows", "loss_sum", "step", "no digest", "data_statistics"])
+def test_an_entry_of_another_run_or_step_is_refused(stopped, finished, images, tmp_path, what):
+    """Each fits by its type, shape and range; only the digest tells. Then previous.pt is used."""
+    folder = tmp_path / "run"
+    shutil.copytree(stopped("simclr"), folder)
+    checkpoint, other = (torch.load(folder / name, weights_only=True) for name in ("last.pt", "previous.pt"))
+    if what == "a weight":
+        container, key = at(checkpoint, WEIGHT)
+        container[key] = container[key] * 1.01
+    elif what == "a moment":
+        checkpoint["optimizer"]["state"][0]["momentum_buffer"] *= 1.01
+    elif what == "args.seed":
+        checkpoint["args"]["seed"] += 1
+    elif what == "data_statistics":
+        checkpoint[what]["mean"][0] += 0.001
+    elif what == "rows":
+        checkpoint["rows"][0]["loss"] += 0.01
+    elif what == "no digest":
+        del checkpoint["digest"]
+    else:
+        checkpoint[what] = other[what]
+    torch.save(checkpoint, folder / "last.pt")
+    for result in both("simclr", images, folder):
+        assert result.status == 0 and len(result.err.splitlines()) == 1, result.err
+        assert "was edited or mixed with another run's" in result.err and f"using {folder}/previous.pt (step 4) instead" in result.err
+    assert first_difference(left_by(folder), finished("simclr")) == ""
+
+
+def test_the_queue_holds_rows_of_length_1(stopped, images, tmp_path):
+    for factor in (0.0, 1.01, -50.0):
+        folder = edited(stopped("moco"), tmp_path / str(factor), put("model/queue", lambda queue: queue * factor))
+        for result in both("moco", images, folder):
+            holds(result, folder, "model.queue has rows that are not of length 1")
+
+
+# ---- what eval.py alone needs --------------------------------------------------------------------
+
+
+STATISTICS = {
+    "none": drop("data_statistics"), "None": put("data_statistics", None), "a list": put("data_statistics", [1]),
+    "no mean": drop("data_statistics.mean"), "lists in lists": put("data_statistics.mean", [[0.5], [0.5], [0.5]]),
+    "two": put("data_statistics.mean", [0.5, 0.5]), "whole": put("data_statistics.mean", [1, 0, 1]), "True": put("data_statistics.std", [True] * 3),
+    "mean above 1": put("data_statistics.mean.0", 1.5), "mean below 0": put("data_statistics.mean.0", -0.1), "nan": put("data_statistics.mean.0", math.nan),
+    "std 0": put("data_statistics.std.2", 0.0), "std 2": put("data_statistics.std.2", 2.0), "std a tensor": put("data_statistics.std", torch.ones(3)),
+    "another size": put("data_statistics.size", 9), "size True": put("data_statistics.size", True), "no scale": drop("data_statistics.scale"),
+    "scale []": put("data_statistics.scale", []), "scale of lists": put("data_statistics.scale", ["16 bits", [0], [1]]),
+    "scale falls": put("data_statistics.scale", ["16 bits", 1.0, 0.0]), "scale nan": put("data_statistics.scale", ["16 bits", 0.0, math.nan]),
+    "classes text": put("data_statistics.class_names", "abc"), "classes of lists": put("data_statistics.class_names", [["a"], ["b"]]),
+    "a class twice": put("data_statistics.class_names", ["a", "a"]), "class 3": put("data_statistics.class_names", ["a", 3]),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_the_statistics_of_the_images_are_compared(stopped, tmp_path, name):
+    folder = edited(stopped("simclr"), tmp_path / "run", STATISTICS[name])
+    holds(run_here("eval", [*QUICK, str(folder)]), folder, "damaged or was edited: data_statistics")
+
+
+@pytest.mark.parametrize("method", ["eval", "common", "benchmark", "no method", "x" * 5000, "a\nb"])
+def test_a_method_that_is_none_is_one_short_line(stopped, images, tmp_path, method):
+    folder = edited(stopped("simclr"), tmp_path / "run", put("args.method", method))
+    for result in both("simclr", images, folder):
+        assert is_one_line_error(result) and len(result.err) < 700, result.err
+
+
+@pytest.mark.parametrize("key", [3, None, (1, 2), 1.5])
+def test_a_flag_whose_name_is_no_text(stopped, images, tmp_path, key):
+    folder = edited(stopped("simclr"), tmp_path / "run", lambda checkpoint: checkpoint["args"].update({key: 1}))
+    for result in both("simclr", images, folder):
+        holds(result, folder, "args has a key that is no text")
 
 
 # ---- random edits --------------------------------------------------------------------------------

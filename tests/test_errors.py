@@ -13,7 +13,7 @@ import common
 import cw_rgp
 import pytest
 import torch
-from conftest import ROOT, is_one_line_error, make_folder, run_here, run_script, write_image
+from conftest import ROOT, is_one_line_error, make_folder, run_here, run_script, save_edited, write_image
 from test_data import gradient, save_broken
 
 pytestmark = pytest.mark.usefixtures("narrow_backbone")
@@ -350,7 +350,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used_and_both_are_named(run, dam
 def test_a_checkpoint_of_another_method_is_refused_by_name(run):
     checkpoint = torch.load(run.folder / "last.pt", weights_only=True)
     checkpoint["args"]["method"] = "byol"
-    torch.save(checkpoint, run.folder / "last.pt")
+    save_edited(checkpoint, run.folder / "last.pt")
     refused(run.again("--resume", "--epochs", 2), "byol", "cw_rgp", run.folder)
 
 

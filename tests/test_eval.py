@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-from conftest import ROOT, SMALL, SMALL_OF, is_one_line_error, make_folder, run_here
+from conftest import ROOT, SMALL, SMALL_OF, is_one_line_error, make_folder, run_here, save_edited
 
 import common
 
@@ -412,7 +412,7 @@ def test_without_matplotlib_one_line(trained, tmp_path, monkeypatch):
 def changed(trained, path, **changes):
     """The run's checkpoint with other entries; None takes one out."""
     checkpoint = {**torch.load(trained / "last.pt", weights_only=True), **changes}
-    torch.save({key: value for key, value in checkpoint.items() if value is not None}, path)
+    save_edited({key: value for key, value in checkpoint.items() if value is not None}, path)
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -3,6 +3,7 @@
 Real processes, signals, FIFOs and full devices; where this machine cannot make a case, the lowest call is replaced, and it is said."""
 
 import csv
+import dataclasses
 import errno
 import fcntl
 import io
@@ -24,7 +25,7 @@ import common
 from conftest import ROOT, is_one_line_error, run_here, run_script
 from test_resume import arguments, first_difference, images, left_by, start, unstopped, wait_for  # noqa: F401
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
 SLOW = pytest.mark.slow
 SCRIPT = ROOT / "methods" / "moco.py"
 
@@ -758,3 +759,123 @@ def test_eval_leaves_no_loader_processes(monkeypatch, images, tmp_path):  # noqa
     started = started_processes(monkeypatch)
     assert measure(tmp_path / "run", "--views", tmp_path / "v.png", "--neighbors", tmp_path / "n.png").status == 0
     assert started and not any(process.is_alive() for process in started)
+
+
+# ---- what a program may pass, what may lie in the folder ------------------------------------------
+
+
+def test_args_of_another_method_are_one_line_before_the_folder_is_taken(images, tmp_path):  # noqa: F811
+    import moco
+    import simclr
+
+    out, args = tmp_path / "run", args_of(images, tmp_path / "run")
+    shared = {f.name: getattr(args, f.name) for f in dataclasses.fields(common.Args) if f.name != "method"}
+    for given in (args, common.Args(**shared), None, {}, simclr.Args, "simclr"):
+        with pytest.raises(common.UserError, match="^train.. needs an Args of simclr, not of [^\\n]*$"):
+            simclr.train(given)
+    with pytest.raises(common.UserError, match="needs an Args of simclr, not of moco"):
+        simclr.train(args=args)
+    with pytest.raises(common.UserError, match="Args are for simclr, the model is not"):
+        simclr.train(simclr.Args(**shared), build=lambda _: moco.build(args))
+    for name in ("method", "experiment"):
+        with pytest.raises(common.UserError, match=f"Args.{name}='foo'. is no flag"):
+            args_of(images, out, **{name: "foo"})
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name, value, words", [("lr", -1.0, "--lr"), ("batch_size", 3, "--bn-splits"), ("epoch", 5, "Args has no 'epoch'"),
+                                                ("method", "simclr", "is no flag"), ("out", "a\0b", "--out")])
+def test_args_that_a_program_changed_are_checked_again(images, tmp_path, name, value, words):  # noqa: F811
+    import moco
+
+    args = args_of(images, tmp_path / "run")
+    setattr(args, name, value)
+    with pytest.raises(common.UserError, match=words):
+        moco.train(args)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_path_with_a_null_byte_is_one_line():
+    with pytest.raises(common.UserError, match="--out: 'a.x00b'"):
+        common.Args(out="a\0b")
+
+
+def test_a_symlinked_script_finds_common(tmp_path):
+    for script in ("methods/moco.py", "eval.py", "tests/experiments.py"):
+        (tmp_path / "linked").symlink_to(ROOT / script)
+        result = run_script(tmp_path / "linked", "--help", cwd=tmp_path)
+        assert result.status == 0 and ("[flags of the method]" in result.out or "usage" in result.out), result.err
+        (tmp_path / "linked").unlink()
+
+
+@pytest.mark.parametrize("name", ["lock", "last.pt", "last.pt.tmp", "previous.pt", "backbone.pt"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/nonexistent/file", path)], ids=["folder", "fifo", "link"])
+def test_what_is_no_file_in_the_place_of_one_is_named(images, tmp_path, name, make):  # noqa: F811
+    out = tmp_path / "run"
+    out.mkdir()
+    make(out / name)
+    for more in ([], ["--resume"]):
+        result = run_here("moco", arguments("moco", images, out, *more))
+        assert is_one_line_error(result) and f"{out / name} is no file or cannot be reached" in result.err, result.err
+    assert sorted(os.listdir(out)) == [name]
+
+
+def test_a_finished_model_is_in_eval_mode(images, tmp_path):  # noqa: F811
+    assert not any(module.training for module in train(images, tmp_path / "run", epochs=1).model.modules())
+
+
+def test_a_signal_while_the_backbone_is_written_does_not_end_it(monkeypatch, images, tmp_path):  # noqa: F811
+    write, before = common.write_file, handlers()
+
+    def write_and_stop(path, *rest, **more):
+        if path.endswith("backbone.pt"):
+            os.kill(os.getpid(), signal.SIGINT)
+        write(path, *rest, **more)
+
+    monkeypatch.setattr(common, "write_file", write_and_stop)
+    train(images, tmp_path / "run", epochs=1)
+    assert (tmp_path / "run" / "backbone.pt").is_file() and handlers() == before
+
+
+def test_a_sigterm_that_is_repeated_at_once_is_one_and_a_late_one_ends(monkeypatch, images, tmp_path):  # noqa: F811
+    def twice():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        in_step(patch, 2, twice)
+        with pytest.raises(SystemExit) as ended:
+            train(images, tmp_path / "run")
+    assert ended.value.code == 143 and common.load_checkpoint(str(tmp_path / "run" / "last.pt"))["step"] == 3
+
+    def late():
+        os.kill(os.getpid(), signal.SIGTERM)
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 2.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    class Ended(BaseException):
+        pass
+
+    def end(*_):
+        raise Ended
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        in_step(monkeypatch, 2, late)
+        with pytest.raises(Ended):
+            train(images, tmp_path / "late")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not (tmp_path / "late" / "last.pt").exists()
+
+
+@pytest.mark.parametrize("environment, words", [
+    ({"WORLD_SIZE": "4097", "RANK": "0"}, "torchrun"), ({"WORLD_SIZE": "9" * 5000, "RANK": "0"}, "torchrun"),
+    ({"WORLD_SIZE": "2", "RANK": "9" * 5000}, "torchrun"), ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4"), ({"PMI_SIZE": "2"}, "PMI_SIZE=2")])
+def test_launchers_that_are_not_torchrun_are_one_short_line(monkeypatch, environment, words):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(common.UserError, match=words) as raised:
+        common.check_launch()
+    assert len(str(raised.value)) < 300
