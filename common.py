@@ -13,52 +13,52 @@ folders, torchrun. A default run enters the command line, messages and files the
 #
 # What a method file calls, in this order:
 #
-#    120  Args               the flags that all nine methods share
-#    110  flag               a field of Args: default, help, bounds
-#   1601  main               run train(); print an expected error as one line
-#   1340  parse_args         Args from the command line
-#    203  set_up             device, precision, other processes
-#    238  load_data          read or draw the data set: Data
-#    485  build_backbone     the network whose output is H
-#    529  build_optimizer    Adam, SGD, LARS or Muon
-#    571  gives_back         signal handlers, lock and processes, when train() ends
-#    590  Run                the run's folder, checkpoints, log and checks
-#    837  distribute         the model for several processes, or compiled
-#    612  Run.resume         the step to start from, usually 0
-#    305  Data.batches       the batches of an epoch, uint8
-#    853  step_seed          the seed of a step's random draws
-#    320  Data.augment       the random views of a batch
-#    859  learning_rate      the schedule's factor at a step
-#    625  Run.guard          a failed decomposition becomes a clear error
-#    847  gather             embeddings of all processes, with gradient
-#   1758  mean_over_ranks    the mean of a tensor over the processes (MoCo)
-#    193  world_size         the number of processes (MoCo)
-#    198  rank               this process's number among them (MoCo)
-#    630  Run.watch          note whether loss and gradients are finite
-#    637  Run.progress       stop if they were not; show the status line
-#    648  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    656  Run.mean_loss      the mean loss of the epoch
-#   1133  extract            H of a set of images
-#   1155  project            Z of H
-#   1192  collapse_metrics   how much of its space a set of embeddings fills
-#   1166  knn_accuracy       accuracy of a vote among the nearest training images
-#    665  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    704  Run.save_backbone  write backbone.pt
-#    712  Run.close          print the scores
+#    121  Args               the flags that all nine methods share
+#    111  flag               a field of Args: default, help, bounds
+#   1602  main               run train(); print an expected error as one line
+#   1341  parse_args         Args from the command line
+#    204  set_up             device, precision, other processes
+#    239  load_data          read or draw the data set: Data
+#    486  build_backbone     the network whose output is H
+#    530  build_optimizer    Adam, SGD, LARS or Muon
+#    572  gives_back         signal handlers, lock and processes, when train() ends
+#    591  Run                the run's folder, checkpoints, log and checks
+#    838  distribute         the model for several processes, or compiled
+#    613  Run.resume         the step to start from, usually 0
+#    306  Data.batches       the batches of an epoch, uint8
+#    854  step_seed          the seed of a step's random draws
+#    321  Data.augment       the random views of a batch
+#    860  learning_rate      the schedule's factor at a step
+#    626  Run.guard          a failed decomposition becomes a clear error
+#    848  gather             embeddings of all processes, with gradient
+#   1759  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#    194  world_size         the number of processes (MoCo)
+#    199  rank               this process's number among them (MoCo)
+#    631  Run.watch          note whether loss and gradients are finite
+#    638  Run.progress       stop if they were not; show the status line
+#    649  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    657  Run.mean_loss      the mean loss of the epoch
+#   1134  extract            H of a set of images
+#   1156  project            Z of H
+#   1193  collapse_metrics   how much of its space a set of embeddings fills
+#   1167  knn_accuracy       accuracy of a vote among the nearest training images
+#    666  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    705  Run.save_backbone  write backbone.pt
+#    713  Run.close          print the scores
 #
 # Part II:
 #
-#   1268  Command line: flags from Args, checks, and sizes to propose
-#   1510  Messages and errors
-#   1666  Several processes
-#   1820  Data sets by name
+#   1269  Command line: flags from Args, checks, and sizes to propose
+#   1511  Messages and errors
+#   1667  Several processes
+#   1821  Data sets by name
 #   1909  Folders of images
-#   2248  Streaming
-#   2371  Recipes of augmentation
-#   2444  ResNets, LARS, Muon
-#   2574  Run folder and signals
-#   2742  Resume
-#   2933  Files of a run
+#   2285  Streaming
+#   2408  Recipes of augmentation
+#   2481  ResNets, LARS, Muon
+#   2611  Run folder and signals
+#   2779  Resume
+#   2985  Files of a run
 
 import argparse
 import collections
@@ -69,6 +69,7 @@ import dataclasses
 import datetime
 import errno
 import functools
+import hashlib
 import http.client
 import inspect
 import io
@@ -1898,12 +1899,11 @@ def load_tinyimagenet(args, device):
     local_or_downloaded(args, "tiny-imagenet-200.zip", open_folder)
     skipped = collections.defaultdict(list)
     train = with_classes(root, "train", list_images(root, skipped), skipped)
-    class_names = sorted({name for _, name in train})
     with open(annotations) as file:
         rows = [line.split("\t")[:2] for line in file if line.strip()]
     test = [(os.path.join("val", "images", name), wnid) for name, wnid in rows]
     skipped = collections.defaultdict(list)  # not the boxes
-    return data_from_files(args, device, root, train, test, class_names, "", skipped)
+    return data_from_files(args, device, root, "train", train, test, "", skipped)
 
 
 # ==== Folders of images ====
@@ -1929,9 +1929,7 @@ def load_folder(args, device, root, statistics=None):
     train, place, test, note = parts.pop("train"), os.path.join(root, splits["train"]), [], ""
     check(len(train) > 1, f"--data-dir {root}: {'only one image' if train else 'no images'} in "
           f"{place}; skipped: {in_words(skipped) or 0}; try a folder of {' '.join(IMAGE_KINDS)}")
-    names = sorted({name for _, name in train} - {None})
-    check(len(names) != 1, f"--data-dir {root}: only one class, {names}, so labels measure "
-          f"nothing; try --data-dir {shown(os.path.join(place, *names))}")
+    names = check_classes(root, place, train)
     for kind in sorted(parts):  # test before val, unless it has no labels
         if parts[kind] and not test and (parts[kind][0][1] or not (names and args.test_fraction)):
             test, note = parts[kind], f" ({splits[kind]}/)"
@@ -1940,7 +1938,16 @@ def load_folder(args, device, root, statistics=None):
     strange = sorted({name for _, name in test if names} - {*names, None})
     check(not strange, f"--data-dir {root}: {note[2:-1]}{', '.join(map(shown, strange))} has no "
           f"counterpart in {place}; remove it, or add training images of it")
-    return data_from_files(args, device, root, train, test, names, note, skipped, statistics)
+    return data_from_files(args, device, root, splits["train"], train, test, note, skipped,
+                           statistics)
+
+
+def check_classes(root, place, train):
+    """The classes of training images, sorted. Raises UserError if there is only one."""
+    names = sorted({name for _, name in train} - {None})
+    check(len(names) != 1, f"--data-dir {root}: only one class, {names}, so labels measure "
+          f"nothing; try --data-dir {shown(os.path.join(place, *names))}")
+    return names
 
 
 def list_images(root, skipped):
@@ -2043,30 +2050,31 @@ def read_labels(root, folder):
 
 
 def hold_out(args, images):
-    """(train, test): --test-fraction of each class are drawn from the seed as test images."""
+    """(rows to train on, rows held out): --test-fraction of each class, by a hash of the seed and
+    the path, so that a file more or less does not move the others."""
     members, test = collections.defaultdict(list), set()
-    for image in images:
-        members[image[1]].append(image)
-    rng = np.random.default_rng((args.seed, 4))
+    for i, (path, name) in enumerate(images):
+        key = f"{args.seed} {path}".replace(os.sep, "/").encode(errors="surrogateescape")
+        members[name].append((hashlib.sha256(key).digest(), i))
     for mine in members.values():
         count = min(len(mine) - 1, max(1, round(args.test_fraction * len(mine))))
-        test.update(mine[i] for i in rng.permutation(len(mine))[:count])
-    return [image for image in images if image not in test], sorted(test)
+        test.update(i for _, i in sorted(mine)[:count])
+    return [i for i in range(len(images)) if i not in test], sorted(test)
 
 
 # Bytes of images that are kept on a GPU, or without one by all processes of a machine together.
 MEMORY_LIMIT = 6 * 2**30
 
 
-def data_from_files(args, device, root, train, test, class_names, note, skipped, statistics=None):
+def data_from_files(args, device, root, split, train, test, note, skipped, statistics=None):
     """Data from lists of (path, class or None), decoded once into memory if the images fit there.
 
-    Otherwise they are Files. Sets args.image_size if the flag was not given. Raises UserError if
-    there are too few images."""
-    if class_names and not test and args.test_fraction:
-        train, test = hold_out(args, train)
-        note = f" (held out: --test-fraction {args.test_fraction:g})"
-    sides, scale = survey(root, train, statistics)
+    split: the folder of the training images in root. Otherwise they are Files. Sets args.image_size
+    if the flag was not given. Raises UserError if there are too few images."""
+    first = train
+    if not test and train[0][1] and args.test_fraction:  # as if all could be read
+        first = [train[i] for i in hold_out(args, train)[0]]
+    sides, scale = survey(root, first, statistics)
     median = sides[(len(sides) - 1) // 2]
     args.image_size = args.image_size or min(64, median)
     side = args.image_size if median <= args.image_size else math.ceil(args.image_size * 8 / 7)
@@ -2074,14 +2082,13 @@ def data_from_files(args, device, root, train, test, class_names, note, skipped,
     if device.type == "cuda":
         copies = 1
     stream = args.stream or 3 * side**2 * (len(train) + len(test)) * copies > MEMORY_LIMIT
-    parts, total, number_of = [], len(train), {name: i for i, name in enumerate(class_names)}
+    loaded, total = [], len(train)
     for images in (train, test):
         paths = [os.path.join(root, path) for path, _ in images]
         files = Files(paths, args.image_size, side, scale)
-        loaded, good = read_files(files, stream, args.num_workers, skipped)
+        part, good = read_files(files, stream, args.num_workers, skipped)
         images[:] = [images[i] for i in good]
-        labels = [number_of[name] for _, name in images if name in number_of]
-        parts += [loaded if good else None, labels or None]
+        loaded.append(part)
     words = in_words(skipped)
     check(len(train) > 1, f"--data-dir {args.data_dir}: {len(train) or 'none'} of the "
           f"{total} files can be read; skipped: {words}; try another --data-dir")
@@ -2089,8 +2096,39 @@ def data_from_files(args, device, root, train, test, class_names, note, skipped,
         names = ", ".join(map(shown, sorted(skipped[what])[:3]))
         if names:
             warn(f"skipped {len(skipped[what])} {what}: {names}")
+    class_names = check_classes(root, os.path.join(root, split), train)
+    class_names = sorted({*class_names, *(name for _, name in test if class_names)} - {None})
+    if class_names and not test and args.test_fraction:
+        train, test = move_held_out(args, train, loaded)
+        note = f" (held out: --test-fraction {args.test_fraction:g})"
+    number_of, parts = {name: i for i, name in enumerate(class_names)}, []
+    for images, part in zip((train, test), loaded, strict=True):
+        labels = [number_of[name] for _, name in images if name in number_of]
+        parts += [part if images else None, labels or None]
     data = Data(args, device, *parts, class_names)
-    crc = "\n".join(path for path, _ in train).replace(os.sep, "/")  # the same on every system
+    describe(data, train, test, note, sides, scale, words)
+    return data
+
+
+def move_held_out(args, images, loaded):
+    """(training, test images) of those that can be read. loaded: their pixels, which follow."""
+    pixels, rows = loaded[0], hold_out(args, images)
+    if isinstance(pixels, Files):
+        for part, mine in enumerate(rows):
+            paths = [pixels.paths[i] for i in mine]
+            loaded[part] = Files(paths, pixels.size, pixels.side, pixels.scale)
+    else:
+        loaded[1] = pixels[rows[1]]
+        for new, old in enumerate(rows[0]):  # in place, to save memory
+            pixels[new] = pixels[old]
+        loaded[0] = pixels[: len(rows[0])]
+    return [[images[i] for i in mine] for mine in rows]
+
+
+def describe(data, train, test, note, sides, scale, words):
+    """Note what was found: for the first line, for --resume and for eval.py."""
+    lines = [f"{path}\t{name}" for path, name in (*train, ("", ""), *test)]
+    crc = "\n".join(lines).replace(os.sep, "/")  # the same on every system
     crc = zlib.crc32(crc.encode(errors="surrogateescape"))
     data.statistics["scale"] = scale
     data.fingerprint = f"{len(train)} files, {crc:08x}"
@@ -2101,7 +2139,6 @@ def data_from_files(args, device, root, train, test, class_names, note, skipped,
         data.notes += f"; {scale[0]}: {scale[1]:g} ... {scale[2]:g} became 0 ... 255"
         data.fingerprint += data.notes
     data.notes += f"; skipped: {words}" if words else ""
-    return data
 
 
 def kind_of(image):
@@ -2771,6 +2808,8 @@ def check_same_run(run, checkpoint):
     images = run.data.fingerprint
     check(checkpoint["data"] == images, f"--resume: --data-dir held {checkpoint['data']} and now "
           f"holds {images}; restore it, or try another --out")
+    check(same_statistics(checkpoint.get("data_statistics"), run.data.statistics), "--resume: "
+          "--data-dir holds other images than before; restore them, or try another --out")
     steps, rows = run.data.steps_per_epoch, checkpoint["rows"]
     fits = all(row["step"] == row["epoch"] * steps for row in rows)
     whole(fits and checkpoint["step"] // steps == len(rows), "step does not fit rows")
@@ -2778,6 +2817,19 @@ def check_same_run(run, checkpoint):
           f"than already trained; try --epochs {before['epochs']}")
     check_like(checkpoint["model"], run.model.state_dict(), "model")
     check_optimizer(checkpoint, run)
+
+
+def same_statistics(before, now):
+    """Whether images are those of a checkpoint, by colours, scale and classes, but for rounding."""
+    if before is None:
+        return True  # an old one
+    try:
+        pairs = [(before[name], now[name]) for name in ("mean", "std", "scale", "class_names")]
+        pairs = [pair for x, y in pairs for pair in zip(x or [], y or [], strict=True)]
+        return all(x == y or (float in map(type, (x, y)) and math.isclose(x, y, rel_tol=1e-3))
+                   for x, y in pairs)
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 class DamagedError(UserError):

@@ -964,3 +964,113 @@ def test_two_processes_of_torchrun_hold_out_the_same_images_and_keep_the_same_st
     assert done.stdout.splitlines()[0] == "48 training images in 3 classes, 12 test images (held out: --test-fraction 0.2), 32x32"
     kept = [torch.load(folder / "last.pt", weights_only=True) for folder in (run, tmp_path / "run")]
     assert kept[0]["data_statistics"] == kept[1]["data_statistics"] and kept[0]["data"] == kept[1]["data"]
+
+
+# ---- 5. What can be read decides -----------------------------------------------------------------
+
+
+def spoil(folder, *which):
+    for i in which:
+        (folder / f"{i}.png").write_bytes(b"broken")
+
+
+@BOTH
+def test_a_class_without_readable_images_is_no_class(tmp_path, capsys, more):
+    fill_all(tmp_path, "a", "b", "c", count=5)
+    spoil(tmp_path / "b", *range(5))
+    data = load(tmp_path, *more)
+    assert data.class_names == ["a", "c"] and data.train_labels.tolist() == [0] * 4 + [1] * 4 and data.test_labels.tolist() == [0, 1]
+    assert first_line(capsys) == "8 training images in 2 classes, 2 test images (held out: --test-fraction 0.2), 16x16; skipped: 5 unreadable"
+    spoil(tmp_path / "c", *range(5))
+    assert "only one class, ['a']" in refusal(tmp_path, *more)
+
+
+@BOTH
+@pytest.mark.parametrize("good", range(4))
+def test_the_only_readable_image_of_a_class_is_trained_on_and_of_two_one_is_held_out(tmp_path, good, more):
+    fill_all(tmp_path, "a", "b", count=4)
+    spoil(tmp_path / "a", *set(range(4)) - {good})
+    spoil(tmp_path / "b", *set(range(4)) - {good, (good + 1) % 4})
+    data = load(tmp_path, *more)
+    assert data.train_labels.tolist() == [0, 1] and data.test_labels.tolist() == [1]
+
+
+@BOTH
+def test_a_class_of_which_only_test_images_can_be_read_keeps_its_label(tmp_path, more):
+    fill_all(tmp_path, "train/a", "train/b", "train/c", "test/a", "test/b", "test/c", count=2)
+    spoil(tmp_path / "train" / "b", 0, 1)
+    data = load(tmp_path, *more)
+    assert data.train_labels.tolist() == [0, 0, 2, 2] and data.test_labels.tolist() == [0, 0, 1, 1, 2, 2]
+    spoil(tmp_path / "test" / "b", 0, 1)
+    data = load(tmp_path, *more)
+    assert data.class_names == ["a", "c"] and data.test_labels.tolist() == [0, 0, 1, 1]
+
+
+def test_a_file_more_or_less_moves_no_other(tmp_path):
+    fill_all(tmp_path, "cat", "dog", count=20)
+    first = held_out(tmp_path)
+    trained_on = next(path for path in load(tmp_path, *STREAM).train.paths if "cat" in path)
+    content = open(trained_on, "rb").read()
+    for name in ("0a.png", "zz.png"):  # 21 of a class: still 4 held out
+        (tmp_path / "cat" / name).write_bytes(content)
+        assert len(first - set(load(tmp_path, *STREAM).test.paths)) <= 1
+        (tmp_path / "cat" / name).unlink()
+    os.remove(trained_on)
+    assert set(load(tmp_path, *STREAM).test.paths) == first
+
+
+def test_eval_warns_if_a_changed_folder_holds_out_others(trained, tmp_path):
+    root, run, _ = trained
+    result, _ = evaluate(run)
+    assert result.status == 0 and "trained on" not in result.err
+    shutil.copytree(root, tmp_path / "images")
+    fill(tmp_path / "images" / "ant", 1, 32, first=50)
+    result, _ = evaluate(run, tmp_path / "images")
+    assert result.status == 0 and result.err.count("some test images may have been trained on\n") == 1
+
+
+def resumed(root, run, change, tmp_path, *more):
+    """What --resume says after change(folder of images)."""
+    shutil.copytree(root, tmp_path / "images"), shutil.copytree(run, tmp_path / "run")
+    change(tmp_path / "images")
+    return small_run(tmp_path / "images", tmp_path / "run", "--resume", *more)[0]
+
+
+@pytest.fixture(scope="module")
+def with_test(tmp_path_factory):
+    """A run on train and test. -> (folder of images, of the run)"""
+    root = tmp_path_factory.mktemp("with_test")
+    fill_all(root / "images", "train/a", "train/b", count=10)
+    fill_all(root / "images", "test/a", "test/b", "other/a", "other/b", count=3)
+    shutil.move(root / "images" / "other", root / "other")
+    result, run = small_run(root / "images", root / "run")
+    assert result.status == 0, result.err
+    return root / "images", run
+
+
+CHANGES = {"nothing": lambda images: None, "a test file less": lambda images: (images / "test" / "a" / "0.png").unlink(),
+           "val": lambda images: (images / "test").rename(images / "val"), "no test": lambda images: shutil.rmtree(images / "test"),
+           "a label": lambda images: (images / "train/a/1.png").rename(images / "train/b/new.png"),
+           "a test label": lambda images: (images / "test/a/1.png").rename(images / "test/b/new.png"),
+           "darker": lambda images: [write_image(path, np.array(Image.open(path)) // 2) for path in images.rglob("*.png")]}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_resume_with_other_images_or_labels_is_refused(with_test, tmp_path, name):
+    result = resumed(*with_test, CHANGES[name], tmp_path, "--epochs", 2)
+    if name == "nothing":
+        assert result.status == 0, result.err
+    else:
+        assert is_one_line_error(result) and "--resume: --data-dir h" in result.err, result.err
+    assert name != "darker" or "holds other images" in result.err
+
+
+def test_a_resume_with_swapped_lines_of_labels_csv_is_refused(tmp_path):
+    fill(tmp_path / "images", 20)
+    lines = [f"{i}.png,{'ab'[i % 2]}\n" for i in range(20)]
+    (tmp_path / "images" / "labels.csv").write_text("file,label\n" + "".join(lines))
+    assert small_run(tmp_path / "images", tmp_path / "run")[0].status == 0
+    lines[0], lines[1] = "0.png,b\n", "1.png,a\n"
+    (tmp_path / "images" / "labels.csv").write_text("file,label\n" + "".join(lines))
+    result, _ = small_run(tmp_path / "images", tmp_path / "run", "--resume")
+    assert is_one_line_error(result) and "--resume: --data-dir held 16 files" in result.err
