@@ -13,52 +13,52 @@ folders, torchrun. A default run enters the command line, messages and files the
 #
 # What a method file calls, in this order:
 #
-#    121  Args               the flags that all nine methods share
-#    111  flag               a field of Args: default, help, bounds
-#   1602  main               run train(); print an expected error as one line
-#   1341  parse_args         Args from the command line
-#    204  set_up             device, precision, other processes
-#    239  load_data          read or draw the data set: Data
-#    486  build_backbone     the network whose output is H
-#    530  build_optimizer    Adam, SGD, LARS or Muon
-#    572  gives_back         signal handlers, lock and processes, when train() ends
-#    591  Run                the run's folder, checkpoints, log and checks
-#    838  distribute         the model for several processes, or compiled
-#    613  Run.resume         the step to start from, usually 0
-#    306  Data.batches       the batches of an epoch, uint8
-#    854  step_seed          the seed of a step's random draws
-#    321  Data.augment       the random views of a batch
-#    860  learning_rate      the schedule's factor at a step
-#    626  Run.guard          a failed decomposition becomes a clear error
-#    848  gather             embeddings of all processes, with gradient
-#   1759  mean_over_ranks    the mean of a tensor over the processes (MoCo)
-#    194  world_size         the number of processes (MoCo)
-#    199  rank               this process's number among them (MoCo)
-#    631  Run.watch          note whether loss and gradients are finite
-#    638  Run.progress       stop if they were not; show the status line
-#    649  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    657  Run.mean_loss      the mean loss of the epoch
-#   1134  extract            H of a set of images
-#   1156  project            Z of H
-#   1193  collapse_metrics   how much of its space a set of embeddings fills
-#   1167  knn_accuracy       accuracy of a vote among the nearest training images
-#    666  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    705  Run.save_backbone  write backbone.pt
-#    713  Run.close          print the scores
+#    122  Args               the flags that all nine methods share
+#    112  flag               a field of Args: default, help, bounds
+#   1603  main               run train(); print an expected error as one line
+#   1342  parse_args         Args from the command line
+#    205  set_up             device, precision, other processes
+#    240  load_data          read or draw the data set: Data
+#    487  build_backbone     the network whose output is H
+#    531  build_optimizer    Adam, SGD, LARS or Muon
+#    573  gives_back         signal handlers, lock and processes, when train() ends
+#    592  Run                the run's folder, checkpoints, log and checks
+#    839  distribute         the model for several processes, or compiled
+#    614  Run.resume         the step to start from, usually 0
+#    307  Data.batches       the batches of an epoch, uint8
+#    855  step_seed          the seed of a step's random draws
+#    322  Data.augment       the random views of a batch
+#    861  learning_rate      the schedule's factor at a step
+#    627  Run.guard          a failed decomposition becomes a clear error
+#    849  gather             embeddings of all processes, with gradient
+#   1760  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#    195  world_size         the number of processes (MoCo)
+#    200  rank               this process's number among them (MoCo)
+#    632  Run.watch          note whether loss and gradients are finite
+#    639  Run.progress       stop if they were not; show the status line
+#    650  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    658  Run.mean_loss      the mean loss of the epoch
+#   1135  extract            H of a set of images
+#   1157  project            Z of H
+#   1194  collapse_metrics   how much of its space a set of embeddings fills
+#   1168  knn_accuracy       accuracy of a vote among the nearest training images
+#    667  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    706  Run.save_backbone  write backbone.pt
+#    714  Run.close          print the scores
 #
 # Part II:
 #
-#   1269  Command line: flags from Args, checks, and sizes to propose
-#   1511  Messages and errors
-#   1667  Several processes
-#   1821  Data sets by name
-#   1909  Folders of images
-#   2285  Streaming
-#   2408  Recipes of augmentation
-#   2481  ResNets, LARS, Muon
-#   2611  Run folder and signals
-#   2779  Resume
-#   2985  Files of a run
+#   1270  Command line: flags from Args, checks, and sizes to propose
+#   1512  Messages and errors
+#   1668  Several processes
+#   1822  Data sets by name
+#   1910  Folders of images
+#   2317  Streaming
+#   2440  Recipes of augmentation
+#   2513  ResNets, LARS, Muon
+#   2643  Run folder and signals
+#   2811  Resume
+#   3017  Files of a run
 
 import argparse
 import collections
@@ -87,6 +87,7 @@ import sys
 import threading
 import time
 import typing
+import warnings
 import zipfile
 import zlib
 
@@ -2092,7 +2093,7 @@ def data_from_files(args, device, root, split, train, test, note, skipped, stati
     words = in_words(skipped)
     check(len(train) > 1, f"--data-dir {args.data_dir}: {len(train) or 'none'} of the "
           f"{total} files can be read; skipped: {words}; try another --data-dir")
-    for what in ("unreadable", "too large", "smaller than 8x8"):
+    for what in ("unreadable", "too large", "smaller than 8x8", UNREAD_PIXELS):
         names = ", ".join(map(shown, sorted(skipped[what])[:3]))
         if names:
             warn(f"skipped {len(skipped[what])} {what}: {names}")
@@ -2141,12 +2142,31 @@ def describe(data, train, test, note, sides, scale, words):
     data.notes += f"; skipped: {words}" if words else ""
 
 
+UNREAD_PIXELS = "of a pixel kind that is not read"
+# Of damaged notes of cameras, and of large images
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def open_image(path):
+    """An image as Pillow opens it. Not a pipe, which would be waited for."""
+    return Image.open(path if os.path.isfile(path) else io.BytesIO())
+
+
 def kind_of(image):
-    """The kind of pixels of a Pillow image that is not loaded yet."""
+    """The kind of pixels of a Pillow image that is not loaded yet; None if Pillow misreads them."""
     decoder = str(image.tile[:1])  # colours of 16 bits have the mode RGB, too
-    if image.mode.startswith("I;") or (";16" in decoder and "BGR;16" not in decoder):
-        return "16 bits"
-    return {"I": "32 bits", "F": "floats"}.get(image.mode, "8 bits")
+    kind = {"I": "32 bits", "F": "floats"}.get(image.mode, "8 bits")
+    if image.mode.startswith("I;") or (kind == "8 bits" and re.search("(?<!BGR);16", decoder)):
+        kind = "16 bits"
+    tags, colours = getattr(image, "tag_v2", {}), image.mode.startswith("RGB")
+    if kind == "8 bits":  # not signed bytes, nor colours of a .ppm above 255
+        high = image.tile[:1] and image.tile[0][0].startswith("ppm") and image.tile[0].args[1] > 255
+        right = max(tags.get(258, (1,))) <= 8 and set(tags.get(339, (1,))) <= {1, 4} and not high
+    else:  # not CMYK, LA, a transparent colour, several planes, white as 0, or doubles
+        right = image.mode[0] in "IF" or (colours and re.search("RGBA?;16[LBN]", decoder))
+        right = right and "transparency" not in image.info and tags.get(262) != 0
+        right = right and not (colours and tags.get(284) == 2) and max(tags.get(258, (1,))) <= 32
+    return kind if right else None
 
 
 def survey(root, train, statistics):
@@ -2156,7 +2176,9 @@ def survey(root, train, statistics):
     become 0 and 255 in all images."""
     sides, kinds, values, rng = [], [], [], np.random.default_rng(0)
     for path, _ in train[::-(-len(train) // 200)]:
-        with contextlib.suppress(Exception), Image.open(os.path.join(root, path)) as image:
+        with contextlib.suppress(Exception), open_image(os.path.join(root, path)) as image:
+            if kind_of(image) is None:
+                continue
             kinds.append(kind_of(image))
             sides += [min(image.size)] if min(image.size) >= 8 else []
             if kinds[-1] != "8 bits":
@@ -2165,7 +2187,7 @@ def survey(root, train, statistics):
     kind, scale = max(kinds or ["8 bits"], key=kinds.count), None
     if kind != "8 bits":
         low, high = np.quantile(values or [0, 1], (0.001, 0.999)).tolist()
-        scale = [kind, low, high if low < high else low + 1]
+        scale = [kind, low, high if low < high else low + max(1, abs(low) * 1e-6)]
     return sorted(sides) or [8], statistics["scale"] if statistics else scale
 
 
@@ -2174,6 +2196,9 @@ def deep_pixels(path):
     with Image.open(path) as image, Image.open(path) as swapped:
         ImageOps.exif_transpose(image, in_place=True)
         pixels = np.array(image, dtype=np.float64)
+        unsigned = set(getattr(image, "tag_v2", {}).get(339, (1,))) == {1}
+        if image.format == "TIFF" and image.mode == "I" and unsigned:
+            pixels[pixels < 0] += 2**32
         if pixels.ndim == 2:
             return pixels[..., None]
         # Of colours Pillow gives the high byte, and with the bytes swapped the low one.
@@ -2200,8 +2225,11 @@ def read_image(path, scale=None, skipped=None):
     scale: see survey. Raises UserError if its pixels are of another kind."""
     why = "unreadable"
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             kind, expected = kind_of(image), scale[0] if scale else "8 bits"
+            if kind is None:
+                why = UNREAD_PIXELS
+                raise ValueError
             check(kind == expected, f"{shown(path)} has pixels of {kind}, and others or the run's "
                   f"are of {expected}, which no one scale suits; convert it to {expected}")
             if min(image.size) < 8:
@@ -2232,6 +2260,10 @@ def to_square(image, side):
     """Resize the shorter edge to `side`, take the centre: uint8 [3, H, W] -> [3, side, side]."""
     if tuple(image.shape[1:]) == (side, side):
         return image
+    height, width = image.shape[1:]
+    top, left = max(0, height - 4 * width) // 2, max(0, width - 4 * height) // 2
+    if top or left:  # very long: resized as a whole, it may take all memory
+        image = image[:, top:height - top, left:width - left]
     image = functional.resize(image, side, antialias=True)
     return functional.center_crop(image, side)
 

@@ -1074,3 +1074,149 @@ def test_a_resume_with_swapped_lines_of_labels_csv_is_refused(tmp_path):
     (tmp_path / "images" / "labels.csv").write_text("file,label\n" + "".join(lines))
     result, _ = small_run(tmp_path / "images", tmp_path / "run", "--resume")
     assert is_one_line_error(result) and "--resume: --data-dir held 16 files" in result.err
+
+
+# ---- 6. Pixels that Pillow misreads, pipes, long images ------------------------------------------
+
+
+def tiff(array, photometric=1, form=None, planar=1, extra=None):
+    """A TIFF of little-endian numbers, [H, W] or [H, W, channels], with whatever tags."""
+    height, width, channels = (*array.shape, 1)[:3]
+    planes = channels if planar == 2 else 1
+    content = (array.transpose(2, 0, 1) if planar == 2 else array).tobytes()
+    places = [8 + i * len(content) // planes for i in range(planes)]
+    tags = [(256, [width]), (257, [height]), (258, [8 * array.itemsize] * channels), (259, [1]), (262, [photometric]), (273, places),
+            (277, [channels]), (278, [height]), (279, [len(content) // planes] * planes), (284, [planar])]
+    tags += ([(338, [extra])] if extra is not None else []) + ([(339, [form] * channels)] if form else [])
+    end, more = 8 + len(content) + 2 + 12 * len(tags) + 4, b""
+    out = b"II*\0" + struct.pack("<I", 8 + len(content)) + content + struct.pack("<H", len(tags))
+    for tag, values in tags:
+        packed = struct.pack(f"<{len(values)}I", *values)
+        out += struct.pack("<HHI", tag, 4, len(values)) + (packed if len(values) == 1 else struct.pack("<I", end + len(more)))
+        more += packed if len(values) > 1 else b""
+    return out + struct.pack("<I", 0) + more
+
+
+def numbers(dtype, *channels):
+    return np.random.default_rng(0).integers(0, 100, (16, 16, *channels)).astype(dtype)
+
+
+def ppm(maxval):
+    return b"P6\n16 16\n%d\n" % maxval + numbers(">u2", 3).tobytes()
+
+
+def png_transparent(channels):
+    """A PNG of 16 bits with one colour that is transparent."""
+    content = png_16(numbers(np.uint16, channels))
+    chunk = b"tRNS" + bytes(2 * channels)
+    return content[:33] + struct.pack(">I", 2 * channels) + chunk + struct.pack(">I", zlib.crc32(chunk)) + content[33:]
+
+
+MISREAD = {"cmyk.tif": tiff(numbers(np.uint16, 4), 5), "int8.tif": tiff(numbers(np.int8), form=2), "white is 0.tif": tiff(numbers(np.uint16), 0),
+           "float white is 0.tif": tiff(numbers(np.float32), 0, form=3), "planes.tif": tiff(numbers(np.uint16, 3), 2, planar=2),
+           "premultiplied.tif": tiff(numbers(np.uint16, 4), 2, extra=1), "12.ppm": ppm(4095), "16.ppm": ppm(65535),
+           "grey.png": png_transparent(1), "colour.png": png_transparent(3), "grey and alpha.png": png_16(numbers(np.uint16, 2))}
+
+
+@BOTH
+@pytest.mark.parametrize("name", MISREAD)
+def test_pixels_that_pillow_misreads_are_skipped(tmp_path, capsys, name, more):
+    for i in range(3):
+        (tmp_path / f"{i} {name}").write_bytes(MISREAD[name])
+    assert "3 of a pixel kind that is not read" in refusal(tmp_path, *more)
+    for dtype in (np.uint8, np.uint16):
+        save_deep(tmp_path / dtype.__name__, 0, 200, dtype)
+        for path in tmp_path.glob(f"* {name}"):
+            shutil.copy(path, tmp_path / dtype.__name__)
+        capsys.readouterr()
+        assert len(load(tmp_path / dtype.__name__, *more).train) == 4
+        assert "skipped: 3 of a pixel kind that is not read" in first_line(capsys)
+
+
+@pytest.mark.parametrize("dtype, form", [(np.float16, 3), (np.float64, 3), (np.uint64, 1), (np.int64, 2)])
+def test_half_and_double_numbers_are_skipped(tmp_path, dtype, form):
+    for i in range(3):
+        (tmp_path / f"{i}.tif").write_bytes(tiff(numbers(dtype), form=form))
+    assert "skipped: 3 " in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("form", [None, 1])
+def test_unsigned_numbers_of_32_bits_above_2_to_the_31_are_read(tmp_path, form):
+    arrays = [ramp(2**30 * i, 2**30 * (i + 1) - 1).astype(np.uint32) for i in range(4)]
+    for i, array in enumerate(arrays):
+        (tmp_path / f"{i}.tif").write_bytes(tiff(array, form=form))
+    data = load(tmp_path)
+    assert data.statistics["scale"][1:] == pytest.approx([0, 2**32], abs=2**25)
+    for i, array in enumerate(arrays):
+        assert np.abs(pixels(data, i)[..., 0] - array / 2**32 * 255).max() < 2
+
+
+def test_8_bit_planes_and_white_as_0_are_read(tmp_path):
+    colours, grey = numbers(np.uint8, 3), numbers(np.uint8)
+    (tmp_path / "0.tif").write_bytes(tiff(colours, 2, planar=2))
+    (tmp_path / "1.tif").write_bytes(tiff(grey, 0))
+    data = load(tmp_path)
+    assert (pixels(data, 0) == colours).all() and (pixels(data, 1)[..., 0] == 255 - grey).all()
+
+
+@pytest.mark.parametrize("value", [1e17, -1e17, 3e38])
+@pytest.mark.filterwarnings("error")
+def test_constant_images_of_large_numbers(tmp_path, value):
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        array = np.full((64, 64), value, np.float32)
+        array.flat[np.random.default_rng(i).choice(4096, 4, False)] += abs(value) / 10  # too few to count
+        Image.fromarray(array).save(tmp_path / "images" / f"{i}.tif")
+    data = load(tmp_path / "images")
+    assert data.statistics["scale"][1] < data.statistics["scale"][2]
+    result, run = small_run(tmp_path / "images", tmp_path / "run")
+    assert result.status == 0, result.err
+    assert evaluate(run)[0].status == 0
+
+
+def test_a_file_that_became_a_pipe_is_unreadable(tmp_path):
+    fill(tmp_path, 4)
+    data = load(tmp_path, *STREAM)
+    os.remove(tmp_path / "1.png")
+    os.mkfifo(tmp_path / "1.png")
+    assert common.read_image(str(tmp_path / "1.png")) is None
+    crops = next(iter(data.train.crops(torch.tensor([[1, 2]]), data.args, 0, CPU)))
+    assert crops[0].shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("side", [4, 8, 32])
+def test_long_images_are_cropped_before_they_are_resized(side, turned):
+    from torchvision.transforms.v2 import functional
+    for length in (16, 48, 64, 65, 66, 200, 331):
+        image = torch.arange(3 * 16 * length).view(3, 16, length).mul(7).fmod(251).to(torch.uint8)
+        image = functional.gaussian_blur(image, 9, 3.0)
+        image = image.mT.contiguous() if turned else image
+        expected = functional.center_crop(functional.resize(image, side, antialias=True), side).int()
+        found = common.to_square(image, side).int()
+        assert (found - expected).abs().max() <= (0 if length <= 65 else 16)
+
+
+def test_a_very_long_image_takes_little_memory(tmp_path, monkeypatch):
+    from torchvision.transforms.v2 import functional
+    resize, seen = functional.resize, []
+    monkeypatch.setattr(common.functional, "resize", lambda image, *more, **named: seen.append(image.shape) or resize(image, *more, **named))
+    image = torch.full((3, 8, 400_000), 9, dtype=torch.uint8)
+    assert common.to_square(image, 64).unique().tolist() == [9] and seen[0][2] == 32
+
+
+def test_no_warnings_of_pillow(tmp_path):
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+    fill(tmp_path, 4)
+    for name, content in corrupt_files().items():
+        (tmp_path / name).write_bytes(content)
+    code = ("import sys; sys.path[:0] = sys.argv[2:]\nimport common, cw_rgp, torch\n"
+            "common.Image.MAX_IMAGE_PIXELS = 200\n"
+            "args = cw_rgp.parse_args(['--batch-size', '2', '--w-size', '2', '--dataset', 'folder', '--data-dir', sys.argv[1]])\n"
+            "common.load_data(args, torch.device('cpu'))")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path, ROOT, ROOT / "methods"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr and "/PIL/" not in done.stderr
