@@ -52,13 +52,13 @@ folders, torchrun. A default run enters the command line, messages and files the
 #   1540  Messages and errors
 #   1696  Several processes
 #   1852  Data sets by name
-#   1941  Folders of images
-#   2280  Streaming
-#   2403  Recipes of augmentation
-#   2476  ResNets, LARS, Muon
-#   2606  Run folder and signals
-#   2788  Resume
-#   3022  Files of a run
+#   1940  Folders of images
+#   2347  Streaming
+#   2470  Recipes of augmentation
+#   2543  ResNets, LARS, Muon
+#   2673  Run folder and signals
+#   2855  Resume
+#   3104  Files of a run
 
 import argparse
 import collections
@@ -1930,12 +1930,11 @@ def load_tinyimagenet(args, device):
     local_or_downloaded(args, "tiny-imagenet-200.zip", open_folder)
     skipped = collections.defaultdict(list)
     train = with_classes(root, "train", list_images(root, skipped), skipped)
-    class_names = sorted({name for _, name in train})
     with open(annotations) as file:
         rows = [line.split("\t")[:2] for line in file if line.strip()]
     test = [(os.path.join("val", "images", name), wnid) for name, wnid in rows]
     skipped = collections.defaultdict(list)  # not the boxes
-    return data_from_files(args, device, root, train, test, class_names, "", skipped)
+    return data_from_files(args, device, root, "train", train, test, "", skipped)
 
 
 # ==== Folders of images ====
@@ -1961,9 +1960,7 @@ def load_folder(args, device, root, statistics=None):
     train, place, test, note = parts.pop("train"), os.path.join(root, splits["train"]), [], ""
     check(len(train) > 1, f"--data-dir {root}: {'only one image' if train else 'no images'} in "
           f"{place}; skipped: {in_words(skipped) or 0}; try a folder of {' '.join(IMAGE_KINDS)}")
-    names = sorted({name for _, name in train} - {None})
-    check(len(names) != 1, f"--data-dir {root}: only one class, {names}, so labels measure "
-          f"nothing; try --data-dir {shown(os.path.join(place, *names))}")
+    names = check_classes(root, place, train)
     for kind in sorted(parts):  # test before val, unless it has no labels
         if parts[kind] and not test and (parts[kind][0][1] or not (names and args.test_fraction)):
             test, note = parts[kind], f" ({splits[kind]}/)"
@@ -1972,7 +1969,16 @@ def load_folder(args, device, root, statistics=None):
     strange = sorted({name for _, name in test if names} - {*names, None})
     check(not strange, f"--data-dir {root}: {note[2:-1]}{', '.join(map(shown, strange))} has no "
           f"counterpart in {place}; remove it, or add training images of it")
-    return data_from_files(args, device, root, train, test, names, note, skipped, statistics)
+    return data_from_files(args, device, root, splits["train"], train, test, note, skipped,
+                           statistics)
+
+
+def check_classes(root, place, train):
+    """The classes of training images, sorted. Raises UserError if there is only one."""
+    names = sorted({name for _, name in train} - {None})
+    check(len(names) != 1, f"--data-dir {root}: only one class, {names}, so labels measure "
+          f"nothing; try --data-dir {shown(os.path.join(place, *names))}")
+    return names
 
 
 def list_images(root, skipped):
@@ -2075,30 +2081,31 @@ def read_labels(root, folder):
 
 
 def hold_out(args, images):
-    """(train, test): --test-fraction of each class are drawn from the seed as test images."""
+    """(rows to train on, rows held out): --test-fraction of each class, by a hash of the seed and
+    the path, so that a file more or less does not move the others."""
     members, test = collections.defaultdict(list), set()
-    for image in images:
-        members[image[1]].append(image)
-    rng = np.random.default_rng((args.seed, 4))
+    for i, (path, name) in enumerate(images):
+        key = f"{args.seed} {path}".replace(os.sep, "/").encode(errors="surrogateescape")
+        members[name].append((hashlib.sha256(key).digest(), i))
     for mine in members.values():
         count = min(len(mine) - 1, max(1, round(args.test_fraction * len(mine))))
-        test.update(mine[i] for i in rng.permutation(len(mine))[:count])
-    return [image for image in images if image not in test], sorted(test)
+        test.update(i for _, i in sorted(mine)[:count])
+    return [i for i in range(len(images)) if i not in test], sorted(test)
 
 
 # Bytes of images that are kept on a GPU, or without one by all processes of a machine together.
 MEMORY_LIMIT = 6 * 2**30
 
 
-def data_from_files(args, device, root, train, test, class_names, note, skipped, statistics=None):
+def data_from_files(args, device, root, split, train, test, note, skipped, statistics=None):
     """Data from lists of (path, class or None), decoded once into memory if the images fit there.
 
-    Otherwise they are Files. Sets args.image_size if the flag was not given. Raises UserError if
-    there are too few images."""
-    if class_names and not test and args.test_fraction:
-        train, test = hold_out(args, train)
-        note = f" (held out: --test-fraction {args.test_fraction:g})"
-    sides, scale = survey(root, train, statistics)
+    split: the folder of the training images in root. Otherwise they are Files. Sets args.image_size
+    if the flag was not given. Raises UserError if there are too few images."""
+    first = train
+    if not test and train[0][1] and args.test_fraction:  # as if all could be read
+        first = [train[i] for i in hold_out(args, train)[0]]
+    sides, scale = survey(root, first, statistics)
     median = sides[(len(sides) - 1) // 2]
     args.image_size = args.image_size or min(64, median)
     side = args.image_size if median <= args.image_size else math.ceil(args.image_size * 8 / 7)
@@ -2106,23 +2113,53 @@ def data_from_files(args, device, root, train, test, class_names, note, skipped,
     if device.type == "cuda":
         copies = 1
     stream = args.stream or 3 * side**2 * (len(train) + len(test)) * copies > MEMORY_LIMIT
-    parts, total, number_of = [], len(train), {name: i for i, name in enumerate(class_names)}
+    loaded, total = [], len(train)
     for images in (train, test):
         paths = [os.path.join(root, path) for path, _ in images]
         files = Files(paths, args.image_size, side, scale)
-        loaded, good = read_files(files, stream, args.num_workers, skipped)
+        part, good = read_files(files, stream, args.num_workers, skipped)
         images[:] = [images[i] for i in good]
-        labels = [number_of[name] for _, name in images if name in number_of]
-        parts += [loaded if good else None, labels or None]
+        loaded.append(part)
     words = in_words(skipped)
     check(len(train) > 1, f"--data-dir {args.data_dir}: {len(train) or 'none'} of the "
           f"{total} files can be read; skipped: {words}; try another --data-dir")
-    for what in ("unreadable", "too large", "smaller than 8x8"):
+    for what in ("unreadable", "too large", "smaller than 8x8", UNREAD_PIXELS):
         names = ", ".join(map(shown, sorted(skipped[what])[:3]))
         if names:
             warn(f"skipped {len(skipped[what])} {what}: {names}")
+    class_names = check_classes(root, os.path.join(root, split), train)
+    class_names = sorted({*class_names, *(name for _, name in test if class_names)} - {None})
+    if class_names and not test and args.test_fraction:
+        train, test = move_held_out(args, train, loaded)
+        note = f" (held out: --test-fraction {args.test_fraction:g})"
+    number_of, parts = {name: i for i, name in enumerate(class_names)}, []
+    for images, part in zip((train, test), loaded, strict=True):
+        labels = [number_of[name] for _, name in images if name in number_of]
+        parts += [part if images else None, labels or None]
     data = Data(args, device, *parts, class_names)
-    crc = "\n".join(path for path, _ in train).replace(os.sep, "/")  # the same on every system
+    describe(data, train, test, note, sides, scale, words)
+    return data
+
+
+def move_held_out(args, images, loaded):
+    """(training, test images) of those that can be read. loaded: their pixels, which follow."""
+    pixels, rows = loaded[0], hold_out(args, images)
+    if isinstance(pixels, Files):
+        for part, mine in enumerate(rows):
+            paths = [pixels.paths[i] for i in mine]
+            loaded[part] = Files(paths, pixels.size, pixels.side, pixels.scale)
+    else:
+        loaded[1] = pixels[rows[1]]
+        for new, old in enumerate(rows[0]):  # in place, to save memory
+            pixels[new] = pixels[old]
+        loaded[0] = pixels[: len(rows[0])]
+    return [[images[i] for i in mine] for mine in rows]
+
+
+def describe(data, train, test, note, sides, scale, words):
+    """Note what was found: for the first line, for --resume and for eval.py."""
+    lines = [f"{path}\t{name}" for path, name in (*train, ("", ""), *test)]
+    crc = "\n".join(lines).replace(os.sep, "/")  # the same on every system
     crc = zlib.crc32(crc.encode(errors="surrogateescape"))
     data.statistics["scale"] = scale
     data.fingerprint = f"{len(train)} files, {crc:08x}"
@@ -2133,15 +2170,33 @@ def data_from_files(args, device, root, train, test, class_names, note, skipped,
         data.notes += f"; {scale[0]}: {scale[1]:g} ... {scale[2]:g} became 0 ... 255"
         data.fingerprint += data.notes
     data.notes += f"; skipped: {words}" if words else ""
-    return data
+
+
+UNREAD_PIXELS = "of a pixel kind that is not read"
+# Of damaged notes of cameras, and of large images
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def open_image(path):
+    """An image as Pillow opens it. Not a pipe, which would be waited for."""
+    return Image.open(path if os.path.isfile(path) else io.BytesIO())
 
 
 def kind_of(image):
-    """The kind of pixels of a Pillow image that is not loaded yet."""
+    """The kind of pixels of a Pillow image that is not loaded yet; None if Pillow misreads them."""
     decoder = str(image.tile[:1])  # colours of 16 bits have the mode RGB, too
-    if image.mode.startswith("I;") or (";16" in decoder and "BGR;16" not in decoder):
-        return "16 bits"
-    return {"I": "32 bits", "F": "floats"}.get(image.mode, "8 bits")
+    kind = {"I": "32 bits", "F": "floats"}.get(image.mode, "8 bits")
+    if image.mode.startswith("I;") or (kind == "8 bits" and re.search("(?<!BGR);16", decoder)):
+        kind = "16 bits"
+    tags, colours = getattr(image, "tag_v2", {}), image.mode.startswith("RGB")
+    if kind == "8 bits":  # not signed bytes, nor colours of a .ppm above 255
+        high = image.tile[:1] and image.tile[0][0].startswith("ppm") and image.tile[0].args[1] > 255
+        right = max(tags.get(258, (1,))) <= 8 and set(tags.get(339, (1,))) <= {1, 4} and not high
+    else:  # not CMYK, LA, a transparent colour, several planes, white as 0, or doubles
+        right = image.mode[0] in "IF" or (colours and re.search("RGBA?;16[LBN]", decoder))
+        right = right and "transparency" not in image.info and tags.get(262) != 0
+        right = right and not (colours and tags.get(284) == 2) and max(tags.get(258, (1,))) <= 32
+    return kind if right else None
 
 
 def survey(root, train, statistics):
@@ -2151,7 +2206,9 @@ def survey(root, train, statistics):
     become 0 and 255 in all images."""
     sides, kinds, values, rng = [], [], [], np.random.default_rng(0)
     for path, _ in train[::-(-len(train) // 200)]:
-        with contextlib.suppress(Exception), Image.open(os.path.join(root, path)) as image:
+        with contextlib.suppress(Exception), open_image(os.path.join(root, path)) as image:
+            if kind_of(image) is None:
+                continue
             kinds.append(kind_of(image))
             sides += [min(image.size)] if min(image.size) >= 8 else []
             if kinds[-1] != "8 bits":
@@ -2160,7 +2217,7 @@ def survey(root, train, statistics):
     kind, scale = max(kinds or ["8 bits"], key=kinds.count), None
     if kind != "8 bits":
         low, high = np.quantile(values or [0, 1], (0.001, 0.999)).tolist()
-        scale = [kind, low, high if low < high else low + 1]
+        scale = [kind, low, high if low < high else low + max(1, abs(low) * 1e-6)]
     return sorted(sides) or [8], statistics["scale"] if statistics else scale
 
 
@@ -2169,6 +2226,9 @@ def deep_pixels(path):
     with Image.open(path) as image, Image.open(path) as swapped:
         ImageOps.exif_transpose(image, in_place=True)
         pixels = np.array(image, dtype=np.float64)
+        unsigned = set(getattr(image, "tag_v2", {}).get(339, (1,))) == {1}
+        if image.format == "TIFF" and image.mode == "I" and unsigned:
+            pixels[pixels < 0] += 2**32
         if pixels.ndim == 2:
             return pixels[..., None]
         # Of colours Pillow gives the high byte, and with the bytes swapped the low one.
@@ -2195,8 +2255,11 @@ def read_image(path, scale=None, skipped=None):
     scale: see survey. Raises UserError if its pixels are of another kind."""
     why = "unreadable"
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             kind, expected = kind_of(image), scale[0] if scale else "8 bits"
+            if kind is None:
+                why = UNREAD_PIXELS
+                raise ValueError
             check(kind == expected, f"{shown(path)} has pixels of {kind}, and others or the run's "
                   f"are of {expected}, which no one scale suits; convert it to {expected}")
             if min(image.size) < 8:
@@ -2227,6 +2290,10 @@ def to_square(image, side):
     """Resize the shorter edge to `side`, take the centre: uint8 [3, H, W] -> [3, side, side]."""
     if tuple(image.shape[1:]) == (side, side):
         return image
+    height, width = image.shape[1:]
+    top, left = max(0, height - 4 * width) // 2, max(0, width - 4 * height) // 2
+    if top or left:  # very long: resized as a whole, it may take all memory
+        image = image[:, top:height - top, left:width - left]
     image = functional.resize(image, side, antialias=True)
     return functional.center_crop(image, side)
 
@@ -2818,6 +2885,8 @@ def check_same_run(run, checkpoint):
     images = run.data.fingerprint
     check(checkpoint["data"] == images, f"--resume: --data-dir held {checkpoint['data']} and now "
           f"holds {images}; restore it, or try another --out")
+    check(same_statistics(checkpoint.get("data_statistics"), run.data.statistics), "--resume: "
+          "--data-dir holds other images than before; restore them, or try another --out")
     steps, rows = run.data.steps_per_epoch, checkpoint["rows"]
     fits = all(row["step"] == row["epoch"] * steps for row in rows)
     whole(fits and checkpoint["step"] // steps == len(rows), "step does not fit rows")
@@ -2825,6 +2894,19 @@ def check_same_run(run, checkpoint):
           f"than already trained; try --epochs {before['epochs']}")
     check_like(checkpoint["model"], run.model.state_dict(), "model")
     check_optimizer(checkpoint, run)
+
+
+def same_statistics(before, now):
+    """Whether images are those of a checkpoint, by colours, scale and classes, but for rounding."""
+    if before is None:
+        return True  # an old one
+    try:
+        pairs = [(before[name], now[name]) for name in ("mean", "std", "scale", "class_names")]
+        pairs = [pair for x, y in pairs for pair in zip(x or [], y or [], strict=True)]
+        return all(x == y or (float in map(type, (x, y)) and math.isclose(x, y, rel_tol=1e-3))
+                   for x, y in pairs)
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 class DamagedError(UserError):

@@ -9,10 +9,10 @@
 Contents, by line number (`python tests/test_common.py` writes them):
      65  command line             the flags, and what is refused before measuring
     162  a run and its data       from a checkpoint to networks; a hash shows that these stay
-    326  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
-    480  report                   what is printed, and written by --json
-    591  pictures                 --views, --neighbors, --plot
-    733  all runs                 one after the other
+    330  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
+    484  report                   what is printed, and written by --json
+    595  pictures                 --views, --neighbors, --plot
+    737  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -170,6 +170,7 @@ def load_run(path, device):
     name, args, module  `method` or `method/experiment`, its flags, the method's file
     experiment          its object in tests/experiments.py, or None
     statistics          what the network needs of its images, common.Data.statistics
+    fingerprint         of its images, common.Data.fingerprint
     backbone_only       why there is nothing but the backbone in the networks, or ""
     model, untrained    the network as it is, and as it started, in eval mode on the device
 
@@ -194,7 +195,7 @@ def accept(run, device, checkpoint):
     common.check_entries(checkpoint, run.module.Args)
     run.step, run.args = checkpoint["step"], SimpleNamespace(**checkpoint["args"])
     try:
-        run.statistics = statistics_of(checkpoint)
+        run.statistics, run.fingerprint = statistics_of(checkpoint), checkpoint["data"]
         rebuild(run, checkpoint["model"], device)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
@@ -270,6 +271,9 @@ def load_data(run, args, device):
         wanted.dataset, wanted.data_dir = args.dataset, "data"
     wanted.data_dir = args.data_dir or wanted.data_dir
     data = common.load_data(wanted, device, run.statistics)
+    if "held out" in data.test_note and data.fingerprint != run.fingerprint:
+        common.warn(f"--data-dir {data.args.data_dir} has changed since the run, so some test "
+                    "images may have been trained on")
     wanted.seed = args.seed  # only now: the run's seed drew the images that are held out
     if run.statistics:
         use_statistics(data, run.statistics)

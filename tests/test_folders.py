@@ -964,3 +964,259 @@ def test_two_processes_of_torchrun_hold_out_the_same_images_and_keep_the_same_st
     assert done.stdout.splitlines()[0] == "48 training images in 3 classes, 12 test images (held out: --test-fraction 0.2), 32x32"
     kept = [torch.load(folder / "last.pt", weights_only=True) for folder in (run, tmp_path / "run")]
     assert kept[0]["data_statistics"] == kept[1]["data_statistics"] and kept[0]["data"] == kept[1]["data"]
+
+
+# ---- 5. What can be read decides -----------------------------------------------------------------
+
+
+def spoil(folder, *which):
+    for i in which:
+        (folder / f"{i}.png").write_bytes(b"broken")
+
+
+@BOTH
+def test_a_class_without_readable_images_is_no_class(tmp_path, capsys, more):
+    fill_all(tmp_path, "a", "b", "c", count=5)
+    spoil(tmp_path / "b", *range(5))
+    data = load(tmp_path, *more)
+    assert data.class_names == ["a", "c"] and data.train_labels.tolist() == [0] * 4 + [1] * 4 and data.test_labels.tolist() == [0, 1]
+    assert first_line(capsys) == "8 training images in 2 classes, 2 test images (held out: --test-fraction 0.2), 16x16; skipped: 5 unreadable"
+    spoil(tmp_path / "c", *range(5))
+    assert "only one class, ['a']" in refusal(tmp_path, *more)
+
+
+@BOTH
+@pytest.mark.parametrize("good", range(4))
+def test_the_only_readable_image_of_a_class_is_trained_on_and_of_two_one_is_held_out(tmp_path, good, more):
+    fill_all(tmp_path, "a", "b", count=4)
+    spoil(tmp_path / "a", *set(range(4)) - {good})
+    spoil(tmp_path / "b", *set(range(4)) - {good, (good + 1) % 4})
+    data = load(tmp_path, *more)
+    assert data.train_labels.tolist() == [0, 1] and data.test_labels.tolist() == [1]
+
+
+@BOTH
+def test_a_class_of_which_only_test_images_can_be_read_keeps_its_label(tmp_path, more):
+    fill_all(tmp_path, "train/a", "train/b", "train/c", "test/a", "test/b", "test/c", count=2)
+    spoil(tmp_path / "train" / "b", 0, 1)
+    data = load(tmp_path, *more)
+    assert data.train_labels.tolist() == [0, 0, 2, 2] and data.test_labels.tolist() == [0, 0, 1, 1, 2, 2]
+    spoil(tmp_path / "test" / "b", 0, 1)
+    data = load(tmp_path, *more)
+    assert data.class_names == ["a", "c"] and data.test_labels.tolist() == [0, 0, 1, 1]
+
+
+def test_a_file_more_or_less_moves_no_other(tmp_path):
+    fill_all(tmp_path, "cat", "dog", count=20)
+    first = held_out(tmp_path)
+    trained_on = next(path for path in load(tmp_path, *STREAM).train.paths if "cat" in path)
+    content = open(trained_on, "rb").read()
+    for name in ("0a.png", "zz.png"):  # 21 of a class: still 4 held out
+        (tmp_path / "cat" / name).write_bytes(content)
+        assert len(first - set(load(tmp_path, *STREAM).test.paths)) <= 1
+        (tmp_path / "cat" / name).unlink()
+    os.remove(trained_on)
+    assert set(load(tmp_path, *STREAM).test.paths) == first
+
+
+def test_eval_warns_if_a_changed_folder_holds_out_others(trained, tmp_path):
+    root, run, _ = trained
+    result, _ = evaluate(run)
+    assert result.status == 0 and "trained on" not in result.err
+    shutil.copytree(root, tmp_path / "images")
+    fill(tmp_path / "images" / "ant", 1, 32, first=50)
+    result, _ = evaluate(run, tmp_path / "images")
+    assert result.status == 0 and result.err.count("some test images may have been trained on\n") == 1
+
+
+def resumed(root, run, change, tmp_path, *more):
+    """What --resume says after change(folder of images)."""
+    shutil.copytree(root, tmp_path / "images"), shutil.copytree(run, tmp_path / "run")
+    change(tmp_path / "images")
+    return small_run(tmp_path / "images", tmp_path / "run", "--resume", *more)[0]
+
+
+@pytest.fixture(scope="module")
+def with_test(tmp_path_factory):
+    """A run on train and test. -> (folder of images, of the run)"""
+    root = tmp_path_factory.mktemp("with_test")
+    fill_all(root / "images", "train/a", "train/b", count=10)
+    fill_all(root / "images", "test/a", "test/b", "other/a", "other/b", count=3)
+    shutil.move(root / "images" / "other", root / "other")
+    result, run = small_run(root / "images", root / "run")
+    assert result.status == 0, result.err
+    return root / "images", run
+
+
+CHANGES = {"nothing": lambda images: None, "a test file less": lambda images: (images / "test" / "a" / "0.png").unlink(),
+           "val": lambda images: (images / "test").rename(images / "val"), "no test": lambda images: shutil.rmtree(images / "test"),
+           "a label": lambda images: (images / "train/a/1.png").rename(images / "train/b/new.png"),
+           "a test label": lambda images: (images / "test/a/1.png").rename(images / "test/b/new.png"),
+           "darker": lambda images: [write_image(path, np.array(Image.open(path)) // 2) for path in images.rglob("*.png")]}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_resume_with_other_images_or_labels_is_refused(with_test, tmp_path, name):
+    result = resumed(*with_test, CHANGES[name], tmp_path, "--epochs", 2)
+    if name == "nothing":
+        assert result.status == 0, result.err
+    else:
+        assert is_one_line_error(result) and "--resume: --data-dir h" in result.err, result.err
+    assert name != "darker" or "holds other images" in result.err
+
+
+def test_a_resume_with_swapped_lines_of_labels_csv_is_refused(tmp_path):
+    fill(tmp_path / "images", 20)
+    lines = [f"{i}.png,{'ab'[i % 2]}\n" for i in range(20)]
+    (tmp_path / "images" / "labels.csv").write_text("file,label\n" + "".join(lines))
+    assert small_run(tmp_path / "images", tmp_path / "run")[0].status == 0
+    lines[0], lines[1] = "0.png,b\n", "1.png,a\n"
+    (tmp_path / "images" / "labels.csv").write_text("file,label\n" + "".join(lines))
+    result, _ = small_run(tmp_path / "images", tmp_path / "run", "--resume")
+    assert is_one_line_error(result) and "--resume: --data-dir held 16 files" in result.err
+
+
+# ---- 6. Pixels that Pillow misreads, pipes, long images ------------------------------------------
+
+
+def tiff(array, photometric=1, form=None, planar=1, extra=None):
+    """A TIFF of little-endian numbers, [H, W] or [H, W, channels], with whatever tags."""
+    height, width, channels = (*array.shape, 1)[:3]
+    planes = channels if planar == 2 else 1
+    content = (array.transpose(2, 0, 1) if planar == 2 else array).tobytes()
+    places = [8 + i * len(content) // planes for i in range(planes)]
+    tags = [(256, [width]), (257, [height]), (258, [8 * array.itemsize] * channels), (259, [1]), (262, [photometric]), (273, places),
+            (277, [channels]), (278, [height]), (279, [len(content) // planes] * planes), (284, [planar])]
+    tags += ([(338, [extra])] if extra is not None else []) + ([(339, [form] * channels)] if form else [])
+    end, more = 8 + len(content) + 2 + 12 * len(tags) + 4, b""
+    out = b"II*\0" + struct.pack("<I", 8 + len(content)) + content + struct.pack("<H", len(tags))
+    for tag, values in tags:
+        packed = struct.pack(f"<{len(values)}I", *values)
+        out += struct.pack("<HHI", tag, 4, len(values)) + (packed if len(values) == 1 else struct.pack("<I", end + len(more)))
+        more += packed if len(values) > 1 else b""
+    return out + struct.pack("<I", 0) + more
+
+
+def numbers(dtype, *channels):
+    return np.random.default_rng(0).integers(0, 100, (16, 16, *channels)).astype(dtype)
+
+
+def ppm(maxval):
+    return b"P6\n16 16\n%d\n" % maxval + numbers(">u2", 3).tobytes()
+
+
+def png_transparent(channels):
+    """A PNG of 16 bits with one colour that is transparent."""
+    content = png_16(numbers(np.uint16, channels))
+    chunk = b"tRNS" + bytes(2 * channels)
+    return content[:33] + struct.pack(">I", 2 * channels) + chunk + struct.pack(">I", zlib.crc32(chunk)) + content[33:]
+
+
+MISREAD = {"cmyk.tif": tiff(numbers(np.uint16, 4), 5), "int8.tif": tiff(numbers(np.int8), form=2), "white is 0.tif": tiff(numbers(np.uint16), 0),
+           "float white is 0.tif": tiff(numbers(np.float32), 0, form=3), "planes.tif": tiff(numbers(np.uint16, 3), 2, planar=2),
+           "premultiplied.tif": tiff(numbers(np.uint16, 4), 2, extra=1), "12.ppm": ppm(4095), "16.ppm": ppm(65535),
+           "grey.png": png_transparent(1), "colour.png": png_transparent(3), "grey and alpha.png": png_16(numbers(np.uint16, 2))}
+
+
+@BOTH
+@pytest.mark.parametrize("name", MISREAD)
+def test_pixels_that_pillow_misreads_are_skipped(tmp_path, capsys, name, more):
+    for i in range(3):
+        (tmp_path / f"{i} {name}").write_bytes(MISREAD[name])
+    assert "3 of a pixel kind that is not read" in refusal(tmp_path, *more)
+    for dtype in (np.uint8, np.uint16):
+        save_deep(tmp_path / dtype.__name__, 0, 200, dtype)
+        for path in tmp_path.glob(f"* {name}"):
+            shutil.copy(path, tmp_path / dtype.__name__)
+        capsys.readouterr()
+        assert len(load(tmp_path / dtype.__name__, *more).train) == 4
+        assert "skipped: 3 of a pixel kind that is not read" in first_line(capsys)
+
+
+@pytest.mark.parametrize("dtype, form", [(np.float16, 3), (np.float64, 3), (np.uint64, 1), (np.int64, 2)])
+def test_half_and_double_numbers_are_skipped(tmp_path, dtype, form):
+    for i in range(3):
+        (tmp_path / f"{i}.tif").write_bytes(tiff(numbers(dtype), form=form))
+    assert "skipped: 3 " in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("form", [None, 1])
+def test_unsigned_numbers_of_32_bits_above_2_to_the_31_are_read(tmp_path, form):
+    arrays = [ramp(2**30 * i, 2**30 * (i + 1) - 1).astype(np.uint32) for i in range(4)]
+    for i, array in enumerate(arrays):
+        (tmp_path / f"{i}.tif").write_bytes(tiff(array, form=form))
+    data = load(tmp_path)
+    assert data.statistics["scale"][1:] == pytest.approx([0, 2**32], abs=2**25)
+    for i, array in enumerate(arrays):
+        assert np.abs(pixels(data, i)[..., 0] - array / 2**32 * 255).max() < 2
+
+
+def test_8_bit_planes_and_white_as_0_are_read(tmp_path):
+    colours, grey = numbers(np.uint8, 3), numbers(np.uint8)
+    (tmp_path / "0.tif").write_bytes(tiff(colours, 2, planar=2))
+    (tmp_path / "1.tif").write_bytes(tiff(grey, 0))
+    data = load(tmp_path)
+    assert (pixels(data, 0) == colours).all() and (pixels(data, 1)[..., 0] == 255 - grey).all()
+
+
+@pytest.mark.parametrize("value", [1e17, -1e17, 3e38])
+@pytest.mark.filterwarnings("error")
+def test_constant_images_of_large_numbers(tmp_path, value):
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        array = np.full((64, 64), value, np.float32)
+        array.flat[np.random.default_rng(i).choice(4096, 4, False)] += abs(value) / 10  # too few to count
+        Image.fromarray(array).save(tmp_path / "images" / f"{i}.tif")
+    data = load(tmp_path / "images")
+    assert data.statistics["scale"][1] < data.statistics["scale"][2]
+    result, run = small_run(tmp_path / "images", tmp_path / "run")
+    assert result.status == 0, result.err
+    assert evaluate(run)[0].status == 0
+
+
+def test_a_file_that_became_a_pipe_is_unreadable(tmp_path):
+    fill(tmp_path, 4)
+    data = load(tmp_path, *STREAM)
+    os.remove(tmp_path / "1.png")
+    os.mkfifo(tmp_path / "1.png")
+    assert common.read_image(str(tmp_path / "1.png")) is None
+    crops = next(iter(data.train.crops(torch.tensor([[1, 2]]), data.args, 0, CPU)))
+    assert crops[0].shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("side", [4, 8, 32])
+def test_long_images_are_cropped_before_they_are_resized(side, turned):
+    from torchvision.transforms.v2 import functional
+    for length in (16, 48, 64, 65, 66, 200, 331):
+        image = torch.arange(3 * 16 * length).view(3, 16, length).mul(7).fmod(251).to(torch.uint8)
+        image = functional.gaussian_blur(image, 9, 3.0)
+        image = image.mT.contiguous() if turned else image
+        expected = functional.center_crop(functional.resize(image, side, antialias=True), side).int()
+        found = common.to_square(image, side).int()
+        assert (found - expected).abs().max() <= (0 if length <= 65 else 16)
+
+
+def test_a_very_long_image_takes_little_memory(tmp_path, monkeypatch):
+    from torchvision.transforms.v2 import functional
+    resize, seen = functional.resize, []
+    monkeypatch.setattr(common.functional, "resize", lambda image, *more, **named: seen.append(image.shape) or resize(image, *more, **named))
+    image = torch.full((3, 8, 400_000), 9, dtype=torch.uint8)
+    assert common.to_square(image, 64).unique().tolist() == [9] and seen[0][2] == 32
+
+
+def test_no_warnings_of_pillow(tmp_path):
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+    fill(tmp_path, 4)
+    for name, content in corrupt_files().items():
+        (tmp_path / name).write_bytes(content)
+    code = ("import sys; sys.path[:0] = sys.argv[2:]\nimport common, cw_rgp, torch\n"
+            "common.Image.MAX_IMAGE_PIXELS = 200\n"
+            "args = cw_rgp.parse_args(['--batch-size', '2', '--w-size', '2', '--dataset', 'folder', '--data-dir', sys.argv[1]])\n"
+            "common.load_data(args, torch.device('cpu'))")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path, ROOT, ROOT / "methods"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr and "/PIL/" not in done.stderr
