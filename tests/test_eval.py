@@ -237,7 +237,7 @@ def test_a_real_experiment_is_rebuilt(small_folder, tmp_path):
     name = "simsiam/softmax-similarity"
     args = common.parse_args(experiments.find(name).Args, [*SMALL, *SMALL_OF["simsiam"], "--epochs", "1", "--dataset", "folder",
                                           "--data-dir", str(small_folder), "--out", str(tmp_path / "run")])
-    simsiam.train(args, build=experiments.find(name).build)
+    experiments.find(name).train(args, build=experiments.find(name).build)
     _, (report,) = evaluate(tmp_path, tmp_path / "run")
     found = report["features"]
     assert report["method"] == name and [found[kind]["dim"] for kind in ("H", "Z")] == [1024, 32]
