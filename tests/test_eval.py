@@ -233,13 +233,11 @@ def test_a_real_experiment_is_rebuilt(small_folder, tmp_path):
     if not (ROOT / "tests" / "experiments.py").exists():
         pytest.skip("tests/experiments.py is not there yet")
     import experiments
-    import simsiam
 
     name = "simsiam/softmax-similarity"
-    args = simsiam.parse_args([*SMALL, *SMALL_OF["simsiam"], "--epochs", "1", "--dataset", "folder",
-                               "--data-dir", str(small_folder), "--out", str(tmp_path / "run")])
-    args.experiment = "softmax-similarity"
-    simsiam.train(args, build=experiments.find(name).build)
+    args = common.parse_args(experiments.find(name).Args, [*SMALL, *SMALL_OF["simsiam"], "--epochs", "1", "--dataset", "folder",
+                                          "--data-dir", str(small_folder), "--out", str(tmp_path / "run")])
+    experiments.find(name).train(args, build=experiments.find(name).build)
     _, (report,) = evaluate(tmp_path, tmp_path / "run")
     found = report["features"]
     assert report["method"] == name and [found[kind]["dim"] for kind in ("H", "Z")] == [1024, 32]
