@@ -15,7 +15,7 @@ folders, torchrun. A default run enters the command line, messages and files the
 #
 #    123  Args               the flags that all nine methods share
 #    113  flag               a field of Args: default, help, bounds
-#   1631  main               run train(); print an expected error as one line
+#   1633  main               run train(); print an expected error as one line
 #   1348  parse_args         Args from the command line
 #    206  set_up             device, precision, other processes
 #    244  load_data          read or draw the data set: Data
@@ -31,7 +31,7 @@ folders, torchrun. A default run enters the command line, messages and files the
 #    867  learning_rate      the schedule's factor at a step
 #    632  Run.guard          a failed decomposition becomes a clear error
 #    855  gather             embeddings of all processes, with gradient
-#   1790  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1792  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #    196  world_size         the number of processes (MoCo)
 #    201  rank               this process's number among them (MoCo)
 #    637  Run.watch          note whether loss and gradients are finite
@@ -49,16 +49,16 @@ folders, torchrun. A default run enters the command line, messages and files the
 # Part II:
 #
 #   1276  Command line: flags from Args, checks, and sizes to propose
-#   1540  Messages and errors
-#   1696  Several processes
-#   1852  Data sets by name
-#   1940  Folders of images
-#   2347  Streaming
-#   2470  Recipes of augmentation
-#   2543  ResNets, LARS, Muon
-#   2673  Run folder and signals
-#   2855  Resume
-#   3104  Files of a run
+#   1542  Messages and errors
+#   1698  Several processes
+#   1854  Data sets by name
+#   1942  Folders of images
+#   2358  Streaming
+#   2479  Recipes of augmentation
+#   2552  ResNets, LARS, Muon
+#   2682  Run folder and signals
+#   2864  Resume
+#   3110  Files of a run
 
 import argparse
 import collections
@@ -1411,6 +1411,8 @@ def check_args(args):
               f"Args({name}={short(repr(value))}) is no flag; try {own!r}")
     check(args.dataset != "folder" or args.data_dir != "data" or os.path.isdir("data"),
           "--dataset folder needs --data-dir DIR, the folder of your images")
+    check(args.dataset != "patterns" or args.data_dir == "data", "--data-dir "
+          f"{args.data_dir} needs --dataset folder (or cifar10 ...); try --dataset folder")
     check(args.optimizer == "muon" or args.lr_filters is None, "--lr-filters needs --optimizer "
           f"muon; with --optimizer {args.optimizer} the filters' rate is --lr")
     check_rules(args)
@@ -1862,7 +1864,7 @@ TINYIMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
 
 def load_by_name(args, device):
-    """A data set by its name as Data, downloaded if need be. Raises UserError if that fails."""
+    """A data set by its name as Data, downloaded if need be."""
     if rank() > 0 and dist.is_initialized():
         dist.barrier()  # rank 0 downloads first; if it fails, torchrun ends the others
     read = load_tinyimagenet if args.dataset == "tinyimagenet" else load_torchvision
@@ -1933,24 +1935,22 @@ def load_tinyimagenet(args, device):
     with open(annotations) as file:
         rows = [line.split("\t")[:2] for line in file if line.strip()]
     test = [(os.path.join("val", "images", name), wnid) for name, wnid in rows]
-    skipped = collections.defaultdict(list)  # not the boxes
+    skipped = collections.defaultdict(list)
     return data_from_files(args, device, root, "train", train, test, "", skipped)
 
 
 # ==== Folders of images ====
 
 IMAGE_KINDS = torchvision.datasets.folder.IMG_EXTENSIONS
-# Hidden folders, and others that tools leave behind
 LEFTOVERS = re.compile(r"\.|(__macosx|__pycache__|\$recycle\.bin|system volume information|"
                        r"lost\+found|@eadir|[@#]recycle)$", re.IGNORECASE)
 # train, Testing, validation ...; with something in groups 1 or 3 only like a split: train2017
 SPLIT = re.compile(r"(.*[^a-z])?(train|test|val)(?:ing|id|idation)?(set|data|[^a-z].*)?")
+NEAR_SPLIT = re.compile(r"dev|eval\w*|hold.?out|unlabell?ed|extra|pred\w*|infer\w*").fullmatch
 
 
 def load_folder(args, device, root, statistics=None):
-    """Anyone's images as Data: train/<class>/* with test or val, or <class>/*, or * without labels.
-
-    Raises UserError if there are too few images or it is unclear what the folders are."""
+    """Your images as Data: train/<class>/* with test or val, or <class>/*, or * without labels."""
     check(os.path.isdir(root),
           f"--data-dir {root} is not a folder; try the folder that holds your images")
     skipped = collections.defaultdict(list)
@@ -1967,26 +1967,34 @@ def load_folder(args, device, root, statistics=None):
         else:
             skipped[f"in {splits[kind]}/"] += parts[kind]
     strange = sorted({name for _, name in test if names} - {*names, None})
-    check(not strange, f"--data-dir {root}: {note[2:-1]}{', '.join(map(shown, strange))} has no "
+    check(not strange, f"--data-dir {root}: {note[2:-1]}{listed(strange)} has no "
           f"counterpart in {place}; remove it, or add training images of it")
     return data_from_files(args, device, root, splits["train"], train, test, note, skipped,
                            statistics)
 
 
 def check_classes(root, place, train):
-    """The classes of training images, sorted. Raises UserError if there is only one."""
+    """The sorted classes of training images, not only one."""
     names = sorted({name for _, name in train} - {None})
-    check(len(names) != 1, f"--data-dir {root}: only one class, {names}, so labels measure "
-          f"nothing; try --data-dir {shown(os.path.join(place, *names))}")
+    what, remedy = "", f"try --data-dir {shown(os.path.join(place, *names))}"
+    if any(os.path.isfile(os.path.join(folder, "labels.csv")) for folder in (place, root)):
+        what, remedy = "labels.csv has only one label: ", "add another"
+    check(len(names) != 1, f"--data-dir {root}: {what}only one class, {names}, so labels measure "
+          f"nothing; {remedy}")
     return names
 
 
 def list_images(root, skipped):
-    """The images below root, sorted, relative to it. skipped: what is wrong -> such files.
-
-    Each real folder is visited once, under its own name rather than a link's."""
+    """The images below root, sorted, relative to it. skipped: what is wrong -> such files."""
     found, seen, tops = [], set(), [root]
-    walk = itertools.chain.from_iterable(map(os.walk, tops))  # the tops grow
+
+    def locked(error):
+        top = os.path.relpath(error.filename, root)
+        needed = top == "." or SPLIT.fullmatch(top.lower()) and os.sep not in top
+        check(not needed, f"{shown(error.filename)} may not be read; try chmod")
+        skipped["folder(s) that may not be read"].append(top)
+
+    walk = itertools.chain.from_iterable(os.walk(top, onerror=locked) for top in tops)
     for folder, inside, names in walk:
         real = os.path.join(os.path.realpath(folder), "")
         inside[:] = sorted(name for name in inside if not LEFTOVERS.match(name))
@@ -1995,7 +2003,6 @@ def list_images(root, skipped):
             inside.clear()
             continue
         seen.add(real)
-        # os.walk does not go into links
         tops += filter(os.path.islink, [os.path.join(folder, name) for name in inside])
         before = len(found)
         for name in names:
@@ -2015,7 +2022,7 @@ def list_images(root, skipped):
 def find_splits(root, paths):
     """{"train": its folder, "test": ..., "val": ...}, or {"train": ""} if the folders are classes.
 
-    A folder called train is a split if those beside it are. Raises UserError if it is unclear."""
+    A folder called train is a split if those beside it are."""
     tops = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
     like, exact = {}, []
     for name in tops:
@@ -2028,11 +2035,12 @@ def find_splits(root, paths):
     if exact == tops and "train" in kinds and len(kinds) == len(tops):
         return {like[name]: name for name in tops}
     clear = "train" not in kinds or kinds == {"train"}
-    if exact:  # only a class called train, which holds images as the others do
+    if exact:  # a class called train
         holds_images = exact[0] in {os.path.dirname(path) for path in paths}
         clear = kinds == {"train"} and len(exact) == 1 and holds_images
-    names = ", ".join(map(shown, like))
-    check(clear, f"--data-dir {root}: {names} may be training and test images or classes; leave "
+    near = [name for name in tops if clear and "train" in kinds and NEAR_SPLIT(name.lower())]
+    check(clear and not near, f"--data-dir {root}: {listed([*like, *near])} may "
+          "be training and test images or classes; leave "
           f"only train, test and val there, or move all classes into {os.path.join(root, 'train')}")
     return {"train": ""}
 
@@ -2046,6 +2054,9 @@ def with_classes(root, folder, paths, skipped):
         if os.path.isfile(os.path.join(root, place, "labels.csv")):
             skipped.pop("of a kind that is not read (.csv)", None)
             table = read_labels(root, place)
+            none = table and paths and table.keys().isdisjoint(paths)
+            check(not none, f"--data-dir {root}: labels.csv names none of the images; its first is "
+                  f"{listed([*table][:1])}")
             skipped["not in labels.csv"] += [path for path in mine if path not in table]
             return [(path, table[path]) for path in mine if path in table]
     named = [(path, path[len(base):].split(os.sep)[0]) for path in mine]
@@ -2060,23 +2071,28 @@ def with_classes(root, folder, paths, skipped):
 
 
 def read_labels(root, folder):
-    """{path: class} of root/folder/labels.csv. Raises UserError for a line that is wrong."""
-    source, table = os.path.join(root, folder, "labels.csv"), {}
+    """{path: class} of root/folder/labels.csv."""
+    source, table, rows = os.path.join(root, folder, "labels.csv"), {}, {}
     try:
         with open(source, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.reader(file, strict=True)) or [[]]
+            reader = csv.reader(file, strict=True)
+            for row in reader:
+                if "".join(row).strip():
+                    rows.setdefault(tuple(row), reader.line_num)
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{source} cannot be read ({error}); save it as UTF-8 text") from error
-    first = ",".join(rows[0])
+    (first, _), *rest = list(rows.items()) or [((), 1)]
+    first = ",".join(first)[:80]
     check(first == "file,label", f"{source}: the first line is {first!r} and should be file,label")
-    for line, row in enumerate(rows[1:], 2):
-        if row:
-            path = os.path.normpath(os.path.join(folder, row[0].strip().replace("\\", "/")))
-            known = os.path.isfile(os.path.join(root, path)) and path not in table
-            check(known and len(row) == 2 and row[1].strip(), f"{source}, line {line}: "
-                  f"{','.join(row)!r}: no such file, a second line for it, or not one label; "
-                  "try a line like image.png,cat")
-            table[path] = row[1].strip()
+    for row, line in rest:
+        path = os.path.join(os.path.abspath(root), folder, row[0].strip().replace("\\", "/"))
+        known, path = os.path.isfile(path), os.path.relpath(path, root)
+        known = known and path not in table and not path.startswith("..")
+        check(known and row[0] != "labels.csv" and len(row) == 2 and row[1].strip(),
+              f"{source}, line {line}: "
+              f"{','.join(row)[:80]!r}: no such file, a second line for it, or not one label; "
+              "try a line like image.png,cat")
+        table[path] = row[1].strip()
     return table
 
 
@@ -2100,18 +2116,15 @@ MEMORY_LIMIT = 6 * 2**30
 def data_from_files(args, device, root, split, train, test, note, skipped, statistics=None):
     """Data from lists of (path, class or None), decoded once into memory if the images fit there.
 
-    split: the folder of the training images in root. Otherwise they are Files. Sets args.image_size
-    if the flag was not given. Raises UserError if there are too few images."""
+    Otherwise they are Files. Raises UserError if there are too few. split: of the training."""
     first = train
-    if not test and train[0][1] and args.test_fraction:  # as if all could be read
+    if not test and train[0][1] and args.test_fraction:
         first = [train[i] for i in hold_out(args, train)[0]]
     sides, scale = survey(root, first, statistics)
     median = sides[(len(sides) - 1) // 2]
     args.image_size = args.image_size or min(64, median)
     side = args.image_size if median <= args.image_size else math.ceil(args.image_size * 8 / 7)
-    copies = from_environment("LOCAL_WORLD_SIZE", 1)  # each process keeps all images
-    if device.type == "cuda":
-        copies = 1
+    copies = 1 if device.type == "cuda" else from_environment("LOCAL_WORLD_SIZE", 1)
     stream = args.stream or 3 * side**2 * (len(train) + len(test)) * copies > MEMORY_LIMIT
     loaded, total = [], len(train)
     for images in (train, test):
@@ -2142,25 +2155,23 @@ def data_from_files(args, device, root, split, train, test, note, skipped, stati
 
 
 def move_held_out(args, images, loaded):
-    """(training, test images) of those that can be read. loaded: their pixels, which follow."""
+    """(training, test images) of those that were loaded."""
     pixels, rows = loaded[0], hold_out(args, images)
     if isinstance(pixels, Files):
-        for part, mine in enumerate(rows):
-            paths = [pixels.paths[i] for i in mine]
-            loaded[part] = Files(paths, pixels.size, pixels.side, pixels.scale)
+        more = pixels.size, pixels.side, pixels.scale
+        loaded[:] = [Files([pixels.paths[i] for i in mine], *more) for mine in rows]
     else:
         loaded[1] = pixels[rows[1]]
-        for new, old in enumerate(rows[0]):  # in place, to save memory
+        for new, old in enumerate(rows[0]):
             pixels[new] = pixels[old]
         loaded[0] = pixels[: len(rows[0])]
     return [[images[i] for i in mine] for mine in rows]
 
 
 def describe(data, train, test, note, sides, scale, words):
-    """Note what was found: for the first line, for --resume and for eval.py."""
-    lines = [f"{path}\t{name}" for path, name in (*train, ("", ""), *test)]
-    crc = "\n".join(lines).replace(os.sep, "/")  # the same on every system
-    crc = zlib.crc32(crc.encode(errors="surrogateescape"))
+    """For the first line and --resume."""
+    crc = "\n".join(f"{path}\t{name}" for path, name in (*train, ("", ""), *test))
+    crc = zlib.crc32(crc.replace(os.sep, "/").encode(errors="surrogateescape"))
     data.statistics["scale"] = scale
     data.fingerprint = f"{len(train)} files, {crc:08x}"
     data.test_note = note
@@ -2173,12 +2184,11 @@ def describe(data, train, test, note, sides, scale, words):
 
 
 UNREAD_PIXELS = "of a pixel kind that is not read"
-# Of damaged notes of cameras, and of large images
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def open_image(path):
-    """An image as Pillow opens it. Not a pipe, which would be waited for."""
+    """Image.open, but not of a pipe, which would hang."""
     return Image.open(path if os.path.isfile(path) else io.BytesIO())
 
 
@@ -2189,10 +2199,10 @@ def kind_of(image):
     if image.mode.startswith("I;") or (kind == "8 bits" and re.search("(?<!BGR);16", decoder)):
         kind = "16 bits"
     tags, colours = getattr(image, "tag_v2", {}), image.mode.startswith("RGB")
-    if kind == "8 bits":  # not signed bytes, nor colours of a .ppm above 255
-        high = image.tile[:1] and image.tile[0][0].startswith("ppm") and image.tile[0].args[1] > 255
-        right = max(tags.get(258, (1,))) <= 8 and set(tags.get(339, (1,))) <= {1, 4} and not high
-    else:  # not CMYK, LA, a transparent colour, several planes, white as 0, or doubles
+    if kind == "8 bits":  # not signed, nor above 255
+        right = max(tags.get(258, (1,))) <= 8 and set(tags.get(339, (1,))) <= {1, 4}
+        right = right and not ("ppm" in decoder and image.tile[0].args[1] > 255)
+    else:  # not CMYK, LA, a transparent colour, planes, white as 0
         right = image.mode[0] in "IF" or (colours and re.search("RGBA?;16[LBN]", decoder))
         right = right and "transparency" not in image.info and tags.get(262) != 0
         right = right and not (colours and tags.get(284) == 2) and max(tags.get(258, (1,))) <= 32
@@ -2250,9 +2260,7 @@ def to_8_bits(x, low, high):
 
 def read_image(path, scale=None, skipped=None):
     """An image of any kind as RGB uint8 [3, H, W], turned as its EXIF data say, over white where it
-    is transparent. None if it cannot be used; then its path is added to skipped[why].
-
-    scale: see survey. Raises UserError if its pixels are of another kind."""
+    is transparent. None if it cannot be used; then its path is added to skipped[why]."""
     why = "unreadable"
     try:
         with open_image(path) as image:
@@ -2266,7 +2274,7 @@ def read_image(path, scale=None, skipped=None):
                 why = "smaller than 8x8"
                 raise ValueError
             if skipped is not None and getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-                skipped["file's further pages"].append(path)  # MPO: photos of phones
+                skipped["file's further pages"].append(path)
             if scale:
                 x = deep_pixels(path)
                 check(np.isfinite(x).all(), f"{shown(path)} has pixels that are not finite (NaN); "
@@ -2292,16 +2300,13 @@ def to_square(image, side):
         return image
     height, width = image.shape[1:]
     top, left = max(0, height - 4 * width) // 2, max(0, width - 4 * height) // 2
-    if top or left:  # very long: resized as a whole, it may take all memory
-        image = image[:, top:height - top, left:width - left]
+    image = image[:, top:height - top, left:width - left]
     image = functional.resize(image, side, antialias=True)
     return functional.center_crop(image, side)
 
 
 def read_files(files, stream, num_workers, skipped):
-    """The images that can be read, uint8 [N, 3, side, side] or with `stream` Files, and their rows.
-
-    In threads, since Pillow lets others run while it decodes."""
+    """The images that can be read, uint8 [N, 3, side, side] or `stream` Files, and their rows."""
     def read(path):
         image = read_image(path, files.scale, skipped)
         return image if image is None or stream else to_square(image, files.side)
@@ -2326,10 +2331,16 @@ def shown(text):
     return text if text.isprintable() else ascii(text)
 
 
+def listed(names):
+    """At most five names, for a message of one line."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(shown(name)[:60] for name in names[:5]) + more
+
+
 def in_words(skipped):
     """`3 unreadable, 1 smaller than 8x8`"""
     counts = sorted(((len(paths), what) for what, paths in skipped.items() if paths), reverse=True)
-    return ", ".join(f"{count} {what}" for count, what in counts)
+    return listed([f"{count} {what}" for count, what in counts])
 
 
 def found_in_words(data):
@@ -2453,9 +2464,7 @@ def crop_one(image, crop, size, rng):
 
 
 def read_or_next(paths, scale, index):
-    """Image `index`, uint8 [3, H, W]. If it cannot be read, warn and take the next one.
-
-    Raises UserError if the file has vanished or no file can be read."""
+    """Image `index`, uint8 [3, H, W]. If it cannot be read, warn and take the next one."""
     for i in range(index, index + len(paths)):
         path = paths[i % len(paths)]
         image = read_image(path, scale)
@@ -2897,16 +2906,13 @@ def check_same_run(run, checkpoint):
 
 
 def same_statistics(before, now):
-    """Whether images are those of a checkpoint, by colours, scale and classes, but for rounding."""
-    if before is None:
-        return True  # an old one
-    try:
-        pairs = [(before[name], now[name]) for name in ("mean", "std", "scale", "class_names")]
-        pairs = [pair for x, y in pairs for pair in zip(x or [], y or [], strict=True)]
-        return all(x == y or (float in map(type, (x, y)) and math.isclose(x, y, rel_tol=1e-3))
-                   for x, y in pairs)
-    except (KeyError, TypeError, ValueError):
-        return False
+    """Whether colours, scale and classes are those of a checkpoint, but for rounding."""
+    with contextlib.suppress(KeyError, TypeError):
+        names = "mean", "std", "scale", "class_names"
+        old, new = ([x for name in names for x in s[name] or []] for s in (before or now, now))
+        return len(old) == len(new) and all(
+            x == y or math.isclose(x, y, rel_tol=1e-3) for x, y in zip(old, new, strict=True))
+    return False
 
 
 class DamagedError(UserError):

@@ -1220,3 +1220,92 @@ def test_no_warnings_of_pillow(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, tmp_path, ROOT, ROOT / "methods"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr and "/PIL/" not in done.stderr
+
+
+# ---- 7. Messages ---------------------------------------------------------------------------------
+
+
+def test_a_folder_without_its_data_set_is_refused(tmp_path):
+    fill_all(tmp_path, "cat", "dog")
+    result = run_here("cw_rgp", ["--data-dir", tmp_path])
+    assert is_one_line_error(result) and f"--data-dir {tmp_path} needs --dataset folder" in result.err
+    with pytest.raises(common.UserError, match="needs --dataset folder"):
+        cw_rgp.Args(data_dir=str(tmp_path))
+    cw_rgp.Args(data_dir="data"), cw_rgp.Args(data_dir=str(tmp_path), dataset="cifar10")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read every folder")
+def test_a_folder_that_may_not_be_read(tmp_path, capsys):
+    fill_all(tmp_path, "cat", "dog", "locked")
+    (tmp_path / "locked").chmod(0)
+    load(tmp_path)
+    assert "skipped: 1 folder(s) that may not be read" in first_line(capsys)
+
+
+def walk_without(monkeypatch, *locked):
+    """os.walk as one sees it who may not read these folders."""
+    scandir = os.scandir
+
+    def refuse(path="."):
+        if str(path) in map(str, locked):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+
+
+def test_a_folder_that_seems_not_to_be_readable(tmp_path, capsys, monkeypatch):
+    fill_all(tmp_path, "cat", "dog", "locked", "cat/test")
+    walk_without(monkeypatch, tmp_path / "locked", tmp_path / "cat" / "test")
+    assert load(tmp_path).class_names == ["cat", "dog"]
+    assert "skipped: 2 folder(s) that may not be read" in first_line(capsys)
+
+
+@pytest.mark.parametrize("name", ["", "train", "test", "Val"])
+def test_a_split_that_seems_not_to_be_readable_is_refused(tmp_path, monkeypatch, name):
+    fill_all(tmp_path, "train/cat", "train/dog", "test/cat", "Val/cat")
+    walk_without(monkeypatch, tmp_path / name if name else tmp_path)
+    assert f"{tmp_path / name} may not be read" in refusal(tmp_path)
+
+
+def test_lines_name_at_most_five(tmp_path, capsys):
+    fill_all(tmp_path, "cat", "dog")
+    for i in range(40):
+        (tmp_path / "cat" / f"x.kind{i}").write_bytes(b"")
+    load(tmp_path)
+    line = first_line(capsys)
+    assert line.count("of a kind") == 5 and line.endswith(" and 35 more") and len(line) < 330
+    fill_all(tmp_path, *(f"train{i}" for i in range(20)), "test", count=1)
+    message = refusal(tmp_path)
+    assert " and 16 more may be" in message and len(message) < 300 + len(str(tmp_path)) * 2
+    shutil.rmtree(tmp_path)
+    fill_all(tmp_path / "train", "a", "b")
+    fill_all(tmp_path / "test", *(f"class{i}" for i in range(30)), count=1)
+    assert "class11, class12 and 25 more has no" in refusal(tmp_path)
+
+
+def test_labels_csv_with_absolute_paths_blank_lines_and_repeated_lines(tmp_path, capsys):
+    fill(tmp_path)
+    (tmp_path / "labels.csv").write_text(f"\n  \nfile,label\n{tmp_path}/0.png,cat\n , \n1.png,dog\n1.png,dog\n2.png,cat\n\t\n3.png,dog\n,\n")
+    data = load(tmp_path, "--test-fraction", 0)
+    assert data.class_names == ["cat", "dog"] and data.train_labels.tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("text, part", [("0.png,cat\n1.png,cat\n", "labels.csv has only one label"), ("a.gif,cat\nb.gif,dog\n", "names none of the images; "
+                                        "its first is a.gif"), ("0.png,cat\nlabels.csv,dog\n", "line 3"), ("0.png,cat\n\n../outside.png,dog\n", "line 4"),
+                                        ("0.png,cat\n{root}/../outside.png,dog\n", "line 3"), ("x" * 9999 + ",cat\n", "line 2")])
+def test_a_labels_csv_that_names_no_images_of_two_classes(tmp_path, text, part):
+    fill(tmp_path / "images")
+    for name in ("images/a.gif", "images/b.gif", "outside.png"):
+        (tmp_path / name).write_bytes(b"GIF89a")
+    (tmp_path / "images" / "labels.csv").write_text("file,label\n" + text.replace("{root}", str(tmp_path / "images")))
+    message = refusal(tmp_path / "images")
+    assert part in message and len(message) < 300 + 2 * len(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["dev", "eval", "holdout", "hold_out", "unlabeled", "extra", "predict", "Evaluation"])
+def test_train_beside_what_is_no_class_is_refused(tmp_path, name):
+    fill_all(tmp_path, "train", name)
+    assert f"train, {name} may be training and test images or classes" in refusal(tmp_path)
+    fill_all(tmp_path / "other", "bus", name)
+    assert load(tmp_path / "other").class_names == sorted(["bus", name])
