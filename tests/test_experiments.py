@@ -1275,7 +1275,7 @@ def test_two_steps_end_to_end(name, argv, tmp_path):
 
     experiment = experiments.find(name)
     flags = {field: last["args"][field] for field in experiment.Args.__dataclass_fields__}
-    model = experiment.build(experiment.method.Args(**flags))  # as eval.py does
+    model = experiment.build(SimpleNamespace(**flags))  # as eval.py does
     model.load_state_dict(last["model"])
     assert type(model) is experiment.model
     trained = {k: v for k, v in model.named_parameters() if v.requires_grad}
