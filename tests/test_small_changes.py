@@ -510,7 +510,8 @@ def test_eval_extracts_all_images_with_the_flags_it_was_given(monkeypatch):
 
 def test_eval_measures_at_the_size_of_training_with_its_own_seed(monkeypatch):
     seen = []
-    monkeypatch.setattr(common, "load_data", lambda args, device, statistics: seen.append(args))
+    data = SimpleNamespace(test_note="")
+    monkeypatch.setattr(common, "load_data", lambda args, device, statistics: seen.append(args) or data)
     args = SimpleNamespace(dataset=None, data_dir=None, seed=5, num_workers=1)
     flags = {"dataset": "folder", "data_dir": "here", "image_size": 24, "seed": 2, "num_workers": 9, "batch_size": 128, "views": 2}
     evaluation.load_data(SimpleNamespace(args=SimpleNamespace(**flags), statistics=None), args, CPU)
