@@ -304,7 +304,7 @@ def laid_out(how):
     return edit
 
 
-@pytest.mark.parametrize("method", RUNS)
+@pytest.mark.parametrize("method", [m if m == "moco" else pytest.param(m, marks=pytest.mark.slow) for m in RUNS])
 def test_the_layout_of_a_moment_changes_no_number(stopped, finished, images, tmp_path, method):
     """The fused kernels pair weight and moment by memory order, and write past a tensor that repeats one number."""
     for how in ("channels first", "reversed", "gaps"):

@@ -337,7 +337,7 @@ def proposed_at_once(method, sizes, parse=False):
     return True
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["usual", "any", "huge"])
 @pytest.mark.parametrize("method", SIZES)
 def test_what_a_size_message_proposes_works_at_once(monkeypatch, method, kind, count):

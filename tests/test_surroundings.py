@@ -479,14 +479,14 @@ def limited(command, cwd):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("limit", [30, pytest.param(60, marks=SLOW)])
+@pytest.mark.parametrize("limit", [pytest.param(30, marks=SLOW), pytest.param(60, marks=SLOW)])
 def test_too_few_file_descriptors_are_one_line(images, tmp_path, limit):  # noqa: F811
-    words = " ".join([sys.executable, "-W", "ignore", str(SCRIPT), *arguments("moco", images, tmp_path / "run", "--stream", "--num-workers", "16")])
+    words = " ".join([sys.executable, "-W", "ignore", str(SCRIPT), *arguments("moco", images, tmp_path / "run", "--stream", "--num-workers", "6")])
     result = limited(f"ulimit -n {limit}; {words}", tmp_path)
     assert is_one_line_error(result) and "file descriptors" in result.err and "ulimit -n" in result.err, result.err
 
 
-@pytest.mark.parametrize("size", [pytest.param("4k", marks=SLOW), "100k"])
+@pytest.mark.parametrize("size", [pytest.param("4k", marks=SLOW), pytest.param("100k", marks=SLOW)])
 def test_a_small_dev_shm_is_one_line(images, tmp_path, size):  # noqa: F811
     """A real one, in a mount namespace of its own; skipped where the system does not allow that."""
     if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", "/dev/shm"], capture_output=True).returncode:
@@ -804,12 +804,11 @@ def test_a_path_with_a_null_byte_is_one_line():
         common.Args(out="a\0b")
 
 
-def test_a_symlinked_script_finds_common(tmp_path):
-    for script in ("methods/moco.py", "eval.py", "tests/experiments.py"):
-        (tmp_path / "linked").symlink_to(ROOT / script)
-        result = run_script(tmp_path / "linked", "--help", cwd=tmp_path)
-        assert result.status == 0 and ("[flags of the method]" in result.out or "usage" in result.out), result.err
-        (tmp_path / "linked").unlink()
+@pytest.mark.parametrize("script", ["methods/moco.py", pytest.param("eval.py", marks=SLOW), pytest.param("tests/experiments.py", marks=SLOW)])
+def test_a_symlinked_script_finds_common(tmp_path, script):
+    (tmp_path / "linked").symlink_to(ROOT / script)
+    result = run_script(tmp_path / "linked", "--help", cwd=tmp_path)
+    assert result.status == 0 and ("[flags of the method]" in result.out or "usage" in result.out), result.err
 
 
 @pytest.mark.parametrize("name", ["lock", "last.pt", "last.pt.tmp", "previous.pt", "backbone.pt"])
