@@ -13,52 +13,52 @@ folders, torchrun. A default run enters the command line, messages and files the
 #
 # What a method file calls, in this order:
 #
-#    123  Args               the flags that all nine methods share
-#    113  flag               a field of Args: default, help, bounds
-#   1633  main               run train(); print an expected error as one line
-#   1348  parse_args         Args from the command line
-#    206  set_up             device, precision, other processes
-#    244  load_data          read or draw the data set: Data
-#    491  build_backbone     the network whose output is H
-#    535  build_optimizer    Adam, SGD, LARS or Muon
-#    577  gives_back         signal handlers, lock and processes, when train() ends
-#    599  Run                the run's folder, checkpoints, log and checks
-#    845  distribute         the model for several processes, or compiled
-#    619  Run.resume         the step to start from, usually 0
-#    311  Data.batches       the batches of an epoch, uint8
-#    861  step_seed          the seed of a step's random draws
-#    326  Data.augment       the random views of a batch
-#    867  learning_rate      the schedule's factor at a step
-#    632  Run.guard          a failed decomposition becomes a clear error
-#    855  gather             embeddings of all processes, with gradient
-#   1792  mean_over_ranks    the mean of a tensor over the processes (MoCo)
-#    196  world_size         the number of processes (MoCo)
-#    201  rank               this process's number among them (MoCo)
-#    637  Run.watch          note whether loss and gradients are finite
-#    644  Run.progress       stop if they were not; show the status line
-#    655  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    663  Run.mean_loss      the mean loss of the epoch
-#   1141  extract            H of a set of images
-#   1163  project            Z of H
-#   1200  collapse_metrics   how much of its space a set of embeddings fills
-#   1174  knn_accuracy       accuracy of a vote among the nearest training images
-#    672  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    711  Run.save_backbone  write backbone.pt
-#    719  Run.close          print the scores
+#    129  Args               the flags that all nine methods share
+#    119  flag               a field of Args: default, help, bounds
+#   1639  main               run train(); print an expected error as one line
+#   1354  parse_args         Args from the command line
+#    212  set_up             device, precision, other processes
+#    250  load_data          read or draw the data set: Data
+#    497  build_backbone     the network whose output is H
+#    541  build_optimizer    Adam, SGD, LARS or Muon
+#    583  gives_back         signal handlers, lock and processes, when train() ends
+#    605  Run                the run's folder, checkpoints, log and checks
+#    851  distribute         the model for several processes, or compiled
+#    625  Run.resume         the step to start from, usually 0
+#    317  Data.batches       the batches of an epoch, uint8
+#    867  step_seed          the seed of a step's random draws
+#    332  Data.augment       the random views of a batch
+#    873  learning_rate      the schedule's factor at a step
+#    638  Run.guard          a failed decomposition becomes a clear error
+#    861  gather             embeddings of all processes, with gradient
+#   1798  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#    202  world_size         the number of processes (MoCo)
+#    207  rank               this process's number among them (MoCo)
+#    643  Run.watch          note whether loss and gradients are finite
+#    650  Run.progress       stop if they were not; show the status line
+#    661  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    669  Run.mean_loss      the mean loss of the epoch
+#   1147  extract            H of a set of images
+#   1169  project            Z of H
+#   1206  collapse_metrics   how much of its space a set of embeddings fills
+#   1180  knn_accuracy       accuracy of a vote among the nearest training images
+#    678  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    717  Run.save_backbone  write backbone.pt
+#    725  Run.close          print the scores
 #
 # Part II:
 #
-#   1276  Command line: flags from Args, checks, and sizes to propose
-#   1542  Messages and errors
-#   1698  Several processes
-#   1854  Data sets by name
-#   1942  Folders of images
-#   2358  Streaming
-#   2479  Recipes of augmentation
-#   2552  ResNets, LARS, Muon
-#   2682  Run folder and signals
-#   2864  Resume
-#   3110  Files of a run
+#   1282  Command line: flags from Args, checks, and sizes to propose
+#   1548  Messages and errors
+#   1704  Several processes
+#   1860  Data sets by name
+#   1948  Folders of images
+#   2364  Streaming
+#   2485  Recipes of augmentation
+#   2558  ResNets, LARS, Muon
+#   2688  Run folder and signals
+#   2870  Resume
+#   3116  Files of a run
 
 import argparse
 import collections
@@ -92,14 +92,20 @@ import warnings
 import zipfile
 import zlib
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn as nn
-import torch.nn.functional as F
-import torchvision
-from PIL import Image, ImageOps  # come with torchvision
-from torchvision.transforms.v2 import functional
+# A thread that waits for the others should not keep its core busy: another program may need it.
+# The OpenMP runtimes read these when torch loads them. A setting of your own wins.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
+    os.environ["GOMP_SPINCOUNT"] = "1000"  # GNU's runtime: turns of a loop
+    os.environ["KMP_BLOCKTIME"] = "1"  # LLVM's and Intel's: milliseconds
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn as nn  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import torchvision  # noqa: E402
+from PIL import Image, ImageOps  # noqa: E402  (come with torchvision)
+from torchvision.transforms.v2 import functional  # noqa: E402
 
 # ==============================================================================
 # Part I: what a method file calls

@@ -48,15 +48,15 @@ import os
 import sys
 from types import SimpleNamespace
 
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from torchvision.utils import make_grid, save_image
-
 HERE = os.path.dirname(os.path.realpath(__file__))
 METHOD_FOLDERS = [os.path.join(HERE, "methods"), HERE]
 sys.path[1:1] = [*METHOD_FOLDERS, os.path.join(HERE, "tests")]  # tests: for experiments.py
-import common  # noqa: E402
+import common  # noqa: E402  (before torch: it says how torch's threads wait for each other)
+
+import torch  # noqa: E402
+import torch.nn as nn  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torchvision.utils import make_grid, save_image  # noqa: E402
 
 FEATURES = {"H": "H", "Z": "Z", "W": "W whitened Z", "raw": "raw pixels",
             "untrained": "untrained H"}

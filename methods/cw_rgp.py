@@ -40,13 +40,14 @@ import os
 import sys
 from dataclasses import dataclass
 
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-
-# common.py lies one folder up, or beside a copy of this file.
+# common.py lies one folder up, or beside a copy of this file. It comes before torch, because it
+# says how torch's threads wait for each other.
 sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 import common  # noqa: E402
+
+import torch  # noqa: E402
+import torch.nn as nn  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
 # ==============================================================================
 # 2. Hyper-parameters: one line each; common.Args has those that all nine share

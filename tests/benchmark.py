@@ -1,137 +1,54 @@
 """What a training step costs beside the bare backbone: a script, not a test.
 
-    python tests/benchmark.py                                    # all nine, tiny, batch 256
-    python tests/benchmark.py --methods cw_rgp byol --backbone resnet18 --repeats 3
-    python tests/benchmark.py --methods wmse --flags "--proj-dim 128 --w-size 256 --views 4"
-    python tests/benchmark.py --grow                             # step time and peak memory as batch, d and views grow (a Markdown table)
+    python tests/benchmark.py                       # all nine, default flags
+    python tests/benchmark.py --busy 2              # with two busy programs on the machine
+    python tests/benchmark.py --methods wmse --flags "--proj-dim 128 --w-size 256" --repeats 3
+    python tests/benchmark.py --grow                # as batch, d and views grow: Markdown
 
-(a) bare: forward and backward of the backbone on the same views, in the same precision and memory layout; for MoCo and BYOL their own
-bare passes, the second encoder's forward included. (b) step: augmentation, forward, loss, backward, optimizer, the watch for
-non-finite numbers. Both are timed in turn, `--repeats` times after a warm-up; the medians and their ratio are printed, and where
-the rest of the step goes: `loss` is the step's forward and backward with the outputs of all networks given (whitening, logits, queue),
-`heads` what then remains of forward and backward (MoCo's includes the update of its target).
-Times are wall-clock milliseconds: run it on a machine that does nothing else.
+Times are medians of milliseconds by the clock on the wall. The columns:
+
+bare       forward and backward of the backbone on the same views; for MoCo and BYOL also the
+           forward of the target's backbone
+step       a step of train(): the six columns after images/s add up to it
+augment    the views
+network    forward and backward of the backbone, the heads and the loss
+loss       of `network`, the loss alone, measured with the outputs of all networks given
+heads      of `network`, what remains without `bare` and `loss`
+optimizer  the optimizer's step
+watch      the sum of the losses and the look for numbers that are not finite
+peak       arithmetic of `network` (products and convolutions) divided by the time of the step, as
+           a share of what a product of two 2048 x 2048 matrices reaches in the same precision
+
+Without --busy, run it on a machine that does nothing else.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import copy
 import importlib
 import multiprocessing
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
-import common  # noqa: E402
+import common  # noqa: E402  (before torch: it says how torch's threads wait for each other)
 
-METHODS = ("simclr", "moco", "byol", "simsiam", "barlow", "vicreg", "wmse", "shuffled_dbn", "cw_rgp")
+import torch  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-
-class Given(torch.nn.Module):
-    """Stands for a network: gives the outputs that it once had, whatever the input."""
-
-    def __init__(self, outputs):
-        super().__init__()
-        self.outputs, self.calls = outputs, 0
-
-    def forward(self, _):
-        self.calls += 1
-        return self.outputs[(self.calls - 1) % len(self.outputs)]
-
-
-def only_the_loss(model, views, autocast):
-    """A copy of the model in which every network is a `Given`: its forward and backward are those of the loss alone."""
-    outputs, hooks = {name: [] for name, _ in model.named_children()}, []
-    for name, child in model.named_children():
-        hooks.append(child.register_forward_hook(lambda module, inputs, output, name=name: outputs[name].append(output)))
-    with torch.autocast(**autocast):
-        model(views)
-    for hook in hooks:
-        hook.remove()
-    model = copy.copy(model)
-    model._modules = {name: Given([v.detach().requires_grad_(v.requires_grad) for v in values]) for name, values in outputs.items()}
-    model._buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in model._buffers.items()}
-    model.update_target = lambda: None  # MoCo
-    return model
-
-
-def measure(name, backbone, flags, repeats, with_loss=True):
-    """Median milliseconds of each part of a step, and of the bare passes."""
-    module = importlib.import_module(name)
-    args = module.parse_args(["--backbone", backbone, *shlex.split(flags)])
-    common.check(not args.compile, "--flags: --compile is not measured here; remove it")
-    args, device = common.set_up(args)
-    args.image_size = args.image_size or 32
-    torch.manual_seed(0)
-    images = torch.randint(0, 256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8, device=device)
-    numbers = torch.full((3, 1, 1), 0.5, device=device)
-    data = SimpleNamespace(args=args, device=device, size=args.image_size, mean=numbers, std=numbers, steps_per_epoch=100)
-    model = module.build(args).to(device, memory_format=torch.channels_last).train()
-    optimizer = common.build_optimizer(model, args)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    watch = SimpleNamespace(finite=common.FiniteWatch(model, SimpleNamespace(device=device), ""), loss_sum=loss_sum)  # what Run.watch uses of a run
-    autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    slow = getattr(model, "target_backbone", None)
-    parts, loss_only = {}, None
-
-    def clock(part, start):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        parts.setdefault(part, []).append(1000 * (now - start))
-        return now
-
-    for step in range(repeats + 2):
-        optimizer.zero_grad(set_to_none=True)  # of the step before: the bare pass, like the step, has nothing to add to
-        now = time.perf_counter()
-        views = common.Data.augment(data, images, step)
-        now = clock("augment", now)
-        with torch.autocast(**autocast):
-            h = [model.backbone(x) for x in views[: len(views) - (name == "moco")]]  # MoCo's last view only answers
-            if slow is not None:
-                with torch.no_grad():
-                    [slow(x) for x in (views if name == "byol" else views[1:])]
-        torch.autograd.backward(h, [torch.ones_like(v) for v in h])
-        clock("bare", now)
-        optimizer.zero_grad(set_to_none=True)
-        for outputs in watch.finite.outputs.values():
-            outputs.clear()
-        del h
-        now = time.perf_counter()
-        with torch.autocast(**autocast):
-            loss = model(views)
-        now = clock("forward", now)
-        loss.backward()
-        now = clock("backward", now)
-        optimizer.step()
-        if name == "byol":
-            model.update_target(0.5)
-        now = clock("optimizer", now)
-        common.Run.watch(watch, step, loss)
-        clock("watch", now)
-        if with_loss:
-            loss_only = loss_only or only_the_loss(model, views, autocast)
-            now = time.perf_counter()
-            with torch.autocast(**autocast):
-                loss = loss_only(views)
-            loss.backward()
-            clock("loss", now)
-    medians = {part: statistics.median(times[2:]) for part, times in parts.items()}
-    medians["step"] = sum(medians[part] for part in ("augment", "forward", "backward", "optimizer", "watch"))
-    memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else None
-    return medians, args, memory
-
-
-# method -> what grows beside the backbone's share, which is linear in batch and views
+METHODS = ("simclr", "moco", "byol", "simsiam", "barlow", "vicreg", "wmse", "shuffled_dbn",
+           "cw_rgp")
+GROW = {"default": "", "batch 128": "--batch-size 128", "batch 512": "--batch-size 512",
+        "batch 1024": "--batch-size 1024", "d 32": "--proj-dim 32", "d 128": "--proj-dim 128",
+        "d 512": "--proj-dim 512", "3 views": "--views 3", "4 views": "--views 4"}
+# What grows beside the backbone, whose cost is linear in batch and views.
 WHY = {
     "simclr": "logits (s N)^2",
     "moco": "N x queue logits; the queue is queue x d",
@@ -145,36 +62,212 @@ WHY = {
 }
 
 
+class Given(torch.nn.Module):
+    """Stands for a network: gives the outputs that it once had, whatever the input."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.outputs = outputs
+        self.calls = 0
+
+    def forward(self, _):
+        self.calls += 1
+        return self.outputs[(self.calls - 1) % len(self.outputs)]
+
+
+def only_the_loss(model, views, autocast):
+    """A copy of the model in which every network is a `Given`: its passes are the loss's."""
+    outputs = {name: [] for name, _ in model.named_children()}
+    hooks = []
+    for name, child in model.named_children():
+        def keep(module, inputs, output, name=name):
+            outputs[name].append(output.detach().requires_grad_(output.requires_grad))
+        hooks.append(child.register_forward_hook(keep))
+    with torch.autocast(**autocast):
+        model(views)
+    for hook in hooks:
+        hook.remove()
+    loss_only = copy.copy(model)
+    loss_only._modules = {name: Given(values) for name, values in outputs.items()}
+    loss_only._buffers = {name: buffer.clone() for name, buffer in model._buffers.items()}
+    loss_only.update_target = lambda: None  # MoCo, BYOL: it belongs to the networks
+    return loss_only
+
+
+class Stopwatch:
+    """Milliseconds of the parts of a step, in the order of the calls."""
+
+    def __init__(self, device):
+        self.device = device
+        self.parts = {}
+
+    def start(self):
+        self.wait()
+        self.began = time.perf_counter()
+
+    def stop(self, part):
+        self.wait()
+        now = time.perf_counter()
+        self.parts.setdefault(part, []).append(1000 * (now - self.began))
+        self.began = now
+
+    def wait(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def bare_pass(model, views, autocast):
+    """Forward and backward of the backbone, and the forward of a target's."""
+    target = getattr(model, "target_backbone", None)
+    one_way = hasattr(model, "queue")  # MoCo: the last view is no query, the first no key
+    with torch.autocast(**autocast):
+        h = [model.backbone(x) for x in (views[:-1] if one_way else views)]
+        if target is not None:
+            with torch.no_grad():
+                [target(x) for x in (views[1:] if one_way else views)]
+    torch.autograd.backward(h, [torch.ones_like(v) for v in h])
+
+
+def measure(name, backbone, flags, repeats, with_loss=True):
+    """(medians in ms, args, FLOP of `network`, MiB of a GPU's memory or None) of a method."""
+    module = importlib.import_module(name)
+    args = module.parse_args(["--backbone", backbone, *shlex.split(flags)])
+    common.check(not args.compile, "--flags: --compile is not measured here; remove it")
+    args, device = common.set_up(args)
+    args.image_size = size = args.image_size or 32
+    torch.manual_seed(0)
+    shape = args.batch_size, 3, size, size
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    half = torch.full((3, 1, 1), 0.5, device=device)
+    data = SimpleNamespace(args=args, device=device, size=size, mean=half, std=half)
+    model = module.build(args).to(device, memory_format=torch.channels_last).train()
+    optimizer = common.build_optimizer(model, args)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    finite = common.FiniteWatch(model, data, "")
+    autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.precision == "bf16")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    clock = Stopwatch(device)
+    loss_only, work = None, None
+    for step in range(repeats + 2):
+        clock.start()
+        views = common.Data.augment(data, images, step)
+        clock.stop("augment")
+        optimizer.zero_grad(set_to_none=True)
+        clock.start()
+        bare_pass(model, views, autocast)
+        clock.stop("bare")
+        finite.outputs = {name: [] for name in finite.outputs}  # of the bare pass
+        clock.start()
+        with torch.autocast(**autocast):
+            loss = model(views)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        clock.stop("network")
+        optimizer.step()
+        clock.stop("optimizer")
+        finite.note(step, loss)
+        loss_sum += loss.detach()
+        clock.stop("watch")
+        if work is None:
+            with FlopCounterMode(display=False) as counter, torch.autocast(**autocast):
+                model(views).backward()
+            work = counter.get_total_flops()
+        if with_loss:
+            loss_only = loss_only or only_the_loss(model, views, autocast)
+            clock.start()
+            with torch.autocast(**autocast):
+                loss = loss_only(views)
+            loss.backward()
+            clock.stop("loss")
+    ms = {part: statistics.median(times[2:]) for part, times in clock.parts.items()}
+    ms["step"] = ms["augment"] + ms["network"] + ms["optimizer"] + ms["watch"]
+    memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else None
+    return ms, args, work, memory
+
+
+def peak_speed(device, dtype, repeats=10):
+    """FLOP a second of a product of two 2048 x 2048 matrices: the fastest of `repeats`."""
+    a = torch.randn(2048, 2048, device=device).to(dtype)
+    clock = Stopwatch(device)
+    for _ in range(repeats + 2):
+        clock.start()
+        a @ a
+        clock.stop("product")
+    return 2 * 2048**3 / (min(clock.parts["product"][2:]) / 1000)
+
+
+@contextlib.contextmanager
+def busy_programs(count):
+    """`count` processes beside this one that compute without end."""
+    loop = [sys.executable, "-c", "while True: pass"]
+    programs = [subprocess.Popen(loop) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+
+
+def table(options):
+    """Print a row for each method."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{common.processor_name(device)}, {torch.get_num_threads()} threads, {options.busy} busy "
+          f"programs, torch {torch.__version__}; ms, medians of {options.repeats}")
+    parts = ("augment", "heads", "loss", "optimizer", "watch")
+    titles = "".join(f"{part:>10}" for part in parts)
+    print(f"{'method':13}{'bare':>9}{'step':>9}{'step/bare':>10}{'images/s':>9}{titles}{'peak':>7}")
+    for name in options.methods:
+        try:
+            ms, args, work, memory = measure(name, options.backbone, options.flags, options.repeats)
+        except common.UserError as error:  # sizes that this method does not take
+            print(f"{name:13}refused: {error}", flush=True)
+            continue
+        ms["heads"] = ms["network"] - ms["bare"] - ms["loss"]
+        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+        share = work / (ms["step"] / 1000) / peak_speed(device, dtype)
+        speed = 1000 * args.batch_size / ms["step"]
+        times = "".join(f"{ms[part]:10.1f}" for part in parts)
+        print(f"{name:13}{ms['bare']:9.1f}{ms['step']:9.1f}{ms['step'] / ms['bare']:10.2f}"
+              f"{speed:9.0f}{times}{100 * share:5.0f} %"
+              + (f"  {memory:.0f} MiB" if memory else ""), flush=True)
+
+
 def step_and_memory(name, backbone, flags, repeats):
-    """(milliseconds of a step, MiB at its peak beyond the process's own) - or the words of the refusal. Run in a fresh process."""
+    """(milliseconds of a step, MiB at its peak beyond the process's own), or a refusal's words.
+
+    Run it in a fresh process."""
     import resource  # not on Windows
 
-    def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)  # MiB
-
-    before = peak()
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     try:
-        ms, _, on_gpu = measure(name, backbone, flags, repeats, with_loss=False)
+        ms, _, _, on_gpu = measure(name, backbone, flags, repeats, with_loss=False)
     except common.UserError as refusal:
         return str(refusal)
-    return ms["step"], on_gpu or peak() - before
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return ms["step"], on_gpu or after - before
 
 
 def grow(options):
-    columns = {"default": "", "batch 128": "--batch-size 128", "batch 512": "--batch-size 512", "batch 1024": "--batch-size 1024",
-               "d 32": "--proj-dim 32", "d 128": "--proj-dim 128", "d 512": "--proj-dim 512", "3 views": "--views 3", "4 views": "--views 4"}
+    """Print a Markdown table of step time and memory over the columns of GROW."""
     refusals = []
     print("milliseconds of a step / MiB at its peak\n")
-    print("| method | " + " | ".join(columns) + " | what grows beside the backbone |")
-    print("|---" * (len(columns) + 2) + "|")
+    print("| method | " + " | ".join(GROW) + " | what grows beside the backbone |")
+    print("|---" * (len(GROW) + 2) + "|")
     for name in options.methods:
         cells = []
-        for column, flags in columns.items():
-            with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                found = process.submit(step_and_memory, name, options.backbone, f"{options.flags} {flags}", options.repeats).result()
+        for column, flags in GROW.items():
+            task = name, options.backbone, f"{options.flags} {flags}", options.repeats
+            fresh = multiprocessing.get_context("spawn")
+            with concurrent.futures.ProcessPoolExecutor(1, fresh) as process:
+                found = process.submit(step_and_memory, *task).result()
             if isinstance(found, str):
                 refusals.append(f"{name}, {column}: {found}")
-            cells.append("refused" if isinstance(found, str) else f"{found[0]:.0f} / {found[1]:.0f}")
+                cells.append("refused")
+            else:
+                cells.append(f"{found[0]:.0f} / {found[1]:.0f}")
         print(f"| {name} | " + " | ".join(cells) + f" | {WHY[name]} |", flush=True)
     print("\n".join(["", *refusals]))
 
@@ -183,24 +276,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--backbone", default="tiny")
-    parser.add_argument("--flags", default="", help="further flags for the method, in one string")
+    parser.add_argument("--flags", default="", help="flags of the method, in one string")
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--grow", action="store_true", help="vary batch, embedding size and views instead; every cell in a fresh process")
+    parser.add_argument("--busy", type=int, default=0, help="busy programs beside the measurement")
+    parser.add_argument("--grow", action="store_true",
+                        help="vary batch, embedding size and views; each cell in a fresh process")
     options = parser.parse_args()
-    print(f"{common.processor_name(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}, {torch.get_num_threads()} threads, torch {torch.__version__}; milliseconds, medians of {options.repeats}")
-    if options.grow:
-        return grow(options)
-    print(f"{'method':13}{'backbone':>10}{'bare':>9}{'step':>9}{'step/bare':>10}{'images/s':>10}{'augment':>9}{'heads':>8}{'loss':>8}{'optimizer':>10}{'watch':>7}  augment, loss %")
-    for name in options.methods:
-        try:
-            ms, args, memory = measure(name, options.backbone, options.flags, options.repeats)
-        except common.UserError as error:  # sizes that this method does not take; the others go on
-            print(f"{name:13}refused: {error}", flush=True)
-            continue
-        heads = ms["forward"] + ms["backward"] - ms["bare"] - ms["loss"]
-        print(f"{name:13}{options.backbone:>10}{ms['bare']:9.1f}{ms['step']:9.1f}{ms['step'] / ms['bare']:10.2f}{1000 * args.batch_size / ms['step']:10.0f}"
-              f"{ms['augment']:9.1f}{heads:8.1f}{ms['loss']:8.1f}{ms['optimizer']:10.1f}{ms['watch']:7.1f}{100 * ms['augment'] / ms['step']:7.1f} %{100 * ms['loss'] / ms['step']:6.1f} %"
-              + (f"  {memory:.0f} MiB" if memory else ""), flush=True)
+    with busy_programs(options.busy):
+        (grow if options.grow else table)(options)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,6 @@ import sys
 import textwrap
 from dataclasses import dataclass
 
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 sys.path[1:1] = [ROOT, os.path.join(ROOT, "methods")]
 import barlow  # noqa: E402
@@ -37,6 +33,9 @@ import moco  # noqa: E402
 import simclr  # noqa: E402
 import simsiam  # noqa: E402
 import vicreg  # noqa: E402
+import torch  # noqa: E402
+import torch.nn as nn  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 import wmse  # noqa: E402
 from byol import byol_loss  # noqa: E402
 from cw_rgp import InverseSquareRoot, channel_whiten  # noqa: E402
