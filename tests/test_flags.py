@@ -34,7 +34,7 @@ SHARED = {
     "proj_layers": (int, 2, "[1, 8]"),
     "epochs": (int, 10, "[1, 1000000]"),
     "batch_size": (int, 256, "[2, inf)"),
-    "optimizer": (str, "adam", "adam sgd lars muon"),
+    "optimizer": (str, None, "adam sgd lars muon"),
     "lr": (float, 0.003, "(0, 10000]"),
     "lr_bias": (float, None, "(0, 10000]"),
     "lr_filters": (float, None, "(0, 10000]"),
@@ -243,6 +243,15 @@ def test_set_up_completes_a_copy():
     assert vars(args) == before and args.lr_bias is None and args.lr_filters is None and args.precision == "auto"
     assert done is not args and type(done) is type(args) and device == torch.device("cpu")
     assert (done.lr_bias, done.lr_filters) == (0.5, 0.1) and done.precision in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize("backbone, given, expected", [
+    ("tiny", None, "muon"), ("resnet18", None, "adam"), ("tiny", "adam", "adam"), ("resnet18", "muon", "muon"),
+])
+def test_the_default_optimizer_is_muon_for_tiny_and_adam_for_resnets(backbone, given, expected):
+    done, _ = common.set_up(args_of("simclr", backbone=backbone, optimizer=given, device="cpu"))
+    assert done.optimizer == expected and done.lr_filters == (0.1 if expected == "muon" else None)
+    assert done.given["optimizer"] == given
 
 
 # ---- a run ---------------------------------------------------------------------------------------

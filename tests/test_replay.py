@@ -23,7 +23,7 @@ import common
 pytestmark = pytest.mark.usefixtures("narrow_backbone")
 SEED, BATCH, STEPS, EPOCHS, SIDE, SIZE = 3, 8, 3, 2, 10, 8  # three steps an epoch, images of 10 pixels, views of 8
 TOTAL = STEPS * EPOCHS
-RATES = dict(lr=0.01, lr_bias=0.02, weight_decay=0.1, warmup=2)
+RATES = dict(optimizer="adam", lr=0.01, lr_bias=0.02, weight_decay=0.1, warmup=2)
 MOMENTUM = 0.9
 OWN = {
     "simclr": dict(proj_dim=8), "moco": dict(proj_dim=8, queue_size=20, bn_splits=2, momentum=MOMENTUM),
