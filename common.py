@@ -2,63 +2,64 @@
 
 To borrow a method, copy its file and this one into a folder of your own.
 
-Part I is what train() and the models call in a run with default flags, by topic. The contents
-below are in the order of the calls. Part II is the rest: the command line, messages, files, image
-folders, torchrun. A default run enters the command line, messages and files there, too.
+Part I is what train() and the models call in a run with default flags, in the order of the calls,
+except that a class stays in one piece. Part II is the rest; a default run enters its command line,
+messages and files, too, but they would make Part I too long to read at one sitting.
 """
 
 # ==============================================================================
 # Contents (`python tests/test_common.py` writes the line numbers)
 # ==============================================================================
 #
-# What a method file calls, in this order:
+# Part I, what a method file calls:
 #
-#    123  Args               the flags that all nine methods share
-#    113  flag               a field of Args: default, help, bounds
-#   1633  main               run train(); print an expected error as one line
-#   1348  parse_args         Args from the command line
-#    206  set_up             device, precision, other processes
-#    244  load_data          read or draw the data set: Data
-#    491  build_backbone     the network whose output is H
-#    535  build_optimizer    Adam, SGD, LARS or Muon
-#    577  gives_back         signal handlers, lock and processes, when train() ends
-#    599  Run                the run's folder, checkpoints, log and checks
-#    845  distribute         the model for several processes, or compiled
-#    619  Run.resume         the step to start from, usually 0
-#    311  Data.batches       the batches of an epoch, uint8
-#    861  step_seed          the seed of a step's random draws
-#    326  Data.augment       the random views of a batch
-#    867  learning_rate      the schedule's factor at a step
-#    632  Run.guard          a failed decomposition becomes a clear error
-#    855  gather             embeddings of all processes, with gradient
-#   1792  mean_over_ranks    the mean of a tensor over the processes (MoCo)
-#    196  world_size         the number of processes (MoCo)
-#    201  rank               this process's number among them (MoCo)
-#    637  Run.watch          note whether loss and gradients are finite
-#    644  Run.progress       stop if they were not; show the status line
-#    655  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    663  Run.mean_loss      the mean loss of the epoch
-#   1141  extract            H of a set of images
-#   1163  project            Z of H
-#   1200  collapse_metrics   how much of its space a set of embeddings fills
-#   1174  knn_accuracy       accuracy of a vote among the nearest training images
-#    672  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    711  Run.save_backbone  write backbone.pt
-#    719  Run.close          print the scores
+#    114  flag               a field of Args: default, help, bounds
+#    124  Args               the flags that all nine methods share
+#    197  world_size         the number of processes (MoCo)
+#    202  rank               this process's number among them (MoCo)
+#    211  gives_back         signal handlers, lock and processes, when train() ends
+#    233  set_up             device, precision, other processes
+#    271  load_data          read or draw the data set: Data
+#    518  build_backbone     the network whose output is H
+#    562  build_optimizer    Adam, SGD, LARS or Muon
+#    601  Run                the run's folder, checkpoints, log and checks
+#    829  distribute         the model for several processes, or compiled
+#    621  Run.resume         the step to start from, usually 0
+#    338  Data.batches       the batches of an epoch, uint8
+#    839  step_seed          the seed of a step's random draws
+#    353  Data.augment       the random views of a batch
+#   1102  learning_rate      the schedule's factor at a step
+#    634  Run.guard          a failed decomposition becomes a clear error
+#   1118  gather             embeddings of all processes, with gradient
+#    639  Run.watch          note whether loss and gradients are finite
+#    646  Run.progress       stop if they were not; show the status line
+#    657  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    665  Run.mean_loss      the mean loss of the epoch
+#   1128  extract            H of a set of images
+#   1150  project            Z of H
+#   1161  collapse_metrics   how much of its space a set of embeddings fills
+#   1215  knn_accuracy       accuracy of a vote among the nearest training images
+#    674  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    713  Run.save_backbone  write backbone.pt
+#    721  Run.close          print the scores
 #
-# Part II:
+# Part II, the three names of it that a method file calls, and its sections:
 #
-#   1276  Command line: flags from Args, checks, and sizes to propose
-#   1542  Messages and errors
-#   1698  Several processes
-#   1854  Data sets by name
-#   1942  Folders of images
-#   2358  Streaming
-#   2479  Recipes of augmentation
-#   2552  ResNets, LARS, Muon
-#   2682  Run folder and signals
-#   2864  Resume
-#   3110  Files of a run
+#   1641  main               run train(); print an expected error as one line
+#   1356  parse_args         Args from the command line
+#   1800  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#
+#   1284  Command line: flags from Args, checks, and sizes to propose
+#   1550  Messages and errors
+#   1706  Several processes
+#   1862  Data sets by name
+#   1950  Folders of images
+#   2366  Streaming
+#   2487  Recipes of augmentation
+#   2560  ResNets, LARS, Muon
+#   2690  Run folder and signals
+#   2872  Resume
+#   3118  Files of a run
 
 import argparse
 import collections
@@ -190,7 +191,7 @@ class Args:
         check_args(self)
 
 
-# ==== Device ====
+# ==== Start and end of train() ====
 
 
 def world_size():
@@ -201,6 +202,32 @@ def world_size():
 def rank():
     """This process's number among them, from 0; 0 without torchrun."""
     return from_environment("RANK", 0)
+
+
+TRAINING = threading.RLock()  # one train() at a time: the random draws of two would mix
+ENDINGS = []  # an ExitStack of the train() that runs
+
+
+def gives_back(train):
+    """Decorates train(): however it ends, what at_end() was given is called."""
+
+    @functools.wraps(train)
+    def train_alone(*args, **more):
+        kind = train.__globals__.get("Args")
+        for given in [*args, *more.values()][:1] if kind else []:
+            check_kind(more.get("args", given), kind)
+        with TRAINING, contextlib.ExitStack() as ending:
+            ENDINGS.append(ending)
+            ending.callback(ENDINGS.pop)
+            return train(*args, **more)
+
+    return train_alone
+
+
+def at_end(function):
+    """Call function() when train() ends."""
+    for ending in ENDINGS[-1:]:
+        ending.callback(function)
 
 
 def set_up(args):
@@ -570,31 +597,6 @@ def build_optimizer(model, args):
 
 # ==== Run ====
 
-TRAINING = threading.RLock()  # one train() at a time: the random draws of two would mix
-ENDINGS = []  # an ExitStack of the train() that runs
-
-
-def gives_back(train):
-    """Decorates train(): however it ends, what at_end() was given is called."""
-
-    @functools.wraps(train)
-    def train_alone(*args, **more):
-        kind = train.__globals__.get("Args")
-        for given in [*args, *more.values()][:1] if kind else []:
-            check_kind(more.get("args", given), kind)
-        with TRAINING, contextlib.ExitStack() as ending:
-            ENDINGS.append(ending)
-            ending.callback(ENDINGS.pop)
-            return train(*args, **more)
-
-    return train_alone
-
-
-def at_end(function):
-    """Call function() when train() ends."""
-    for ending in ENDINGS[-1:]:
-        ending.callback(function)
-
 
 class Run:
     """One training: its folder, checkpoints, log and checks.
@@ -821,25 +823,7 @@ class FiniteWatch:
             stop_non_finite(step, "the whitening", self.data, self.folder)
 
 
-def row_in_words(row):
-    """`loss 0.1234  kNN 65.43 %  ...` of a row of metrics.csv."""
-    words = f"loss {row['loss']:.4f}"
-    if row["knn"] != "":
-        words += f"  kNN {100 * row['knn']:5.2f} %"
-    if "rank" in row:
-        words += f"  std*sqrt(d) {row['std_sqrt_d']:.2f}  rank {row['rank_1pct']:.0f}"
-    return f"{words}  {row['images_per_s']:.0f} images/s"
-
-
-def format_seconds(seconds):
-    """`3m07s` or `1h02m`."""
-    seconds = int(seconds)
-    if seconds >= 3600:
-        return f"{seconds // 3600}h{seconds // 60 % 60:02d}m"
-    return f"{seconds // 60}m{seconds % 60:02d}s"
-
-
-# ==== Processes, random draws, learning rate ====
+# ==== A step: model and seed ====
 
 
 def distribute(model, args):
@@ -852,35 +836,13 @@ def distribute(model, args):
     return model if world_size() == 1 else data_parallel(model)
 
 
-def gather(z):
-    """[n, d] of this process -> [N, d] of the global batch, with gradient, float32 or better."""
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    return GatherRows.apply(z) if dist.is_initialized() else z
-
-
 def step_seed(seed, step):
     """The seed of a step's permutations and partitions, the same in all processes."""
     # 32 bits, because torch's CPU generator ignores all higher ones
     return int(np.random.SeedSequence((seed, 3, step)).generate_state(1)[0])
 
 
-def learning_rate(args, step, total_steps, steps_per_epoch):
-    """The factor in [0, 1] of the peak learning rate at `step` (0 ... total_steps - 1).
-
-    Linear warm-up (1 / warmup in the first step), then `cosine` to 0, or `constant`, or `step`:
-    x 0.2 at 50 and again at 25 epochs before the end (W-MSE and CW-RGP code)."""
-    warmup = min(500, total_steps // 10) if args.warmup is None else args.warmup
-    if step < warmup:
-        return (step + 1) / warmup
-    if args.schedule == "cosine":
-        return (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup))) / 2
-    if args.schedule == "step":
-        drops = [total_steps - epochs * steps_per_epoch for epochs in (50, 25)]
-        return 0.2 ** sum(step >= drop > 0 for drop in drops)  # none before the start of the run
-    return 1.0
-
-
-# ==== Augmentation ====
+# ==== A step: views ====
 
 
 @torch.no_grad()
@@ -1134,6 +1096,31 @@ def change(name, x, *settings):
     return torch.where(x >= 0.5, 1 - x, x)  # solarize
 
 
+# ==== A step: learning rate, embeddings ====
+
+
+def learning_rate(args, step, total_steps, steps_per_epoch):
+    """The factor in [0, 1] of the peak learning rate at `step` (0 ... total_steps - 1).
+
+    Linear warm-up (1 / warmup in the first step), then `cosine` to 0, or `constant`, or `step`:
+    x 0.2 at 50 and again at 25 epochs before the end (W-MSE and CW-RGP code)."""
+    warmup = min(500, total_steps // 10) if args.warmup is None else args.warmup
+    if step < warmup:
+        return (step + 1) / warmup
+    if args.schedule == "cosine":
+        return (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup))) / 2
+    if args.schedule == "step":
+        drops = [total_steps - epochs * steps_per_epoch for epochs in (50, 25)]
+        return 0.2 ** sum(step >= drop > 0 for drop in drops)  # none before the start of the run
+    return 1.0
+
+
+def gather(z):
+    """[n, d] of this process -> [N, d] of the global batch, with gradient, float32 or better."""
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return GatherRows.apply(z) if dist.is_initialized() else z
+
+
 # ==== Measuring ====
 
 
@@ -1169,32 +1156,6 @@ def project(projector, h, precision="fp32"):
         z = torch.cat([projector(part).float() for part in h.split(1000)])
     projector.train(was_training)
     return z
-
-
-def knn_accuracy(bank, bank_labels, queries, query_labels, k=20, temperature=0.07):
-    """Accuracy (0 ... 1) of a vote among the k nearest rows of the bank [N, d] for queries [M, d].
-
-    With a temperature: cosine similarity, and a neighbour votes with weight exp(cos / temperature)
-    (Wu et al. 2018, arXiv 1805.01978). With temperature=None: Euclidean distance, one vote each,
-    and a tie goes to the smallest label (W-MSE code). The labels are int64 [N] and [M]."""
-    k = min(k, len(bank))
-    classes = int(max(bank_labels.max(), query_labels.max())) + 1
-    bank, queries = bank.float(), queries.float()
-    if temperature is not None:
-        bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    squares = bank.square().sum(1)  # [N]
-    correct = 0
-    for rows, labels in zip(queries.split(1000), query_labels.split(1000)):
-        if temperature is None:  # [m, N]: |row|^2 minus the squared distance
-            nearest, index = (2 * rows @ bank.T - squares).topk(k, dim=1)
-            weights = torch.ones_like(nearest)
-        else:
-            nearest, index = (rows @ bank.T).topk(k, dim=1)
-            weights = ((nearest - nearest[:, :1]) / temperature).exp()  # [m, k]
-        votes = torch.zeros(len(rows), classes, device=rows.device)
-        votes.scatter_add_(1, bank_labels[index], weights)
-        correct += (votes.argmax(1) == labels).sum()  # argmax: the first of equal maxima
-    return float(correct) / len(queries)
 
 
 def collapse_metrics(z, eps=1e-4):
@@ -1251,6 +1212,45 @@ def mean_correlation(covariance):
     return (correlation.sum() - correlation.diagonal().sum()) / max(1, d * (d - 1))
 
 
+def knn_accuracy(bank, bank_labels, queries, query_labels, k=20, temperature=0.07):
+    """Accuracy (0 ... 1) of a vote among the k nearest rows of the bank [N, d] for queries [M, d].
+
+    With a temperature: cosine similarity, and a neighbour votes with weight exp(cos / temperature)
+    (Wu et al. 2018, arXiv 1805.01978). With temperature=None: Euclidean distance, one vote each,
+    and a tie goes to the smallest label (W-MSE code). The labels are int64 [N] and [M]."""
+    k = min(k, len(bank))
+    classes = int(max(bank_labels.max(), query_labels.max())) + 1
+    bank, queries = bank.float(), queries.float()
+    if temperature is not None:
+        bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    squares = bank.square().sum(1)  # [N]
+    correct = 0
+    for rows, labels in zip(queries.split(1000), query_labels.split(1000)):
+        if temperature is None:  # [m, N]: |row|^2 minus the squared distance
+            nearest, index = (2 * rows @ bank.T - squares).topk(k, dim=1)
+            weights = torch.ones_like(nearest)
+        else:
+            nearest, index = (rows @ bank.T).topk(k, dim=1)
+            weights = ((nearest - nearest[:, :1]) / temperature).exp()  # [m, k]
+        votes = torch.zeros(len(rows), classes, device=rows.device)
+        votes.scatter_add_(1, bank_labels[index], weights)
+        correct += (votes.argmax(1) == labels).sum()  # argmax: the first of equal maxima
+    return float(correct) / len(queries)
+
+
+# ==== Words for the screen ====
+
+
+def row_in_words(row):
+    """`loss 0.1234  kNN 65.43 %  ...` of a row of metrics.csv."""
+    words = f"loss {row['loss']:.4f}"
+    if row["knn"] != "":
+        words += f"  kNN {100 * row['knn']:5.2f} %"
+    if "rank" in row:
+        words += f"  std*sqrt(d) {row['std_sqrt_d']:.2f}  rank {row['rank_1pct']:.0f}"
+    return f"{words}  {row['images_per_s']:.0f} images/s"
+
+
 def collapse_in_words(figures, dim):
     """A sentence if the figures of collapse_metrics show a collapse, else an empty string.
 
@@ -1267,6 +1267,14 @@ def collapse_in_words(figures, dim):
         return ("DIMENSIONAL COLLAPSE: one direction has nearly all of the embeddings' variance "
                 f"(stable_rank_sq {figures['stable_rank_sq']:.2f}, 1 is the least)")
     return ""
+
+
+def format_seconds(seconds):
+    """`3m07s` or `1h02m`."""
+    seconds = int(seconds)
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds // 60 % 60:02d}m"
+    return f"{seconds // 60}m{seconds % 60:02d}s"
 
 
 # ==============================================================================
