@@ -20,46 +20,46 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #    211  gives_back         signal handlers, lock and processes, when train() ends
 #    233  set_up             device, precision, other processes
 #    271  load_data          read or draw the data set: Data
-#    518  build_backbone     the network whose output is H
-#    562  build_optimizer    Adam, SGD, LARS or Muon
-#    601  Run                the run's folder, checkpoints, log and checks
-#    829  distribute         the model for several processes, or compiled
-#    621  Run.resume         the step to start from, usually 0
-#    338  Data.batches       the batches of an epoch, uint8
-#    839  step_seed          the seed of a step's random draws
-#    353  Data.augment       the random views of a batch
-#   1102  learning_rate      the schedule's factor at a step
-#    634  Run.guard          a failed decomposition becomes a clear error
-#   1118  gather             embeddings of all processes, with gradient
-#    639  Run.watch          note whether loss and gradients are finite
-#    646  Run.progress       stop if they were not; show the status line
-#    657  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    665  Run.mean_loss      the mean loss of the epoch
-#   1128  extract            H of a set of images
-#   1150  project            Z of H
-#   1161  collapse_metrics   how much of its space a set of embeddings fills
-#   1215  knn_accuracy       accuracy of a vote among the nearest training images
-#    674  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    713  Run.save_backbone  write backbone.pt
-#    721  Run.close          print the scores
+#    519  build_backbone     the network whose output is H
+#    563  build_optimizer    Adam, SGD, LARS or Muon
+#    602  Run                the run's folder, checkpoints, log and checks
+#    830  distribute         the model for several processes, or compiled
+#    622  Run.resume         the step to start from, usually 0
+#    339  Data.batches       the batches of an epoch, uint8
+#    842  step_seed          the seed of a step's random draws
+#    354  Data.augment       the random views of a batch
+#   1105  learning_rate      the schedule's factor at a step
+#    635  Run.guard          a failed decomposition becomes a clear error
+#   1121  gather             embeddings of all processes, with gradient
+#    640  Run.watch          note whether loss and gradients are finite
+#    647  Run.progress       stop if they were not; show the status line
+#    658  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    666  Run.mean_loss      the mean loss of the epoch
+#   1131  extract            H of a set of images
+#   1153  project            Z of H
+#   1164  collapse_metrics   how much of its space a set of embeddings fills
+#   1218  knn_accuracy       accuracy of a vote among the nearest training images
+#    675  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    714  Run.save_backbone  write backbone.pt
+#    722  Run.close          print the scores
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1641  main               run train(); print an expected error as one line
-#   1356  parse_args         Args from the command line
-#   1800  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1644  main               run train(); print an expected error as one line
+#   1359  parse_args         Args from the command line
+#   1803  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1284  Command line: flags from Args, checks, and sizes to propose
-#   1550  Messages and errors
-#   1706  Several processes
-#   1862  Data sets by name
-#   1950  Folders of images
-#   2366  Streaming
-#   2487  Recipes of augmentation
-#   2560  ResNets, LARS, Muon
-#   2690  Run folder and signals
-#   2872  Resume
-#   3118  Files of a run
+#   1287  Command line: flags from Args, checks, and sizes to propose
+#   1553  Messages and errors
+#   1709  Several processes
+#   1851  Data sets by name
+#   1941  Folders of images
+#   2357  Streaming
+#   2478  Recipes of augmentation
+#   2551  ResNets, LARS, Muon
+#   2681  Run folder and signals
+#   2863  Resume
+#   3109  Files of a run
 
 import argparse
 import collections
@@ -276,7 +276,8 @@ def load_data(args, device, statistics=None):
     args.image_size = args.image_size or DEFAULT_IMAGE_SIZE.get(args.dataset)
     if args.dataset == "patterns":
         train, labels, test, test_labels = make_patterns()
-        data = Data(args, device, train, labels, test, test_labels, PATTERN_CLASSES)
+        data = Data(args, device, train=train, labels=labels, test=test, test_labels=test_labels,
+                    class_names=PATTERN_CLASSES)
     elif args.dataset == "folder":
         data = load_folder(args, device, args.data_dir, statistics)
     else:
@@ -832,7 +833,9 @@ def distribute(model, args):
     if world_size() > 1:
         synchronise_batch_norm(model)
     if args.compile:
-        compile_backbones(model)
+        for name, module in model.named_children():
+            if name.endswith("backbone"):  # that of a slow copy too
+                module.forward = torch.compile(module.forward)  # names in a checkpoint stay
     return model if world_size() == 1 else data_parallel(model)
 
 
@@ -1830,25 +1833,11 @@ class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def synchronise_batch_norm(model):
-    """Replace plain batch norms, in place, by those of the global batch; the parameters stay."""
-    for name, child in model.named_children():
-        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            kind = nn.SyncBatchNorm if next(model.parameters()).is_cuda else CPUSyncBatchNorm
-            new = kind(child.num_features, child.eps, child.momentum, child.affine,
-                       child.track_running_stats)
-            new.weight, new.bias = child.weight, child.bias
-            new.running_mean, new.running_var = child.running_mean, child.running_var
-            new.num_batches_tracked = child.num_batches_tracked
-            setattr(model, name, new)
-        else:
-            synchronise_batch_norm(child)
-
-
-def compile_backbones(model):
-    """torch.compile the backbones of a model, that of MoCo's and BYOL's slow copy too."""
-    for name, module in model.named_children():
-        if name.endswith("backbone"):
-            module.forward = torch.compile(module.forward)  # so its names in a checkpoint stay
+    """Turn plain batch norms, in place, into those of the global batch."""
+    kind = nn.SyncBatchNorm if next(model.parameters()).is_cuda else CPUSyncBatchNorm
+    for module in model.modules():
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            module.__class__, module.process_group = kind, None  # None: all processes
 
 
 def data_parallel(model):
@@ -1898,10 +1887,11 @@ def load_torchvision(args, device):
         parts.append(local_or_downloaded(args, archive, open_split))
     train, test = parts[:2]
     if args.dataset == "stl10":
-        return Data(args, device, train.data, train.labels, test.data, test.labels, train.classes,
-                    unlabeled=parts[2].data)
+        return Data(args, device, train=train.data, labels=train.labels, test=test.data,
+                    test_labels=test.labels, class_names=train.classes, unlabeled=parts[2].data)
     images = [part.data.transpose(0, 3, 1, 2) for part in parts]  # -> [N, 3, 32, 32]
-    return Data(args, device, images[0], train.targets, images[1], test.targets, train.classes)
+    return Data(args, device, train=images[0], labels=train.targets, test=images[1],
+                test_labels=test.targets, class_names=train.classes)
 
 
 def local_or_downloaded(args, archive, open_dataset):
@@ -1944,7 +1934,8 @@ def load_tinyimagenet(args, device):
         rows = [line.split("\t")[:2] for line in file if line.strip()]
     test = [(os.path.join("val", "images", name), wnid) for name, wnid in rows]
     skipped = collections.defaultdict(list)
-    return data_from_files(args, device, root, "train", train, test, "", skipped)
+    return data_from_files(args, device, root, split="train", train=train, test=test, note="",
+                           skipped=skipped)
 
 
 # ==== Folders of images ====
@@ -1977,8 +1968,8 @@ def load_folder(args, device, root, statistics=None):
     strange = sorted({name for _, name in test if names} - {*names, None})
     check(not strange, f"--data-dir {root}: {note[2:-1]}{listed(strange)} has no "
           f"counterpart in {place}; remove it, or add training images of it")
-    return data_from_files(args, device, root, splits["train"], train, test, note, skipped,
-                           statistics)
+    return data_from_files(args, device, root, split=splits["train"], train=train, test=test,
+                           note=note, skipped=skipped, statistics=statistics)
 
 
 def check_classes(root, place, train):
@@ -2615,7 +2606,7 @@ class LARS(torch.optim.Optimizer):
                     norm, update_norm = w.norm(), update.norm()
                     ratio = group["trust"] * norm / update_norm
                     defined = (norm > 0) & (update_norm > 0)
-                    update = update * torch.where(defined, ratio, torch.ones_like(ratio))
+                    update = update * torch.where(defined, ratio, 1.0)
                 if "velocity" not in self.state[w]:
                     self.state[w]["velocity"] = torch.zeros_like(w)
                 velocity = self.state[w]["velocity"]
