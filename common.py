@@ -47,19 +47,19 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #
 #   1644  main               run train(); print an expected error as one line
 #   1359  parse_args         Args from the command line
-#   1803  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1801  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
 #   1287  Command line: flags from Args, checks, and sizes to propose
 #   1553  Messages and errors
 #   1709  Several processes
-#   1851  Data sets by name
-#   1941  Folders of images
-#   2357  Streaming
-#   2478  Recipes of augmentation
-#   2551  ResNets, LARS, Muon
-#   2681  Run folder and signals
-#   2863  Resume
-#   3109  Files of a run
+#   1849  Data sets by name
+#   1939  Folders of images
+#   2355  Streaming
+#   2476  Recipes of augmentation
+#   2549  ResNets, LARS, Muon
+#   2679  Run folder and signals
+#   2861  Resume
+#   3107  Files of a run
 
 import argparse
 import collections
@@ -354,7 +354,7 @@ class Data:
     def augment(self, batch, step):
         """The random views of a batch: a list of float32 [n, 3, size, size]."""
         args = self.args
-        return augment(batch, args.augment, args.views, self.size, self.mean, self.std,
+        return augment(batch, args.augment, args.views, self.size, mean=self.mean, std=self.std,
                        seed=args.seed, step=step, rank=rank(), world_size=world_size())
 
     def eval_views(self, images, index, batch_size):
@@ -1776,9 +1776,7 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)  # the sum over the processes
-        return gradient.chunk(world_size())[rank()]
+        return all_reduced(gradient).chunk(world_size())[rank()]
 
 
 class SumOverRanks(torch.autograd.Function):
@@ -1795,7 +1793,7 @@ class SumOverRanks(torch.autograd.Function):
 
 def all_reduced(x):
     """The sum of a tensor over the processes, without gradient."""
-    x = x.detach().clone()
+    x = x.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x)
     return x
 
@@ -2149,7 +2147,7 @@ def data_from_files(args, device, root, split, train, test, note, skipped, stati
         labels = [number_of[name] for _, name in images if name in number_of]
         parts += [part if images else None, labels or None]
     data = Data(args, device, *parts, class_names)
-    describe(data, train, test, note, sides, scale, words)
+    describe(data, train, test, note=note, sides=sides, scale=scale, words=words)
     return data
 
 
