@@ -23,43 +23,43 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #    519  build_backbone     the network whose output is H
 #    563  build_optimizer    Adam, SGD, LARS or Muon
 #    602  Run                the run's folder, checkpoints, log and checks
-#    830  distribute         the model for several processes, or compiled
+#    829  distribute         the model for several processes, or compiled
 #    622  Run.resume         the step to start from, usually 0
 #    339  Data.batches       the batches of an epoch, uint8
-#    842  step_seed          the seed of a step's random draws
+#    841  step_seed          the seed of a step's random draws
 #    354  Data.augment       the random views of a batch
-#   1105  learning_rate      the schedule's factor at a step
+#   1104  learning_rate      the schedule's factor at a step
 #    635  Run.guard          a failed decomposition becomes a clear error
-#   1121  gather             embeddings of all processes, with gradient
-#    640  Run.watch          note whether loss and gradients are finite
-#    647  Run.progress       stop if they were not; show the status line
-#    658  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    666  Run.mean_loss      the mean loss of the epoch
-#   1131  extract            H of a set of images
-#   1153  project            Z of H
-#   1164  collapse_metrics   how much of its space a set of embeddings fills
-#   1218  knn_accuracy       accuracy of a vote among the nearest training images
-#    675  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    714  Run.save_backbone  write backbone.pt
-#    722  Run.close          print the scores
+#   1120  gather             embeddings of all processes, with gradient
+#    639  Run.watch          note whether loss and gradients are finite
+#    646  Run.progress       stop if they were not; show the status line
+#    657  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    665  Run.mean_loss      the mean loss of the epoch
+#   1130  extract            H of a set of images
+#   1152  project            Z of H
+#   1163  collapse_metrics   how much of its space a set of embeddings fills
+#   1217  knn_accuracy       accuracy of a vote among the nearest training images
+#    674  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    713  Run.save_backbone  write backbone.pt
+#    721  Run.close          print the scores
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1644  main               run train(); print an expected error as one line
-#   1359  parse_args         Args from the command line
-#   1801  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1643  main               run train(); print an expected error as one line
+#   1358  parse_args         Args from the command line
+#   1800  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1287  Command line: flags from Args, checks, and sizes to propose
-#   1553  Messages and errors
-#   1709  Several processes
-#   1849  Data sets by name
-#   1939  Folders of images
-#   2355  Streaming
-#   2476  Recipes of augmentation
-#   2549  ResNets, LARS, Muon
-#   2679  Run folder and signals
-#   2861  Resume
-#   3107  Files of a run
+#   1286  Command line: flags from Args, checks, and sizes to propose
+#   1552  Messages and errors
+#   1708  Several processes
+#   1848  Data sets by name
+#   1938  Folders of images
+#   2354  Streaming
+#   2475  Recipes of augmentation
+#   2548  ResNets, LARS, Muon
+#   2678  Run folder and signals
+#   2860  Resume
+#   3106  Files of a run
 
 import argparse
 import collections
@@ -636,7 +636,6 @@ class Run:
         """A context in which a failed matrix decomposition becomes a UserError with a cause."""
         return self.finite.guard(step)
 
-    @torch.no_grad()
     def watch(self, step, loss):
         """Add up the loss [] and note whether all numbers are finite, without waiting."""
         self.finite.note(step, loss)

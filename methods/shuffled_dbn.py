@@ -107,9 +107,8 @@ class InverseSquareRoot(torch.autograd.Function):
 def decorrelate(z, groups=0, permutation=None):
     """Whiten groups of channels over the samples: z [N, d] -> [N, d], covariance I (divisor N).
 
-    permutation [d]: order of the channels before they are cut into equal groups. groups: 0 takes
-    2 d / N (the authors' code) or the next divisor of d. N must be above d / g, else S is
-    singular: ValueError."""
+    permutation [d]: order of the channels before they are cut into equal groups.
+    groups: 0 takes 2 d / N (the authors' code) or the next divisor of d. N <= d / g: ValueError."""
     n, d = z.shape
     groups = groups or next(g for g in range(min(d, -(-2 * d // n)), d + 1) if d % g == 0)
     if d % groups:
