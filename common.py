@@ -2,63 +2,64 @@
 
 To borrow a method, copy its file and this one into a folder of your own.
 
-Part I is what train() and the models call in a run with default flags, by topic. The contents
-below are in the order of the calls. Part II is the rest: the command line, messages, files, image
-folders, torchrun. A default run enters the command line, messages and files there, too.
+Part I is what train() and the models call in a run with default flags, in the order of the calls,
+except that a class stays in one piece. Part II is the rest; a default run enters its command line,
+messages and files, too, but they would make Part I too long to read at one sitting.
 """
 
 # ==============================================================================
 # Contents (`python tests/test_common.py` writes the line numbers)
 # ==============================================================================
 #
-# What a method file calls, in this order:
+# Part I, what a method file calls:
 #
-#    129  Args               the flags that all nine methods share
-#    119  flag               a field of Args: default, help, bounds
-#   1646  main               run train(); print an expected error as one line
-#   1355  parse_args         Args from the command line
-#    213  set_up             device, precision, other processes
-#    251  load_data          read or draw the data set: Data
-#    498  build_backbone     the network whose output is H
-#    542  build_optimizer    Adam, SGD, LARS or Muon
-#    584  gives_back         signal handlers, lock and processes, when train() ends
-#    606  Run                the run's folder, checkpoints, log and checks
-#    852  distribute         the model for several processes, or compiled
-#    626  Run.resume         the step to start from, usually 0
-#    318  Data.batches       the batches of an epoch, uint8
-#    868  step_seed          the seed of a step's random draws
-#    333  Data.augment       the random views of a batch
-#    874  learning_rate      the schedule's factor at a step
-#    639  Run.guard          a failed decomposition becomes a clear error
-#    862  gather             embeddings of all processes, with gradient
-#   1805  mean_over_ranks    the mean of a tensor over the processes (MoCo)
-#    203  world_size         the number of processes (MoCo)
-#    208  rank               this process's number among them (MoCo)
-#    644  Run.watch          note whether loss and gradients are finite
-#    651  Run.progress       stop if they were not; show the status line
-#    662  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    670  Run.mean_loss      the mean loss of the epoch
-#   1148  extract            H of a set of images
-#   1170  project            Z of H
-#   1207  collapse_metrics   how much of its space a set of embeddings fills
-#   1181  knn_accuracy       accuracy of a vote among the nearest training images
-#    679  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    718  Run.save_backbone  write backbone.pt
-#    726  Run.close          print the scores
+#    120  flag               a field of Args: default, help, bounds
+#    130  Args               the flags that all nine methods share
+#    204  world_size         the number of processes (MoCo)
+#    209  rank               this process's number among them (MoCo)
+#    218  gives_back         signal handlers, lock and processes, when train() ends
+#    240  set_up             device, precision, other processes
+#    278  load_data          read or draw the data set: Data
+#    526  build_backbone     the network whose output is H
+#    570  build_optimizer    Adam, SGD, LARS or Muon
+#    609  Run                the run's folder, checkpoints, log and checks
+#    836  distribute         the model for several processes, or compiled
+#    629  Run.resume         the step to start from, usually 0
+#    346  Data.batches       the batches of an epoch, uint8
+#    848  step_seed          the seed of a step's random draws
+#    361  Data.augment       the random views of a batch
+#   1111  learning_rate      the schedule's factor at a step
+#    642  Run.guard          a failed decomposition becomes a clear error
+#   1127  gather             embeddings of all processes, with gradient
+#    646  Run.watch          note whether loss and gradients are finite
+#    653  Run.progress       stop if they were not; show the status line
+#    664  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    672  Run.mean_loss      the mean loss of the epoch
+#   1137  extract            H of a set of images
+#   1159  project            Z of H
+#   1170  collapse_metrics   how much of its space a set of embeddings fills
+#   1224  knn_accuracy       accuracy of a vote among the nearest training images
+#    681  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    720  Run.save_backbone  write backbone.pt
+#    728  Run.close          print the scores
 #
-# Part II:
+# Part II, the three names of it that a method file calls, and its sections:
 #
-#   1283  Command line: flags from Args, checks, and sizes to propose
-#   1555  Messages and errors
-#   1711  Several processes
-#   1867  Data sets by name
-#   1955  Folders of images
-#   2371  Streaming
-#   2492  Recipes of augmentation
-#   2565  ResNets, LARS, Muon
-#   2695  Run folder and signals
-#   2877  Resume
-#   3123  Files of a run
+#   1656  main               run train(); print an expected error as one line
+#   1365  parse_args         Args from the command line
+#   1813  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#
+#   1293  Command line: flags from Args, checks, and sizes to propose
+#   1565  Messages and errors
+#   1721  Several processes
+#   1861  Data sets by name
+#   1951  Folders of images
+#   2367  Streaming
+#   2488  Recipes of augmentation
+#   2561  ResNets, LARS, Muon
+#   2691  Run folder and signals
+#   2873  Resume
+#   3119  Files of a run
 
 import argparse
 import collections
@@ -197,7 +198,7 @@ class Args:
         check_args(self)
 
 
-# ==== Device ====
+# ==== Start and end of train() ====
 
 
 def world_size():
@@ -208,6 +209,32 @@ def world_size():
 def rank():
     """This process's number among them, from 0; 0 without torchrun."""
     return from_environment("RANK", 0)
+
+
+TRAINING = threading.RLock()  # one train() at a time: the random draws of two would mix
+ENDINGS = []  # an ExitStack of the train() that runs
+
+
+def gives_back(train):
+    """Decorates train(): however it ends, what at_end() was given is called."""
+
+    @functools.wraps(train)
+    def train_alone(*args, **more):
+        kind = train.__globals__.get("Args")
+        for given in [*args, *more.values()][:1] if kind else []:
+            check_kind(more.get("args", given), kind)
+        with TRAINING, contextlib.ExitStack() as ending:
+            ENDINGS.append(ending)
+            ending.callback(ENDINGS.pop)
+            return train(*args, **more)
+
+    return train_alone
+
+
+def at_end(function):
+    """Call function() when train() ends."""
+    for ending in ENDINGS[-1:]:
+        ending.callback(function)
 
 
 def set_up(args):
@@ -256,7 +283,8 @@ def load_data(args, device, statistics=None):
     args.image_size = args.image_size or DEFAULT_IMAGE_SIZE.get(args.dataset)
     if args.dataset == "patterns":
         train, labels, test, test_labels = make_patterns()
-        data = Data(args, device, train, labels, test, test_labels, PATTERN_CLASSES)
+        data = Data(args, device, train=train, labels=labels, test=test, test_labels=test_labels,
+                    class_names=PATTERN_CLASSES)
     elif args.dataset == "folder":
         data = load_folder(args, device, args.data_dir, statistics)
     else:
@@ -333,7 +361,7 @@ class Data:
     def augment(self, batch, step):
         """The random views of a batch: a list of float32 [n, 3, size, size]."""
         args = self.args
-        return augment(batch, args.augment, args.views, self.size, self.mean, self.std,
+        return augment(batch, args.augment, args.views, self.size, mean=self.mean, std=self.std,
                        seed=args.seed, step=step, rank=rank(), world_size=world_size())
 
     def eval_views(self, images, index, batch_size):
@@ -577,31 +605,6 @@ def build_optimizer(model, args):
 
 # ==== Run ====
 
-TRAINING = threading.RLock()  # one train() at a time: the random draws of two would mix
-ENDINGS = []  # an ExitStack of the train() that runs
-
-
-def gives_back(train):
-    """Decorates train(): however it ends, what at_end() was given is called."""
-
-    @functools.wraps(train)
-    def train_alone(*args, **more):
-        kind = train.__globals__.get("Args")
-        for given in [*args, *more.values()][:1] if kind else []:
-            check_kind(more.get("args", given), kind)
-        with TRAINING, contextlib.ExitStack() as ending:
-            ENDINGS.append(ending)
-            ending.callback(ENDINGS.pop)
-            return train(*args, **more)
-
-    return train_alone
-
-
-def at_end(function):
-    """Call function() when train() ends."""
-    for ending in ENDINGS[-1:]:
-        ending.callback(function)
-
 
 class Run:
     """One training: its folder, checkpoints, log and checks.
@@ -640,7 +643,6 @@ class Run:
         """A context in which a failed matrix decomposition becomes a UserError with a cause."""
         return self.finite.guard(step)
 
-    @torch.no_grad()
     def watch(self, step, loss):
         """Add up the loss [] and note whether all numbers are finite, without waiting."""
         self.finite.note(step, loss)
@@ -828,25 +830,7 @@ class FiniteWatch:
             stop_non_finite(step, "the whitening", self.data, self.folder)
 
 
-def row_in_words(row):
-    """`loss 0.1234  kNN 65.43 %  ...` of a row of metrics.csv."""
-    words = f"loss {row['loss']:.4f}"
-    if row["knn"] != "":
-        words += f"  kNN {100 * row['knn']:5.2f} %"
-    if "rank" in row:
-        words += f"  std*sqrt(d) {row['std_sqrt_d']:.2f}  rank {row['rank_1pct']:.0f}"
-    return f"{words}  {row['images_per_s']:.0f} images/s"
-
-
-def format_seconds(seconds):
-    """`3m07s` or `1h02m`."""
-    seconds = int(seconds)
-    if seconds >= 3600:
-        return f"{seconds // 3600}h{seconds // 60 % 60:02d}m"
-    return f"{seconds // 60}m{seconds % 60:02d}s"
-
-
-# ==== Processes, random draws, learning rate ====
+# ==== A step: model and seed ====
 
 
 def distribute(model, args):
@@ -855,14 +839,10 @@ def distribute(model, args):
     if world_size() > 1:
         synchronise_batch_norm(model)
     if args.compile:
-        compile_backbones(model)
+        for name, module in model.named_children():
+            if name.endswith("backbone"):  # that of a slow copy too
+                module.forward = torch.compile(module.forward)  # names in a checkpoint stay
     return model if world_size() == 1 else data_parallel(model)
-
-
-def gather(z):
-    """[n, d] of this process -> [N, d] of the global batch, with gradient, float32 or better."""
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    return GatherRows.apply(z) if dist.is_initialized() else z
 
 
 def step_seed(seed, step):
@@ -871,23 +851,7 @@ def step_seed(seed, step):
     return int(np.random.SeedSequence((seed, 3, step)).generate_state(1)[0])
 
 
-def learning_rate(args, step, total_steps, steps_per_epoch):
-    """The factor in [0, 1] of the peak learning rate at `step` (0 ... total_steps - 1).
-
-    Linear warm-up (1 / warmup in the first step), then `cosine` to 0, or `constant`, or `step`:
-    x 0.2 at 50 and again at 25 epochs before the end (W-MSE and CW-RGP code)."""
-    warmup = min(500, total_steps // 10) if args.warmup is None else args.warmup
-    if step < warmup:
-        return (step + 1) / warmup
-    if args.schedule == "cosine":
-        return (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup))) / 2
-    if args.schedule == "step":
-        drops = [total_steps - epochs * steps_per_epoch for epochs in (50, 25)]
-        return 0.2 ** sum(step >= drop > 0 for drop in drops)  # none before the start of the run
-    return 1.0
-
-
-# ==== Augmentation ====
+# ==== A step: views ====
 
 
 @torch.no_grad()
@@ -1141,6 +1105,31 @@ def change(name, x, *settings):
     return torch.where(x >= 0.5, 1 - x, x)  # solarize
 
 
+# ==== A step: learning rate, embeddings ====
+
+
+def learning_rate(args, step, total_steps, steps_per_epoch):
+    """The factor in [0, 1] of the peak learning rate at `step` (0 ... total_steps - 1).
+
+    Linear warm-up (1 / warmup in the first step), then `cosine` to 0, or `constant`, or `step`:
+    x 0.2 at 50 and again at 25 epochs before the end (W-MSE and CW-RGP code)."""
+    warmup = min(500, total_steps // 10) if args.warmup is None else args.warmup
+    if step < warmup:
+        return (step + 1) / warmup
+    if args.schedule == "cosine":
+        return (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup))) / 2
+    if args.schedule == "step":
+        drops = [total_steps - epochs * steps_per_epoch for epochs in (50, 25)]
+        return 0.2 ** sum(step >= drop > 0 for drop in drops)  # none before the start of the run
+    return 1.0
+
+
+def gather(z):
+    """[n, d] of this process -> [N, d] of the global batch, with gradient, float32 or better."""
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return GatherRows.apply(z) if dist.is_initialized() else z
+
+
 # ==== Measuring ====
 
 
@@ -1176,32 +1165,6 @@ def project(projector, h, precision="fp32"):
         z = torch.cat([projector(part).float() for part in h.split(1000)])
     projector.train(was_training)
     return z
-
-
-def knn_accuracy(bank, bank_labels, queries, query_labels, k=20, temperature=0.07):
-    """Accuracy (0 ... 1) of a vote among the k nearest rows of the bank [N, d] for queries [M, d].
-
-    With a temperature: cosine similarity, and a neighbour votes with weight exp(cos / temperature)
-    (Wu et al. 2018, arXiv 1805.01978). With temperature=None: Euclidean distance, one vote each,
-    and a tie goes to the smallest label (W-MSE code). The labels are int64 [N] and [M]."""
-    k = min(k, len(bank))
-    classes = int(max(bank_labels.max(), query_labels.max())) + 1
-    bank, queries = bank.float(), queries.float()
-    if temperature is not None:
-        bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    squares = bank.square().sum(1)  # [N]
-    correct = 0
-    for rows, labels in zip(queries.split(1000), query_labels.split(1000)):
-        if temperature is None:  # [m, N]: |row|^2 minus the squared distance
-            nearest, index = (2 * rows @ bank.T - squares).topk(k, dim=1)
-            weights = torch.ones_like(nearest)
-        else:
-            nearest, index = (rows @ bank.T).topk(k, dim=1)
-            weights = ((nearest - nearest[:, :1]) / temperature).exp()  # [m, k]
-        votes = torch.zeros(len(rows), classes, device=rows.device)
-        votes.scatter_add_(1, bank_labels[index], weights)
-        correct += (votes.argmax(1) == labels).sum()  # argmax: the first of equal maxima
-    return float(correct) / len(queries)
 
 
 def collapse_metrics(z, eps=1e-4):
@@ -1258,6 +1221,45 @@ def mean_correlation(covariance):
     return (correlation.sum() - correlation.diagonal().sum()) / max(1, d * (d - 1))
 
 
+def knn_accuracy(bank, bank_labels, queries, query_labels, k=20, temperature=0.07):
+    """Accuracy (0 ... 1) of a vote among the k nearest rows of the bank [N, d] for queries [M, d].
+
+    With a temperature: cosine similarity, and a neighbour votes with weight exp(cos / temperature)
+    (Wu et al. 2018, arXiv 1805.01978). With temperature=None: Euclidean distance, one vote each,
+    and a tie goes to the smallest label (W-MSE code). The labels are int64 [N] and [M]."""
+    k = min(k, len(bank))
+    classes = int(max(bank_labels.max(), query_labels.max())) + 1
+    bank, queries = bank.float(), queries.float()
+    if temperature is not None:
+        bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    squares = bank.square().sum(1)  # [N]
+    correct = 0
+    for rows, labels in zip(queries.split(1000), query_labels.split(1000)):
+        if temperature is None:  # [m, N]: |row|^2 minus the squared distance
+            nearest, index = (2 * rows @ bank.T - squares).topk(k, dim=1)
+            weights = torch.ones_like(nearest)
+        else:
+            nearest, index = (rows @ bank.T).topk(k, dim=1)
+            weights = ((nearest - nearest[:, :1]) / temperature).exp()  # [m, k]
+        votes = torch.zeros(len(rows), classes, device=rows.device)
+        votes.scatter_add_(1, bank_labels[index], weights)
+        correct += (votes.argmax(1) == labels).sum()  # argmax: the first of equal maxima
+    return float(correct) / len(queries)
+
+
+# ==== Words for the screen ====
+
+
+def row_in_words(row):
+    """`loss 0.1234  kNN 65.43 %  ...` of a row of metrics.csv."""
+    words = f"loss {row['loss']:.4f}"
+    if row["knn"] != "":
+        words += f"  kNN {100 * row['knn']:5.2f} %"
+    if "rank" in row:
+        words += f"  std*sqrt(d) {row['std_sqrt_d']:.2f}  rank {row['rank_1pct']:.0f}"
+    return f"{words}  {row['images_per_s']:.0f} images/s"
+
+
 def collapse_in_words(figures, dim):
     """A sentence if the figures of collapse_metrics show a collapse, else an empty string.
 
@@ -1274,6 +1276,14 @@ def collapse_in_words(figures, dim):
         return ("DIMENSIONAL COLLAPSE: one direction has nearly all of the embeddings' variance "
                 f"(stable_rank_sq {figures['stable_rank_sq']:.2f}, 1 is the least)")
     return ""
+
+
+def format_seconds(seconds):
+    """`3m07s` or `1h02m`."""
+    seconds = int(seconds)
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds // 60 % 60:02d}m"
+    return f"{seconds // 60}m{seconds % 60:02d}s"
 
 
 # ==============================================================================
@@ -1778,9 +1788,7 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)  # the sum over the processes
-        return gradient.chunk(world_size())[rank()]
+        return all_reduced(gradient).chunk(world_size())[rank()]
 
 
 class SumOverRanks(torch.autograd.Function):
@@ -1797,7 +1805,7 @@ class SumOverRanks(torch.autograd.Function):
 
 def all_reduced(x):
     """The sum of a tensor over the processes, without gradient."""
-    x = x.detach().clone()
+    x = x.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x)
     return x
 
@@ -1835,25 +1843,11 @@ class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def synchronise_batch_norm(model):
-    """Replace plain batch norms, in place, by those of the global batch; the parameters stay."""
-    for name, child in model.named_children():
-        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            kind = nn.SyncBatchNorm if next(model.parameters()).is_cuda else CPUSyncBatchNorm
-            new = kind(child.num_features, child.eps, child.momentum, child.affine,
-                       child.track_running_stats)
-            new.weight, new.bias = child.weight, child.bias
-            new.running_mean, new.running_var = child.running_mean, child.running_var
-            new.num_batches_tracked = child.num_batches_tracked
-            setattr(model, name, new)
-        else:
-            synchronise_batch_norm(child)
-
-
-def compile_backbones(model):
-    """torch.compile the backbones of a model, that of MoCo's and BYOL's slow copy too."""
-    for name, module in model.named_children():
-        if name.endswith("backbone"):
-            module.forward = torch.compile(module.forward)  # so its names in a checkpoint stay
+    """Turn plain batch norms, in place, into those of the global batch."""
+    kind = nn.SyncBatchNorm if next(model.parameters()).is_cuda else CPUSyncBatchNorm
+    for module in model.modules():
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            module.__class__, module.process_group = kind, None  # None: all processes
 
 
 def data_parallel(model):
@@ -1903,10 +1897,11 @@ def load_torchvision(args, device):
         parts.append(local_or_downloaded(args, archive, open_split))
     train, test = parts[:2]
     if args.dataset == "stl10":
-        return Data(args, device, train.data, train.labels, test.data, test.labels, train.classes,
-                    unlabeled=parts[2].data)
+        return Data(args, device, train=train.data, labels=train.labels, test=test.data,
+                    test_labels=test.labels, class_names=train.classes, unlabeled=parts[2].data)
     images = [part.data.transpose(0, 3, 1, 2) for part in parts]  # -> [N, 3, 32, 32]
-    return Data(args, device, images[0], train.targets, images[1], test.targets, train.classes)
+    return Data(args, device, train=images[0], labels=train.targets, test=images[1],
+                test_labels=test.targets, class_names=train.classes)
 
 
 def local_or_downloaded(args, archive, open_dataset):
@@ -1949,7 +1944,8 @@ def load_tinyimagenet(args, device):
         rows = [line.split("\t")[:2] for line in file if line.strip()]
     test = [(os.path.join("val", "images", name), wnid) for name, wnid in rows]
     skipped = collections.defaultdict(list)
-    return data_from_files(args, device, root, "train", train, test, "", skipped)
+    return data_from_files(args, device, root, split="train", train=train, test=test, note="",
+                           skipped=skipped)
 
 
 # ==== Folders of images ====
@@ -1982,8 +1978,8 @@ def load_folder(args, device, root, statistics=None):
     strange = sorted({name for _, name in test if names} - {*names, None})
     check(not strange, f"--data-dir {root}: {note[2:-1]}{listed(strange)} has no "
           f"counterpart in {place}; remove it, or add training images of it")
-    return data_from_files(args, device, root, splits["train"], train, test, note, skipped,
-                           statistics)
+    return data_from_files(args, device, root, split=splits["train"], train=train, test=test,
+                           note=note, skipped=skipped, statistics=statistics)
 
 
 def check_classes(root, place, train):
@@ -2163,7 +2159,7 @@ def data_from_files(args, device, root, split, train, test, note, skipped, stati
         labels = [number_of[name] for _, name in images if name in number_of]
         parts += [part if images else None, labels or None]
     data = Data(args, device, *parts, class_names)
-    describe(data, train, test, note, sides, scale, words)
+    describe(data, train, test, note=note, sides=sides, scale=scale, words=words)
     return data
 
 
@@ -2620,7 +2616,7 @@ class LARS(torch.optim.Optimizer):
                     norm, update_norm = w.norm(), update.norm()
                     ratio = group["trust"] * norm / update_norm
                     defined = (norm > 0) & (update_norm > 0)
-                    update = update * torch.where(defined, ratio, torch.ones_like(ratio))
+                    update = update * torch.where(defined, ratio, 1.0)
                 if "velocity" not in self.state[w]:
                     self.state[w]["velocity"] = torch.zeros_like(w)
                 velocity = self.state[w]["velocity"]

@@ -28,9 +28,11 @@ Deviations:
 
 Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
     Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.
+    With more than two views, the loss is the mean over all pairs of views.
     Adam with weight decay 1e-6 at a rate of 3e-3 (SimSiam 2e-3, BYOL and Barlow Twins 1e-3).
     The rate rises for a tenth of the run, at most 500 steps (MoCo: 150), then falls as a cosine.
-    The backbone sees one view at a time. A ResNet's residual blocks start as the identity.
+    The backbone sees one view at a time. A ResNet's residual blocks start as the identity, but
+    not in the official code of MoCo, W-MSE, Shuffled-DBN and (below ResNet-50) BYOL.
 
 Run: python methods/cw_rgp.py    (two to four minutes on two CPU cores, offline)
 """
@@ -124,7 +126,7 @@ def channel_whiten(z, groups=4, permutation=None, eps=0.0):
     x = x.unflatten(-1, (groups, -1)).transpose(-2, -3)  # [..., g, w, d/g]
     w, width = x.shape[-2:]
     if width == 1 or (eps == 0 and w > width - (groups == 1)):  # centring takes one dimension
-        raise ValueError(f"{width} channels are too few to whiten w = {w} samples")
+        raise ValueError(f"S is singular: w = {w} samples of {width} channels")
     s = x @ x.mT / (width - 1)  # [..., g, w, w]
     s = (1 - eps) * s + eps * torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
     y = InverseSquareRoot.apply(s) @ x  # ZCA: columns U Lambda^(-1/2) U^T x

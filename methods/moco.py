@@ -1,17 +1,15 @@
 """MoCo (He et al., CVPR 2020): tell the other view of an image from a queue of earlier images.
 
 Paper: "Momentum Contrast for Unsupervised Visual Representation Learning", arXiv 1911.05722
-    "Improved Baselines with Momentum Contrastive Learning" (version 2), arXiv 2003.04297
 Code: facebookresearch/moco (official, in its history)
 
 Idea: Two views of an image should be more similar to each other than to any other image.
     The others are keys of earlier images in a queue, so that small batches have many negatives.
     A slow copy of the network, the target, computes the keys: the queue stays consistent.
 
-Loss: for queries q [N, d], keys k+ [N, d] and a queue of K keys k_i, all of unit length
+Loss: for queries q [N, d], keys k+ [N, d] and the K keys k_i before them, all of unit length
     L = mean over N of -log(exp(q.k+ / tau) / sum over k+ and all k_i of exp(q.k / tau)) (Eq. 1)
     target <- m target + (1 - m) online, before the keys are computed                   (Eq. 2)
-    Then the keys join the queue, and the oldest leave.
 
 What prevents collapse:
     negatives       yes, the queue
@@ -22,16 +20,16 @@ What prevents collapse:
 Diff it with: simclr.py (negatives from the batch), byol.py (predictor, no negatives)
 
 Deviations:
-    With more than two views, the loss is the mean over all pairs of views.
-    Sizes are those of the authors' CIFAR-10 demo (queue 4096, m 0.99, tau 0.1, linear head).
+    Sizes and head are the authors' CIFAR-10 demo's; MoCo v2 (arXiv 2003.04297) has two layers.
     As in that demo, parts of a batch stand for GPUs: see SplitBatchNorm and `keys`.
-    The official code does not start residual blocks as the identity.
 
 Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
     Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.
+    With more than two views, the loss is the mean over all pairs of views.
     Adam with weight decay 1e-6 at a rate of 3e-3 (SimSiam 2e-3, BYOL and Barlow Twins 1e-3).
     The rate rises for a tenth of the run, at most 500 steps (MoCo: 150), then falls as a cosine.
-    The backbone sees one view at a time. A ResNet's residual blocks start as the identity.
+    The backbone sees one view at a time. A ResNet's residual blocks start as the identity, but
+    not in the official code of MoCo, W-MSE, Shuffled-DBN and (below ResNet-50) BYOL.
 
 Run: python methods/moco.py    (two to four minutes on two CPU cores, offline)
 """
@@ -167,6 +165,7 @@ class MoCo(nn.Module):
 
     def forward(self, views):
         """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        args = self.args
         h = [self.backbone(x) for x in views[:-1]]  # the last view is not a query
         q = [self.projector(v) for v in h]  # (s - 1) x [n, d]
         self.update_target()  # Eq. 2, with the weights before this step
@@ -174,8 +173,7 @@ class MoCo(nn.Module):
         with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
             q = [common.gather(v) for v in q]  # (s - 1) x [N, d]
             pairs = itertools.combinations(range(len(views)), 2)
-            tau = self.args.temperature
-            losses = [info_nce_loss(q[i], k[j - 1], self.queue, tau) for i, j in pairs]
+            losses = [info_nce_loss(q[i], k[j - 1], self.queue, args.temperature) for i, j in pairs]
             self.queue = torch.cat([self.queue, *k])[-len(self.queue):].clone()  # the oldest leave
             return sum(losses) / len(losses)
 

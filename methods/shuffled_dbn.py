@@ -23,15 +23,15 @@ Diff it with: wmse.py (slices of the batch instead of groups of channels)
 
 Deviations:
     ZCA's gradient is written out, since autograd's is NaN for equal eigenvalues.
-    The official code does not start residual blocks as the identity.
     Whitening and batch norms see the global batch; in the authors' code, one GPU's images.
-    With more than two views, the loss is the mean over all pairs of views.
 
 Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
     Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.
+    With more than two views, the loss is the mean over all pairs of views.
     Adam with weight decay 1e-6 at a rate of 3e-3 (SimSiam 2e-3, BYOL and Barlow Twins 1e-3).
     The rate rises for a tenth of the run, at most 500 steps (MoCo: 150), then falls as a cosine.
-    The backbone sees one view at a time. A ResNet's residual blocks start as the identity.
+    The backbone sees one view at a time. A ResNet's residual blocks start as the identity, but
+    not in the official code of MoCo, W-MSE, Shuffled-DBN and (below ResNet-50) BYOL.
 
 Run: python methods/shuffled_dbn.py    (two to four minutes on two CPU cores, offline)
 """
@@ -108,9 +108,8 @@ class InverseSquareRoot(torch.autograd.Function):
 def decorrelate(z, groups=0, permutation=None):
     """Whiten groups of channels over the samples: z [N, d] -> [N, d], covariance I (divisor N).
 
-    permutation [d]: order of the channels before they are cut into equal groups. groups: 0 takes
-    2 d / N (the authors' code) or the next divisor of d. N must be above d / g, else S is
-    singular: ValueError."""
+    permutation [d]: order of the channels before they are cut into equal groups.
+    groups: 0 takes 2 d / N (the authors' code) or the next divisor of d. N <= d / g: ValueError."""
     n, d = z.shape
     groups = groups or next(g for g in range(min(d, -(-2 * d // n)), d + 1) if d % g == 0)
     if d % groups:
@@ -121,7 +120,7 @@ def decorrelate(z, groups=0, permutation=None):
         x = x[:, permutation]
     x = x.unflatten(1, (groups, -1)).transpose(0, 1)  # [g, N, d/g]
     if n <= d // groups:
-        raise ValueError(f"N = {n} samples are too few to whiten {d // groups} channels")
+        raise ValueError(f"S is singular: N = {n} samples of {d // groups} channels")
     s = x.mT @ x / n  # [g, d/g, d/g]
     y = x @ InverseSquareRoot.apply(s)  # ZCA: rows U Lambda^(-1/2) U^T x
     y = y.transpose(0, 1).flatten(1)  # [N, d]
@@ -167,13 +166,14 @@ class ShuffledDBN(nn.Module):
 
     def forward(self, views):
         """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
-        groups, shuffle = self.args.groups, not self.args.no_shuffle
+        args = self.args
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = [self.projector(v) for v in h]  # s x [n, d]
         with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
             z = [common.gather(v) for v in z]  # s x [N, d]
             pairs = itertools.combinations(z, 2)
-            losses = [shuffled_dbn_loss(z1, z2, groups, shuffle=shuffle) for z1, z2 in pairs]
+            shuffle = not args.no_shuffle
+            losses = [shuffled_dbn_loss(z1, z2, args.groups, shuffle=shuffle) for z1, z2 in pairs]
             return sum(losses) / len(losses)
 
 

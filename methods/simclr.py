@@ -21,17 +21,17 @@ What prevents collapse:
 Diff it with: moco.py (negatives from a queue), barlow.py (channels instead of samples)
 
 Deviations:
-    With more than two views, the loss is the mean over all pairs of views.
     L is the paper's mean over 2N anchors; the official code returns twice that.
     The head has the paper's two linear layers and the official code's norms; that code has three.
-    Jitter, blur and crop are torchvision's. The official crop draws its height, not its area.
-    The official code does not antialias, and blurs all images of a device with one sigma.
+    Jitter, blur and crop are torchvision's; the official crop is by height, not antialiased.
 
 Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
     Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.
+    With more than two views, the loss is the mean over all pairs of views.
     Adam with weight decay 1e-6 at a rate of 3e-3 (SimSiam 2e-3, BYOL and Barlow Twins 1e-3).
     The rate rises for a tenth of the run, at most 500 steps (MoCo: 150), then falls as a cosine.
-    The backbone sees one view at a time. A ResNet's residual blocks start as the identity.
+    The backbone sees one view at a time. A ResNet's residual blocks start as the identity, but
+    not in the official code of MoCo, W-MSE, Shuffled-DBN and (below ResNet-50) BYOL.
 
 Run: python methods/simclr.py    (two to four minutes on two CPU cores, offline)
 """
@@ -114,13 +114,13 @@ class SimCLR(nn.Module):
 
     def forward(self, views):
         """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        args = self.args
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = self.projector(torch.cat(h)).chunk(len(h))  # s x [n, d], all views as one batch
         with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
             z = [common.gather(v) for v in z]  # s x [N, d]
             pairs = itertools.combinations(z, 2)
-            tau = self.args.temperature
-            losses = [nt_xent_loss(z1, z2, tau) for z1, z2 in pairs]
+            losses = [nt_xent_loss(z1, z2, args.temperature) for z1, z2 in pairs]
             return sum(losses) / len(losses)
 
 

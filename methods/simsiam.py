@@ -20,15 +20,16 @@ What prevents collapse:
 Diff it with: byol.py (a moving average as the target)
 
 Deviations:
-    With more than two views, the loss is the mean over all pairs of views.
     The projector is that of the paper's CIFAR-10 runs; the predictor is the ImageNet one.
     The optimizer is Adam; the paper takes SGD at 0.03 times batch / 256, weight decay 5e-4.
 
 Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
     Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.
+    With more than two views, the loss is the mean over all pairs of views.
     Adam with weight decay 1e-6 at a rate of 3e-3 (SimSiam 2e-3, BYOL and Barlow Twins 1e-3).
     The rate rises for a tenth of the run, at most 500 steps (MoCo: 150), then falls as a cosine.
-    The backbone sees one view at a time. A ResNet's residual blocks start as the identity.
+    The backbone sees one view at a time. A ResNet's residual blocks start as the identity, but
+    not in the official code of MoCo, W-MSE, Shuffled-DBN and (below ResNet-50) BYOL.
 
 Run: python methods/simsiam.py    (two to four minutes on two CPU cores, offline)
 """

@@ -22,16 +22,17 @@ What prevents collapse:
 Diff it with: barlow.py (between the views)
 
 Deviations:
-    With more than two views, the loss is the mean over all pairs of views.
     The head is the CW-RGP authors' on CIFAR-10; the paper's has three layers of 8192.
     The rate falls to 0; the official one falls to 0.001 of its peak.
     The terms have the official code's scale; in Eq. 5 and 6, s is d times and v twice as large.
 
 Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
     Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.
+    With more than two views, the loss is the mean over all pairs of views.
     Adam with weight decay 1e-6 at a rate of 3e-3 (SimSiam 2e-3, BYOL and Barlow Twins 1e-3).
     The rate rises for a tenth of the run, at most 500 steps (MoCo: 150), then falls as a cosine.
-    The backbone sees one view at a time. A ResNet's residual blocks start as the identity.
+    The backbone sees one view at a time. A ResNet's residual blocks start as the identity, but
+    not in the official code of MoCo, W-MSE, Shuffled-DBN and (below ResNet-50) BYOL.
 
 Run: python methods/vicreg.py    (two to four minutes on two CPU cores, offline)
 """
@@ -124,13 +125,13 @@ class VICReg(nn.Module):
 
     def forward(self, views):
         """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        args = self.args
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = [self.projector(v) for v in h]  # s x [n, d]
         with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
             z = [common.gather(v) for v in z]  # s x [N, d]
             pairs = itertools.combinations(z, 2)
-            weights = self.args.inv, self.args.var, self.args.cov
-            losses = [vicreg_loss(z1, z2, *weights) for z1, z2 in pairs]
+            losses = [vicreg_loss(z1, z2, args.inv, args.var, args.cov) for z1, z2 in pairs]
             return sum(losses) / len(losses)
 
 

@@ -23,16 +23,16 @@ Diff it with: cw_rgp.py (samples over channels), shuffled_dbn.py (groups of chan
 
 Deviations:
     ZCA's gradient is written out, since autograd's is NaN for equal eigenvalues.
-    The official code does not start residual blocks as the identity.
     The paper's rate falls in two steps at the end, ours as a cosine.
-    The paper's batches on CIFAR-10 are of 512.
     For `pca`, non-finite gradients become 0. Its loss did not fall in our runs on `patterns`.
 
 Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
     Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.
+    With more than two views, the loss is the mean over all pairs of views.
     Adam with weight decay 1e-6 at a rate of 3e-3 (SimSiam 2e-3, BYOL and Barlow Twins 1e-3).
     The rate rises for a tenth of the run, at most 500 steps (MoCo: 150), then falls as a cosine.
-    The backbone sees one view at a time. A ResNet's residual blocks start as the identity.
+    The backbone sees one view at a time. A ResNet's residual blocks start as the identity, but
+    not in the official code of MoCo, W-MSE, Shuffled-DBN and (below ResNet-50) BYOL.
 
 Run: python methods/wmse.py    (two to four minutes on two CPU cores, offline)
 """
@@ -116,12 +116,12 @@ def whiten(z, kind="cholesky", eps=0.0):
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     if kind == "none":
         return z
-    w, d = z.shape[-2:]
     x = z - z.mean(-2, keepdim=True)  # centred over the samples
     if kind == "bn":
         return x / ((1 - eps) * x.var(-2, keepdim=True) + eps).sqrt()
-    if eps == 0 and w <= d:
-        raise ValueError(f"w = {w} samples are too few to whiten {d} channels")
+    w, width = x.shape[-2:]
+    if eps == 0 and w <= width:  # centring takes one dimension
+        raise ValueError(f"S is singular: w = {w} samples of {width} channels")
     s = x.mT @ x / (w - 1)  # [..., d, d]
     s = (1 - eps) * s + eps * torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
     if kind == "cholesky":

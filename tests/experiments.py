@@ -124,13 +124,13 @@ def anchor_loss(z1, z2, temperature=0.5):
 class StopGradient(simclr.SimCLR):
     def forward(self, views):
         """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        args = self.args
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = self.projector(torch.cat(h)).chunk(len(h))  # s x [n, d], all views as one batch
         with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
             z = [common.gather(v) for v in z]  # s x [N, d]
             pairs = itertools.combinations(z, 2)
-            tau = self.args.temperature
-            losses = [anchor_loss(z1, z2, tau) for z1, z2 in pairs]
+            losses = [anchor_loss(z1, z2, args.temperature) for z1, z2 in pairs]
             return sum(losses) / len(losses)
 
 
@@ -150,6 +150,7 @@ add(
 class Symmetric(moco.MoCo):
     def forward(self, views):
         """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        args = self.args
         h = [self.backbone(x) for x in views]  # every view is a query
         q = [self.projector(v) for v in h]  # s x [n, d]
         self.update_target()  # Eq. 2, with the weights before this step
@@ -157,8 +158,7 @@ class Symmetric(moco.MoCo):
         with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
             q = [common.gather(v) for v in q]  # s x [N, d]
             pairs = itertools.permutations(range(len(views)), 2)  # (i, j) and (j, i)
-            tau = self.args.temperature
-            losses = [info_nce_loss(q[i], k[j], self.queue, tau) for i, j in pairs]
+            losses = [info_nce_loss(q[i], k[j], self.queue, args.temperature) for i, j in pairs]
             self.queue = torch.cat([self.queue, *k])[-len(self.queue):].clone()  # the oldest leave
             return 2 * sum(losses) / len(losses)  # both directions are added
 
@@ -464,12 +464,13 @@ def l2_loss(z1, z2, lambd=0.0051):
 class L2(barlow.BarlowTwins):
     def forward(self, views):
         """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        args = self.args
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = [self.projector(v) for v in h]  # s x [n, d]
         with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
             z = [common.gather(v) for v in z]  # s x [N, d]
             pairs = itertools.combinations(z, 2)
-            losses = [l2_loss(z1, z2, self.args.lambd) for z1, z2 in pairs]
+            losses = [l2_loss(z1, z2, args.lambd) for z1, z2 in pairs]
             return sum(losses) / len(losses)
 
 
@@ -490,13 +491,14 @@ add(
 class PaperScaling(vicreg.VICReg):
     def forward(self, views):
         """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        args = self.args
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = [self.projector(v) for v in h]  # s x [n, d]
         with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
             z = [common.gather(v) for v in z]  # s x [N, d]
             pairs = itertools.combinations(z, 2)
-            weights = self.args.inv * z[0].shape[1], 2 * self.args.var, self.args.cov
-            losses = [vicreg_loss(z1, z2, *weights) for z1, z2 in pairs]
+            inv = args.inv * z[0].shape[1]
+            losses = [vicreg_loss(z1, z2, inv, 2 * args.var, args.cov) for z1, z2 in pairs]
             return sum(losses) / len(losses)
 
 
@@ -636,7 +638,7 @@ def detached_whiten(z, groups=4, permutation=None, eps=0.0):
     x = x.unflatten(-1, (groups, -1)).transpose(-2, -3)  # [..., g, w, d/g]
     w, width = x.shape[-2:]
     if width == 1 or (eps == 0 and w > width - (groups == 1)):  # centring takes one dimension
-        raise ValueError(f"{width} channels are too few to whiten w = {w} samples")
+        raise ValueError(f"S is singular: w = {w} samples of {width} channels")
     s = x @ x.mT / (width - 1)  # [..., g, w, w]
     s = (1 - eps) * s + eps * torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
     y = InverseSquareRoot.apply(s).detach() @ x  # ZCA, its matrix a constant for the gradient

@@ -66,17 +66,21 @@ def nodes(kind):
     return sorted(found, reverse=True)
 
 
+def calls(tree):
+    """[name] of what a tree uses of common.py, in the order of the text: `common.name`, calls on `run` and `data`."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "common":
+            found.append((node.lineno, node.col_offset, node.attr))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+            if owner := {"run": "Run", "data": "Data"}.get(node.func.value.id):
+                found.append((node.lineno, node.col_offset, f"{owner}.{node.func.attr}"))
+    return list(dict.fromkeys(name for _, _, name in sorted(found)))
+
+
 def calls_of_methods():
-    """The names that method files use: `common.name`, and what they call on `run` and `data`."""
-    names = set()
-    for path in (ROOT / "methods").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "common":
-                names.add(node.attr)
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
-                owner = {"run": "Run", "data": "Data"}.get(node.func.value.id)
-                names |= {f"{owner}.{node.func.attr}"} if owner else set()
-    return names
+    """The names that method files use."""
+    return {name for path in (ROOT / "methods").glob("*.py") for name in calls(ast.parse(path.read_text()))}
 
 
 SOURCE = FILE.read_text()
@@ -103,6 +107,20 @@ def test_the_contents_name_all_that_a_method_file_calls_and_the_sections_of_part
     titles = titles[1 + next(i for i, title in enumerate(titles) if title.startswith("Part II: ")):]
     assert [name for name in listed if name in titles] == titles
     assert len(listed) == len(set(listed)) and set(listed) - set(titles) <= calls_of_methods()
+
+
+def test_the_contents_are_in_the_order_of_train_and_part_one_in_that_of_the_contents():
+    """A reader goes down Part I as train() does. A class stays in one piece, its methods in that order."""
+    listed = [name for _, _, name in contents(SOURCE)]
+    tree = ast.parse((ROOT / "methods" / "cw_rgp.py").read_text())
+    (train,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train"]
+    assert len(calls(train)) > 20
+    assert [name for name in listed if name in calls(train)] == calls(train)
+    part_two = LINES.index(next(line for line in LINES if line.startswith("# Part II: ")))
+    places = {name: line for name, line in definition_lines(SOURCE).items() if name in listed and line < part_two}
+    for owner in ("", "Run", "Data"):  # "": functions and classes
+        lines = [places[name] for name in listed if name in places and name.rpartition(".")[0] == owner]
+        assert lines == sorted(lines) and len(lines) > 1, owner
 
 
 def test_two_parts_in_their_sizes():
