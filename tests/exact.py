@@ -194,7 +194,7 @@ def gradient_through_the_matrix(whitening=channel_whiten):
     target = embeddings(4, 12, 1, seed=5)[0].detach()
     loss = (whitening(z, 1) - target).square().sum()
     gradient, = torch.autograd.grad(loss, z)
-    x = z - z.mean(1, keepdim=True)
+    x = (z - z.mean(1, keepdim=True)).detach()
     return abs(float((gradient * x).sum() / gradient.norm() / x.norm()))
 
 
@@ -211,7 +211,7 @@ def whitened_rank(kinds=("zca", "cholesky", "pca")):
 
 @exact("A12-order", "Weng et al. 2022, Definition 1", "stable-rank(A) <= Rank(A) <= d.",
        missing="the division by the largest singular value",
-       stable_rank=lambda z: float(torch.linalg.svdvals(z - z.mean(0)).sum()))
+       stable_rank=lambda z: torch.linalg.svdvals(z - z.mean(0)).sum().item())
 def order_of_ranks(stable_rank=lambda z: common.collapse_metrics(z)["stable_rank"]):
     error = 0.0
     for seed in range(20):
