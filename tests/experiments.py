@@ -1149,22 +1149,25 @@ def listing():
     return "\n".join(lines)
 
 
+source_of = functools.cache(inspect.getsource)  # of a class it reads the whole file
+
+
 def parts(experiment):
     """[(what it is, its text, the text that it is a changed copy of)] of all that is not the
     method's own. Of a function that is new, or that calls its parent's, the last text is empty."""
     found = []
     if experiment.own_args:
-        found.append(("Args", inspect.getsource(experiment.own_args), ""))
+        found.append(("Args", source_of(experiment.own_args), ""))
     for function, parent in experiment.beside.items():
         name = parent.__name__ if parent else "new"
-        old = inspect.getsource(parent) if parent else ""
-        found.append((f"{function.__name__} ({name})", inspect.getsource(function), old))
+        old = source_of(parent) if parent else ""
+        found.append((f"{function.__name__} ({name})", source_of(function), old))
     model, base = experiment.model, experiment.model.__base__
     for name, function in vars(model).items():
         if inspect.isfunction(function):
-            title, text = f"{base.__name__}.{name}", inspect.getsource(function)
+            title, text = f"{base.__name__}.{name}", source_of(function)
             parent = getattr(base, name, None)
-            old = inspect.getsource(parent) if parent else ""
+            old = source_of(parent) if parent else ""
             if f"super().{name}(" in text:
                 title, old = f"{title}, which it calls first", ""
             found.append((title if parent else f"{title} (new)", text, old))

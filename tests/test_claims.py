@@ -77,10 +77,10 @@ def test_few_verdicts_are_wrong_by_chance(true, sign):
     """At the edge of the margin, where it is most likely. There no verdict but NOT SEEN is right.
     In the middle, NO DIFFERENCE is."""
     rng = np.random.default_rng(0)
-    found = [claims.verdict(list(row), 0.5, sign) for row in rng.normal(true, 1, (4000, 5))]
+    found = [claims.verdict(list(row), 0.5, sign) for row in rng.normal(true, 1, (1500, 5))]
     right = {"NOT SEEN", "NO DIFFERENCE"} if true == 0 else {"NOT SEEN"}
     wrong = sum(word not in right for word in found)
-    assert 0 < wrong / len(found) < 1.1 * claims.ERROR  # 1.1: it is a sample
+    assert 0 < wrong / len(found) < 1.2 * claims.ERROR  # 1.2: it is a sample
     assert set(found) <= set(FOUR)
 
 
@@ -103,9 +103,9 @@ def test_exact_claims_are_many_and_sourced():
 
 
 def test_exact_on_the_command_line():
-    result = run_here("claims", ["exact"])
+    result = run_here("claims", ["A6", "B1"])
     assert result.status == 0 and not result.err
-    assert result.out.count("  HOLDS: ") == len(EXACT)
+    assert result.out.count("  HOLDS: ") == 7
 
 
 def test_a_failed_exact_claim_is_status_1(monkeypatch):
@@ -397,7 +397,7 @@ def test_as_a_user_runs_it(tmp_path):
     from conftest import ROOT
 
     script = ROOT / "tests" / "claims.py"
-    result = run_script(script, "A6", "D2", cwd=tmp_path)
-    assert result.status == 0 and result.out.count("HOLDS") == 2 and not result.err
+    result = run_script(script, "exact", cwd=tmp_path)
+    assert result.status == 0 and result.out.count("  HOLDS: ") == len(EXACT) and not result.err
     result = run_script(script, "nothing", cwd=tmp_path)
     assert is_one_line_error(result) and result.err.startswith("claims.py: error: ")

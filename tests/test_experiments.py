@@ -720,7 +720,8 @@ def test_gradient_is_the_references_numeric_gradient(name):
 
 
 WITHOUT_FROZEN_PARTS = [name for name in CASES if name.startswith((
-    "barlow/", "vicreg/", "cw_rgp/shared", "cw_rgp/fixed", "cw_rgp/covariance", "wmse/shuffled"))]
+    "barlow/", "vicreg/paper-scaling", "cw_rgp/shared", "cw_rgp/fixed", "cw_rgp/covariance",
+    "wmse/shuffled"))]
 
 
 @pytest.mark.parametrize("name", WITHOUT_FROZEN_PARTS)
@@ -1384,9 +1385,9 @@ def test_show_leaves_out_no_function(name):
     shown = {new for _, new, _ in experiments.parts(experiment)}
     inside = [f for f in vars(experiment.model).values() if inspect.isfunction(f)]
     for function in [*inside, *experiment.beside]:
-        assert inspect.getsource(function) in shown
+        assert experiments.source_of(function) in shown
         file = sys.modules[function.__module__]
-        for used in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+        for used in ast.walk(ast.parse(textwrap.dedent(experiments.source_of(function)))):
             value = vars(file).get(used.id) if isinstance(used, ast.Name) else None
             if getattr(value, "__module__", "") in ("experiments", "systems"):
                 assert value in experiment.beside, used.id
@@ -1544,7 +1545,15 @@ def checkpoint(folder, file="last.pt"):
     return torch.load(folder / file, weights_only=True)
 
 
-@PER_EXPERIMENT
+# Nothing but the model's loss or layers is changed in these, which is tested above without a run.
+LOSS_ALONE = ["simclr/predictor", "moco/slow-keys", "byol/no-batch-statistics", "byol/unigrad",
+              "barlow/without-a", "barlow/cca-ssg", "vicreg/two-branches", "wmse/shuffled-channels",
+              "cw_rgp/covariance-term"]
+PER_RUN = pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow) if name in LOSS_ALONE else name for name in NAMES])
+
+
+@PER_RUN
 def test_two_steps_end_to_end(name, argv, tmp_path):
     """A checkpoint with its name, which `build` reads, and which resumes to the same weights."""
     method, _, short = name.partition("/")
@@ -1592,7 +1601,7 @@ def plain(small_folder, tmp_path_factory):
     return run
 
 
-@PER_EXPERIMENT
+@PER_RUN
 def test_what_an_experiment_changes(name, argv, plain, tmp_path):
     """The loss from the first step on, or only what the first step does."""
     first, second = plain(name.split("/")[0])
