@@ -164,7 +164,8 @@ def rows_of(data, step):
     epoch, batch = divmod(step, data.steps_per_epoch)
     order = np.random.default_rng((data.args.seed, 1, epoch)).permutation(len(data.train))
     size = data.args.batch_size
-    return torch.from_numpy(order[batch * size:(batch + 1) * size]).to(data.device)
+    rows = torch.from_numpy(order[batch * size:(batch + 1) * size])
+    return rows.to(data.device, non_blocking=True)
 
 
 def check_room(args, data):

@@ -1675,7 +1675,10 @@ def test_as_a_user_runs_it(argv, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["moco/symmetric", "moco/no-shuffle", "byol/direct-predictor",
                                   "byol/group-norm", "simsiam/softmax-similarity", "barlow/l2",
-                                  "cw_rgp/shared-permutation", "cw_rgp/detached-whitening"])
+                                  "cw_rgp/shared-permutation", "cw_rgp/detached-whitening",
+                                  "simclr/swav", "moco/slow-keys", "byol/dino", "byol/unigrad",
+                                  "simsiam/alternating", "simsiam/moving-average-target",
+                                  "barlow/cca-ssg", "cw_rgp/icl"])
 def test_no_step_waits_for_the_device(name, argv, tmp_path, monkeypatch):
     from test_determinism import NoWaiting, every_step_under
 
