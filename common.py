@@ -55,10 +55,10 @@ folders, torchrun. A default run enters the command line, messages and files the
 #   1942  Folders of images
 #   2358  Streaming
 #   2479  Recipes of augmentation
-#   2552  ResNets, LARS, Muon
-#   2682  Run folder and signals
-#   2864  Resume
-#   3110  Files of a run
+#   2553  ResNets, LARS, Muon
+#   2683  Run folder and signals
+#   2865  Resume
+#   3111  Files of a run
 
 import argparse
 import collections
@@ -2516,6 +2516,7 @@ RECIPES = {
     # ours, for runs of minutes: W-MSE's with larger crops, an easier task
     "short": [(JITTER, ("grey", 0.1), ("crop", 0.35, 1.0, "bicubic"), FLIP)],
     "crop-flip": [(CROP, FLIP)],
+    "colour-flip": [(JITTER, ("grey", 0.1), FLIP)],
     "none": [()],
 }
 
