@@ -11,10 +11,10 @@ the other. Runs with the same seed have the same order of images and the same vi
 seeds, fixed beforehand. The margin was fixed before the claim's first run. The verdict is about the
 95 % interval (Student's t) of the mean over the seeds, in the direction that the sentence expects:
 
-    HOLDS          above the margin
-    OPPOSITE       below minus the margin
-    NO DIFFERENCE  between the two
-    NOT SEEN       anything else: at this scale, the seeds differ too much
+    HOLDS                   above the margin
+    OPPOSITE                below minus the margin
+    NO DIFFERENCE           between the two
+    NOT SEEN AT THIS SCALE  anything else: the seeds differ too much
 
 Where the sentence says that two things are alike, HOLDS is between, and OPPOSITE is outside.
 The exit status is 1 if a verdict differs from the one on record, which may be any of the four.
@@ -46,7 +46,6 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 sys.path[1:1] = [os.path.join(ROOT, "tests"), ROOT, os.path.join(ROOT, "methods")]
@@ -80,6 +79,7 @@ evaluation = importlib.import_module("eval")  # the name of a builtin: not to be
 # 97.5 % quantile of Student's t by degrees of freedom: half of the width of a 95 % interval.
 T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306,
               9: 2.262}
+NOT_SEEN = "NOT SEEN AT THIS SCALE"
 ERROR = 0.05  # at most this share of the verdicts is wrong by chance, if differences are normal
 
 
@@ -94,22 +94,24 @@ def interval(values):
 
 
 def verdict(values, margin, sign):
-    """HOLDS, OPPOSITE, NO DIFFERENCE or NOT SEEN for a claim's value with each seed.
+    """HOLDS, OPPOSITE, NO DIFFERENCE or NOT_SEEN for a claim's value with each seed.
 
     sign: 1 or -1 if the sentence expects a value above 0 or below, 0 if it expects none."""
     mean, half = interval(values)
     if math.isnan(mean):
-        return "NOT SEEN"
+        return NOT_SEEN
     low, high = (sign or 1) * mean - half, (sign or 1) * mean + half
     inside = -margin <= low and high <= margin
     if sign == 0:
         outside = low > margin or high < -margin
-        return "HOLDS" if inside else "OPPOSITE" if outside else "NOT SEEN"
+        if inside:
+            return "HOLDS"
+        return "OPPOSITE" if outside else NOT_SEEN
     if low > margin:
         return "HOLDS"
     if high < -margin:
         return "OPPOSITE"
-    return "NO DIFFERENCE" if inside else "NOT SEEN"
+    return "NO DIFFERENCE" if inside else NOT_SEEN
 
 
 # ==============================================================================
@@ -151,7 +153,7 @@ class Trained:
         return common.knn_accuracy(x[0], self.data.bank_labels, x[1], self.data.query_labels)
 
 
-def negative_cosine_of(z):
+def mean_cosine(z):
     """Mean cosine of two different rows of z [N, d]."""
     u, n = of_length_1(z.double()), len(z)
     return float((u.sum(0).square().sum() - n) / (n * (n - 1)))
@@ -160,6 +162,65 @@ def negative_cosine_of(z):
 def entropy(p):
     """Mean entropy of the rows of p [N, K], in nats."""
     return float(-(p * p.clamp_min(1e-300).log()).sum(1).mean())
+
+
+def diagonal_share(weight, z):
+    """Share of the squared entries of W [d, d] that is diagonal in the eigenvectors of the
+    correlation of z [N, d]: 1 if both have the same eigenvectors, some 1 / d if unrelated."""
+    u = torch.linalg.eigh((z.T @ z / len(z)).double())[1]
+    w = u.T @ weight.detach().double() @ u
+    return float(w.diagonal().square().sum() / w.square().sum())
+
+
+def stable_rank_share(x):
+    """stable_rank of x [N, d], divided by d: 1 if white."""
+    return common.collapse_metrics(x)["stable_rank"] / x.shape[1]
+
+
+# The functions below are named as their figures. Figures that end in _start are of the untrained
+# network.
+
+
+def knn_z(trained):
+    return trained.knn(trained.z)
+
+
+def knn_w(trained):
+    """Of whitened Z."""
+    return trained.knn(evaluation.whitened(trained.run, trained.z, 0))
+
+
+def knn_untrained(trained):
+    return trained.knn(trained.features(trained.run.untrained.backbone))
+
+
+def knn_teacher(trained):
+    """Of the slow network."""
+    return trained.knn(trained.features(trained.run.model.target_backbone))
+
+
+def whiteness_h(trained):
+    return stable_rank_share(trained.h[1])
+
+
+def corr_start(trained):
+    return common.collapse_metrics(trained.z_start[1])["corr"]
+
+
+def negative_cosine(trained):
+    return mean_cosine(trained.z[1])
+
+
+def negative_cosine_start(trained):
+    return mean_cosine(trained.z_start[1])
+
+
+def alignment(trained):
+    return diagonal_share(trained.run.model.predictor.weight, trained.z[1])
+
+
+def alignment_start(trained):
+    return diagonal_share(trained.run.untrained.predictor.weight, trained.z_start[1])
 
 
 def target_entropy(trained):
@@ -187,42 +248,21 @@ def purity(trained):
     return float(counts.max(1).values.sum() / len(truth))
 
 
-def alignment(model, z):
-    """Share of a linear predictor's squared entries that is diagonal in the eigenvectors of the
-    correlation of z [N, d]: 1 if both have the same eigenvectors, some 1 / d if unrelated."""
-    u = torch.linalg.eigh((z.T @ z / len(z)).double())[1]
-    w = u.T @ model.predictor.weight.detach().double() @ u
-    return float(w.diagonal().square().sum() / w.square().sum())
+def nmi(trained):
+    """DeepCluster: mutual information of clusters and classes, over the mean of their entropies."""
+    truth = trained.data.train_labels
+    found = trained.run.model.labels[:len(truth)]
+    counts = torch.zeros(int(found.max()) + 1, int(truth.max()) + 1, dtype=torch.float64)
+    counts.index_put_((found, truth), torch.ones(len(truth)).double(), accumulate=True)
+    joint = counts / len(truth)
+    of_each = entropy(joint.sum(1)[None]) + entropy(joint.sum(0)[None])
+    return 2 * (of_each - entropy(joint.flatten()[None])) / of_each
 
 
-def corr(z):
-    return common.collapse_metrics(z)["corr"]
-
-
-def whiteness_of_h(trained):
-    """stable_rank of H, divided by its dimensions: 1 if white."""
-    return common.collapse_metrics(trained.h[1])["stable_rank"] / trained.h[1].shape[1]
-
-
-def whitened_knn(trained):
-    return trained.knn(evaluation.whitened(trained.run, trained.z, 0))
-
-
-EXTRA = {  # figure -> function of Trained
-    "knn_z": lambda t: t.knn(t.z),
-    "knn_w": whitened_knn,
-    "knn_untrained": lambda t: t.knn(t.features(t.run.untrained.backbone)),
-    "knn_teacher": lambda t: t.knn(t.features(t.run.model.target_backbone)),
-    "whiteness_h": whiteness_of_h,
-    "corr_start": lambda t: corr(t.z_start[1]),
-    "negative_cosine": lambda t: negative_cosine_of(t.z[1]),
-    "negative_cosine_start": lambda t: negative_cosine_of(t.z_start[1]),
-    "target_entropy": target_entropy,
-    "usage_entropy": usage_entropy,
-    "purity": purity,
-    "alignment": lambda t: alignment(t.run.model, t.z[1]),
-    "alignment_start": lambda t: alignment(t.run.untrained, t.z_start[1]),
-}
+FIGURES = (knn_z, knn_w, knn_untrained, knn_teacher, whiteness_h, corr_start, negative_cosine,
+           negative_cosine_start, alignment, alignment_start, target_entropy, usage_entropy,
+           purity, nmi)
+EXTRA = {function.__name__: function for function in FIGURES}
 ONE_AT_A_TIME = threading.Lock()  # figures rebuild untrained networks from torch's random numbers
 
 
@@ -283,7 +323,7 @@ def cached(folder, command):
 
 
 def train_one(cache, command, seed, epochs):
-    """{"command", "figures", "seconds", "stopped"} of a run, from the cache or trained now.
+    """{"command", "figures", "seconds", "stopped", "revision"} of a run, cached or trained now.
 
     A run that stops since a number is not finite is a result: `finished` is 0, and `stopped` says
     why. Raises UserError for anything else that goes wrong."""
@@ -291,7 +331,7 @@ def train_one(cache, command, seed, epochs):
     found = cached(folder, command)
     if found:
         return found
-    if glob.glob(os.path.join(folder, "figures.json")):
+    if os.path.exists(os.path.join(folder, "figures.json")):
         shutil.rmtree(folder)  # its checkpoint is gone, and a new claim needs it
     started = time.monotonic()
     words = words_of(command, seed, epochs, folder)
@@ -307,6 +347,7 @@ def train_one(cache, command, seed, epochs):
         found = {"command": command, "stopped": "",
                  "figures": read_figures(folder, wanted_figures(command))}
     found["seconds"] = round(time.monotonic() - started, 1)
+    found["revision"] = common.git_revision()
     common.write_file(os.path.join(folder, "figures.json"), json.dumps(found, indent=1).encode())
     for path in glob.glob(os.path.join(folder, "*.pt")):
         os.remove(path)  # some have 100 MB
@@ -328,6 +369,15 @@ def train_all(claims, args):
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return results
+
+
+def warn_of_other_revisions(results, args):
+    """Print a line if runs in the cache are of another state of the code than this one."""
+    now = common.git_revision()
+    others = [result for result in results.values() if result["revision"] != now]
+    if others:
+        common.warn(f"{len(others)} of {len(results)} runs in {args.cache} were made by another "
+                    "revision of the code; try another --cache if it matters to them")
 
 
 def seeds_of(args):
@@ -411,6 +461,7 @@ def run_claims(claims, args):
     surprises = run_exact([claim for claim in claims if not isinstance(claim, Direction)])
     directions = [claim for claim in claims if isinstance(claim, Direction)]
     results = train_all(directions, args)
+    warn_of_other_revisions(results, args)
     counts = {}
     for claim in directions:
         found = judge(claim, results, args)

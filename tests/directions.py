@@ -1,5 +1,12 @@
 """The documents' claims that need training, as data. claims.py explains and runs them.
 
+The documents, by number:
+000  Weng et al. 2022, An Investigation into Whitening Loss for Self-supervised Learning, p. 1 to 5
+001  Lin 2022, Gradient Equivalence in Siamese Self-Supervised Learning, an article after UniGrad
+002  Preventing Collapses in Non-Contrastive Self-Supervised Learning, slides
+003  reading notes on Chen and He 2021, Exploring Simple Siamese Representation Learning
+004  Cathy Chen 2022, notes on the CVPR 2021 tutorial Leave Those Nets Alone
+
 Margins were fixed before any claim was run, by figure: two points of kNN, three where the sentence
 says that things are alike, five where it says that one fails; 0.2 of std*sqrt(d); a tenth of a
 rank's dimensions. `record` is the verdict on record, of runs with EPOCHS and FIRST_SEED.
@@ -96,7 +103,7 @@ claim("A9-small", "Weng et al. 2022, section 2", "Channel whitening works better
       1, 0.02)
 claim("A10-groups", "Weng et al. 2022, section 4", "Random groups improve on plain channel "
       "whitening.", versus("cw_rgp", "cw_rgp --groups 1", "knn"), 1, 0.02)
-claim("A10-floor", "papers.md F6, ours", "Groups of its own for each view leave a floor under the "
+claim("A10-floor", "our observation", "Groups of its own for each view leave a floor under the "
       "loss.", versus("cw_rgp", "cw_rgp/shared-permutation", "loss"), 1, 0.02)
 claim("A11-icl", "Weng et al. 2022, section 2 and Table 1", "CW-RGP is better than ICL.",
       versus("cw_rgp", "cw_rgp/icl", "knn"), 1, 0.02)
@@ -215,9 +222,9 @@ claim("E2", f"{NOTES}, BYOL against contrast", "BYOL is more robust to a small b
 claim("E3-crop", f"{NOTES}, BYOL against contrast", "Cropping is more important to BYOL than to "
       "SimCLR.", change("simclr --augment colour-flip", "simclr", "byol --augment colour-flip",
                         "byol", "knn"), 1, 0.02)
-claim("E3-colour", f"{NOTES}, BYOL against contrast", "Colour jitter is more important to SimCLR than to "
-      "BYOL.", change("byol --augment crop-flip", "byol", "simclr --augment crop-flip", "simclr",
-                      "knn"), 1, 0.02)
+claim("E3-colour", f"{NOTES}, BYOL against contrast", "Colour jitter is more important to SimCLR "
+      "than to BYOL.", change("byol --augment crop-flip", "byol", "simclr --augment crop-flip",
+                              "simclr", "knn"), 1, 0.02)
 claim("E4-moving", f"{NOTES}, mean teacher", "A moving teacher is better than the student itself.",
       versus("byol", "byol --momentum 0", "knn"), 1, 0.02)
 claim("E4-frozen", f"{NOTES}, static teacher", "A frozen random teacher is worse than a moving "
@@ -240,6 +247,8 @@ claim("E9-usage", f"{NOTES}, SwAV", "Equal total scores prevent collapse: withou
                                          "usage_entropy"), 1, 0.5)
 claim("E10-purity", f"{NOTES}, DeepCluster", "The clusters are far from the classes.",
       above("simclr/deepcluster", "purity", 0.9), -1, 0.05)
+claim("E10-nmi", f"{NOTES}, DeepCluster", "They agree with the classes in part only.",
+      above("simclr/deepcluster", "nmi", 0.8), -1, 0.05)
 claim("E10-useful", f"{NOTES}, DeepCluster", "Yet what is learned from them is useful.",
       above("simclr/deepcluster", "knn", "knn_untrained"), 1, 0.05)
 

@@ -143,10 +143,14 @@ def any_spectrum_is_optimal(kind="zca"):
     return largest(*errors)
 
 
+def centred(z):
+    return z - z.mean(0)
+
+
 @exact("A9", "Weng et al. 2022, sections 1 and 4",
        "Batch whitening needs more samples than channels; channel whitening works with few.",
        missing="the mean that centring takes away", centre=unchanged)
-def smallest_batch(centre=lambda z: z - z.mean(0)):
+def smallest_batch(centre=centred):
     def smallest(x):
         eigenvalues = torch.linalg.eigvalsh(x.mT @ x).detach()
         return float(eigenvalues[0] / eigenvalues[-1])
@@ -160,10 +164,14 @@ def smallest_batch(centre=lambda z: z - z.mean(0)):
     return abs(smallest(too_few)) if works else math.inf
 
 
+def scaled_channels(z, groups):
+    """Channels of variance 1, still correlated."""
+    return whiten(z, "bn")
+
+
 @exact("A9-ones", "Weng et al. 2022, section 2",
        "Channel whitening makes all singular values equal, and each row's length is sqrt(d - g).",
-       missing="the whitening of samples (that of channels in its place)",
-       whitening=lambda z, groups: whiten(z, "bn"))
+       missing="the whitening (a batch norm in its place)", whitening=scaled_channels)
 def channel_whitened_spectrum(whitening=channel_whiten):
     d, groups = 32, 2
     y = whitening(embeddings(6, d, 1)[0], groups)
@@ -173,7 +181,7 @@ def channel_whitened_spectrum(whitening=channel_whiten):
     return largest(*errors)
 
 
-@exact("A10", "Weng et al. 2022, section 4; papers.md 2.9",
+@exact("A10", "Weng et al. 2022, section 4, for the groups; the floor is our observation",
        "With random groups of its own for each view, the loss of equal views stays above zero; "
        "with the same groups it is zero.", missing="the groups of its own", own=shared_loss)
 def floor_of_random_groups(own=cw_rgp_loss):
@@ -209,10 +217,17 @@ def whitened_rank(kinds=("zca", "cholesky", "pca")):
     return largest(*errors)
 
 
+def stable_rank_of(z):
+    return common.collapse_metrics(z)["stable_rank"]
+
+
+def sum_of_singular_values(z):
+    return torch.linalg.svdvals(z - z.mean(0)).sum().item()
+
+
 @exact("A12-order", "Weng et al. 2022, Definition 1", "stable-rank(A) <= Rank(A) <= d.",
-       missing="the division by the largest singular value",
-       stable_rank=lambda z: torch.linalg.svdvals(z - z.mean(0)).sum().item())
-def order_of_ranks(stable_rank=lambda z: common.collapse_metrics(z)["stable_rank"]):
+       missing="the division by the largest singular value", stable_rank=sum_of_singular_values)
+def order_of_ranks(stable_rank=stable_rank_of):
     error = 0.0
     for seed in range(20):
         rank, d = 1 + seed % 8, 8
@@ -347,7 +362,7 @@ def barlow_gradient(gradient=added):
     return relative(got, wanted)
 
 
-@exact("B1-vicreg", "papers.md 5.6", THREE + "VICReg.",
+@exact("B1-vicreg", UNIFIED + "1; VICReg's form is ours", THREE + "VICReg.",
        missing="variance and covariance", tolerance=1e-10, gradient=positive_only)
 def vicreg_gradient(gradient=added):
     z1, z2 = (0.6 * z for z in embeddings(10, 6))
@@ -430,11 +445,20 @@ def constant_without_entropy(var=25.0):
     return largest(alone, torch.autograd.grad(alone, z)[0], both - 25.0 * (1 - math.sqrt(1e-4)))
 
 
+def log_determinant(covariance):
+    return torch.linalg.slogdet(covariance)[1]
+
+
+def log_trace(covariance):
+    """The same if all eigenvalues are equal."""
+    return torch.log(covariance.diagonal().mean()) * len(covariance)
+
+
 @exact("C5", "document 002, entropy of embeddings",
        "A Gaussian's entropy is 1/2 log det(2 pi e Sigma): it falls without bound as a dimension "
        "collapses.", missing="the determinant (the trace in its place)", tolerance=1e-6,
-       log_size=lambda c: torch.log(c.diagonal().sum() / len(c)) * len(c))
-def entropy_of_a_gaussian(log_size=lambda c: torch.linalg.slogdet(c)[1]):
+       log_size=log_trace)
+def entropy_of_a_gaussian(log_size=log_determinant):
     errors = []
     for smallest in (1.0, 1e-2, 1e-4):
         spread = torch.tensor([2.0, 1.0, 0.5, smallest], dtype=torch.float64)
@@ -446,11 +470,16 @@ def entropy_of_a_gaussian(log_size=lambda c: torch.linalg.slogdet(c)[1]):
     return largest(*errors)
 
 
+def around_the_image(z):
+    """z [images, views, d] without the mean of each image's views."""
+    return z - z.mean(1, keepdim=True)
+
+
 @exact("C6", "document 002, information bottleneck",
        "For a Gaussian Z that depends on X through its mean, log|C_Z| - E log|C_(Z given X)| is "
        "twice the information about X, and H(Z|X) + (1 - beta) / beta H(Z) falls as it grows.",
        missing="the term that is conditioned on X", tolerance=1e-9, within=unchanged)
-def information_bottleneck(within=lambda z: z - z.mean(1, keepdim=True)):
+def information_bottleneck(within=around_the_image):
     signal, noise = white(20, 3), white(16, 3, seed=1)  # 20 images, 16 views of each
     surrogates, error = [], 0.0
     for scale in (1.0, 2.0, 4.0):
@@ -484,11 +513,19 @@ def identity_is_the_minimum(lambd=0.5):
 # ==============================================================================
 
 
+def std_of_unit_rows(z):
+    return common.collapse_metrics(z)["std_sqrt_d"]
+
+
+def std_as_it_is(z):
+    return z.std(0, unbiased=False).mean().item() * z.shape[1] ** 0.5
+
+
 @exact("D2", "Chen and He 2021, section 4.1",
        "The standard deviation of an l2-normalised output is 1 / sqrt(d) in each channel if it is "
        "isotropic, and 0 if it is constant.", missing="the l2-normalisation",
-       std=lambda z: float(z.std(0, unbiased=False).mean() * z.shape[1] ** 0.5))
-def std_of_unit_rows(std=lambda z: common.collapse_metrics(z)["std_sqrt_d"]):
+       std=std_as_it_is)
+def isotropic_and_constant(std=std_of_unit_rows):
     axes = torch.cat([torch.eye(8), -torch.eye(8)]).double()
     lengths = 1 + torch.arange(16.0).double()[:, None]
     z = embeddings(30, 8, 1)[0].detach()
@@ -598,10 +635,14 @@ def centred_constant(share=0.1):
     return abs(entropy - math.log(12))
 
 
+def softmax_codes(scores):
+    return (scores / 0.05).softmax(1)
+
+
 @exact("E9", "document 004, SwAV",
        "Equal partition prevents collapse: even if all images prefer one prototype, Sinkhorn's "
        "codes use all of them alike.", missing="Sinkhorn-Knopp (a softmax in its place)",
-       tolerance=0.02, codes=lambda scores: (scores / 0.05).softmax(1))
+       tolerance=0.02, codes=softmax_codes)
 def equal_partition(codes=sinkhorn):
     g = torch.Generator().manual_seed(0)
     scores = 0.02 * torch.randn(64, 8, generator=g, dtype=torch.float64)

@@ -19,7 +19,8 @@ from exact import EXACT
 
 import common
 
-FOUR = "HOLDS", "OPPOSITE", "NO DIFFERENCE", "NOT SEEN"
+NOT_SEEN = claims.NOT_SEEN
+FOUR = "HOLDS", "OPPOSITE", "NO DIFFERENCE", NOT_SEEN
 PER_EXACT = pytest.mark.parametrize("claim", EXACT.values(), ids=list(EXACT))
 PER_DIRECTION = pytest.mark.parametrize("claim", DIRECTIONS.values(), ids=list(DIRECTIONS))
 
@@ -54,22 +55,22 @@ def around(mean, half):
 @pytest.mark.parametrize("mean,half,sign,wanted", [
     (0.05, 0.02, 1, "HOLDS"), (0.05, 0.02, -1, "OPPOSITE"),
     (-0.05, 0.02, -1, "HOLDS"), (-0.05, 0.02, 1, "OPPOSITE"),
-    (0.05, 0.04, 1, "NOT SEEN"), (-0.05, 0.04, 1, "NOT SEEN"), (0.05, 0.04, -1, "NOT SEEN"),
+    (0.05, 0.04, 1, NOT_SEEN), (-0.05, 0.04, 1, NOT_SEEN), (0.05, 0.04, -1, NOT_SEEN),
     (0.005, 0.01, 1, "NO DIFFERENCE"), (-0.005, 0.01, -1, "NO DIFFERENCE"),
-    (0.0, 0.1, 1, "NOT SEEN"), (0.005, 0.01, 0, "HOLDS"), (0.05, 0.02, 0, "OPPOSITE"),
-    (-0.05, 0.02, 0, "OPPOSITE"), (0.02, 0.01, 0, "NOT SEEN"), (0.0, 0.1, 0, "NOT SEEN"),
+    (0.0, 0.1, 1, NOT_SEEN), (0.005, 0.01, 0, "HOLDS"), (0.05, 0.02, 0, "OPPOSITE"),
+    (-0.05, 0.02, 0, "OPPOSITE"), (0.02, 0.01, 0, NOT_SEEN), (0.0, 0.1, 0, NOT_SEEN),
     (0.0, 0.0, 1, "NO DIFFERENCE"), (1.0, 0.0, 1, "HOLDS")])
 def test_verdict(mean, half, sign, wanted):
     assert claims.verdict(around(mean, half), 0.02, sign) == wanted
 
 
 def test_verdict_changes_where_the_interval_touches_the_margin():
-    for beyond, wanted in ((1e-9, "HOLDS"), (-1e-9, "NOT SEEN")):
+    for beyond, wanted in ((1e-9, "HOLDS"), (-1e-9, NOT_SEEN)):
         assert claims.verdict(around(0.03 + beyond, 0.01), 0.02, 1) == wanted
 
 
 def test_a_run_without_the_figure_is_not_seen():
-    assert claims.verdict([0.1, 0.1, math.nan, 0.1, 0.1], 0.02, 1) == "NOT SEEN"
+    assert claims.verdict([0.1, 0.1, math.nan, 0.1, 0.1], 0.02, 1) == NOT_SEEN
 
 
 @pytest.mark.parametrize("true,sign", [(0.5, 1), (-0.5, 1), (0.5, -1), (0.0, 1), (0.5, 0)])
@@ -78,7 +79,7 @@ def test_few_verdicts_are_wrong_by_chance(true, sign):
     In the middle, NO DIFFERENCE is."""
     rng = np.random.default_rng(0)
     found = [claims.verdict(list(row), 0.5, sign) for row in rng.normal(true, 1, (1500, 5))]
-    right = {"NOT SEEN", "NO DIFFERENCE"} if true == 0 else {"NOT SEEN"}
+    right = {NOT_SEEN, "NO DIFFERENCE"} if true == 0 else {NOT_SEEN}
     wrong = sum(word not in right for word in found)
     assert 0 < wrong / len(found) < 1.2 * claims.ERROR  # 1.2: it is a sample
     assert set(found) <= set(FOUR)
@@ -214,7 +215,8 @@ def fill(cache, claim, values, first=FIRST_SEED, epochs=EPOCHS, stopped=""):
         for seed, value in zip(range(first, first + SEEDS), values):
             figures = {figure: value if i == 0 else 0.0 for _, c, figure in claim.terms if c}
             figures.update({name: 0.0 for name in claims.wanted_figures(command)})
-            found = {"command": command, "seconds": 6.0, "stopped": stopped if i == 0 else "",
+            found = {"command": command, "seconds": 6.0, "revision": common.git_revision(),
+                     "stopped": stopped if i == 0 else "",
                      "figures": {} if stopped and i == 0 else figures}
             folder = claims.folder_of(cache, command, seed, epochs)
             common.write_file(f"{folder}/figures.json", json.dumps(found).encode())
@@ -233,7 +235,7 @@ def filled(tmp_path):
 
 
 @pytest.mark.parametrize("record,status", [
-    ("not yet run", 0), ("HOLDS", 0), ("OPPOSITE", 1), ("NOT SEEN", 1)])
+    ("not yet run", 0), ("HOLDS", 0), ("OPPOSITE", 1), (NOT_SEEN, 1)])
 def test_status_compares_with_the_record(filled, monkeypatch, record, status):
     monkeypatch.setattr(DIRECTIONS["B5-depth"], "record", record)
     result = run_here("claims", filled("B5-depth", around(0.1, 0.01)))
@@ -257,7 +259,15 @@ def test_a_run_that_stopped_is_told(filled):
     words = filled("D13", [0] * 5, stopped="loss is not finite at step 7")
     result = run_here("claims", words)
     assert result.status == 0
-    assert "NOT SEEN: " in result.out and "a run stopped: loss is not finite" in result.out
+    assert f"{NOT_SEEN}: " in result.out and "a run stopped: loss is not finite" in result.out
+
+
+def test_runs_of_another_revision_are_told(filled, monkeypatch):
+    words = filled("B5-depth", around(0.1, 0.01))
+    monkeypatch.setattr(common, "git_revision", lambda: "another")
+    result = run_here("claims", words)
+    assert result.status == 0 and "10 of 10 runs in" in result.err
+    assert "another revision" in result.err and len(result.err.splitlines()) == 1
 
 
 def test_cache_wants_the_same_command_and_all_figures(tmp_path, filled):
@@ -305,12 +315,13 @@ def test_figures_of_a_run_are_the_last_row_and_what_is_asked_for(runs):
     assert -1 / 23 - 1e-6 <= figures["negative_cosine"] < 1
     trained = claims.Trained(runs("wmse", "--whitening", "zca"))
     assert math.isclose(trained.knn(trained.h), figures["knn"])  # as in the log
-    assert math.isclose(claims.corr(trained.z[1]), figures["corr"], rel_tol=1e-4)
+    again = common.collapse_metrics(trained.z[1])["corr"]
+    assert math.isclose(again, figures["corr"], rel_tol=1e-4)
 
 
 def test_negative_cosine_by_hand():
     z = torch.tensor([[1.0, 0], [2, 0], [0, 3]])
-    assert math.isclose(claims.negative_cosine_of(z), 1 / 3, rel_tol=1e-6)  # 1, 0 and 0
+    assert math.isclose(claims.mean_cosine(z), 1 / 3, rel_tol=1e-6)  # 1, 0 and 0
 
 
 def test_entropy_by_hand():
@@ -323,6 +334,7 @@ def test_entropy_by_hand():
     ("byol", [], "knn_teacher", 0.0, 1.0),
     ("simclr/swav", ["--prototypes", "8"], "usage_entropy", 0.0, math.log(8)),
     ("simclr/deepcluster", ["--clusters", "8"], "purity", 0.25, 1.0),
+    ("simclr/deepcluster", ["--clusters", "8"], "nmi", 0.0, 1.0),
     ("byol/linear-predictor", [], "alignment", 0.0, 1.0),
     ("byol/linear-predictor", [], "alignment_start", 0.0, 0.3)])
 def test_figures_of_the_systems(runs, name, flags, figure, low, high):
@@ -331,11 +343,10 @@ def test_figures_of_the_systems(runs, name, flags, figure, low, high):
 
 def test_alignment_is_1_if_eigenvectors_agree():
     z = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    model = torch.nn.Module()
-    model.predictor = torch.nn.Linear(6, 6, bias=False).double()
-    assert claims.alignment(model, z) < 0.6
-    model.predictor.weight.data = experiments.direct_predictor(z.T @ z / 50)
-    assert math.isclose(claims.alignment(model, z), 1.0, rel_tol=1e-9)
+    weight = torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
+    assert claims.diagonal_share(weight, z) < 0.6
+    weight = experiments.direct_predictor(z.T @ z / 50)
+    assert math.isclose(claims.diagonal_share(weight, z), 1.0, rel_tol=1e-9)
 
 
 # ---------------------------------------------------------------------- gradients
