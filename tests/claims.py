@@ -21,6 +21,7 @@ The exit status is 1 if a verdict differs from the one on record, which may be a
 No recipe is tuned to a claim: every run has its method's defaults but for what the claim changes.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -462,25 +463,33 @@ def run_claims(claims, args):
     directions = [claim for claim in claims if isinstance(claim, Direction)]
     results = train_all(directions, args)
     warn_of_other_revisions(results, args)
-    counts = {}
+    verdicts = {}
     for claim in directions:
-        found = judge(claim, results, args)
-        counts[found] = counts.get(found, 0) + 1
+        verdicts[claim.id] = found = judge(claim, results, args)
         if args.epochs != EPOCHS:
             continue
         common.say(f"  on record: {claim.record}")
         if claim.record not in ("not yet run", found):
             surprises.append(claim.id)
     if directions:
-        minutes = sum(result["seconds"] for result in results.values()) / 60
-        tally = ", ".join(f"{count} {word}" for word, count in sorted(counts.items()))
-        common.say(f"\n{len(directions)} directions: {tally}. By chance, if differences between "
-                   f"seeds are normal, at most {ERROR:.0%} are wrong: expect at most "
-                   f"{ERROR * len(directions):.1f}.\n{len(results)} runs took {minutes:.0f} "
-                   "minutes of one thread.")
+        say_summary(verdicts, results)
     if surprises:
         common.say(f"not as on record: {', '.join(surprises)}")
         raise SystemExit(1)
+
+
+def say_summary(verdicts, results):
+    """Print the verdicts as lines of RECORD in directions.py, how many there are, and the time."""
+    common.say("")
+    for id, found in verdicts.items():
+        common.say(f'    "{id}": "{found}",')
+    counts = collections.Counter(verdicts.values())
+    tally = ", ".join(f"{count} {word}" for word, count in sorted(counts.items()))
+    minutes = sum(result["seconds"] for result in results.values()) / 60
+    common.say(f"\n{len(verdicts)} directions: {tally}. By chance, if differences between seeds are "
+               f"normal,\nat most {ERROR:.0%} are wrong: expect at most "
+               f"{ERROR * len(verdicts):.1f}. {len(results)} runs took {minutes:.0f} minutes of one "
+               "thread.")
 
 
 # ==============================================================================

@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, SMALL_OF, is_one_line_error, run_here, run_script
-from directions import DIRECTIONS, EPOCHS, FIRST_SEED, SEEDS, Direction, above, change, versus
+from directions import (
+    DIRECTIONS,
+    EPOCHS,
+    FIRST_SEED,
+    RECORD,
+    SEEDS,
+    Direction,
+    above,
+    change,
+    versus,
+)
 from exact import EXACT
 
 import common
@@ -157,6 +167,12 @@ def test_arms_differ_in_one_thing(claim):
     assert len(claims.commands_of(claim)) in (1, 2, 4)
 
 
+def test_the_record_has_no_claim_that_is_gone():
+    assert set(RECORD) <= set(DIRECTIONS)
+    for id, direction in DIRECTIONS.items():
+        assert direction.record == RECORD.get(id, "not yet run")
+
+
 def test_directions_are_many_and_do_not_take_two_hours():
     assert len(DIRECTIONS) >= 30 and not set(DIRECTIONS) & set(EXACT)
     assert claims.minutes_of(DIRECTIONS.values(), EPOCHS, jobs=2) <= 110
@@ -242,6 +258,7 @@ def test_status_compares_with_the_record(filled, monkeypatch, record, status):
     assert result.status == status and not result.err, result.err
     assert "  HOLDS: +0.1 +- 0.01, margin 0.02, expected above 0; seeds from 10 on: " in result.out
     assert f"on record: {record}" in result.out and "1 directions: 1 HOLDS" in result.out
+    assert '    "B5-depth": "HOLDS",' in result.out.splitlines()  # to paste into RECORD
     assert ("not as on record: B5-depth" in result.out) == bool(status)
     assert "expect at most 0.1" in result.out and "10 runs took 1 minutes" in result.out
 
