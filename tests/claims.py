@@ -486,10 +486,11 @@ def say_summary(verdicts, results):
     counts = collections.Counter(verdicts.values())
     tally = ", ".join(f"{count} {word}" for word, count in sorted(counts.items()))
     minutes = sum(result["seconds"] for result in results.values()) / 60
-    common.say(f"\n{len(verdicts)} directions: {tally}. By chance, if differences between seeds are "
-               f"normal,\nat most {ERROR:.0%} are wrong: expect at most "
-               f"{ERROR * len(verdicts):.1f}. {len(results)} runs took {minutes:.0f} minutes of one "
-               "thread.")
+    common.say(f"\n{len(verdicts)} directions: {tally}.\n"
+               "By chance, if differences between seeds are normal, at most "
+               f"{100 * ERROR:.0f} % are wrong: expect at most "
+               f"{ERROR * len(verdicts):.1f}.\n{len(results)} runs took {minutes:.0f} minutes of "
+               "one thread.")
 
 
 # ==============================================================================
