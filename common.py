@@ -56,10 +56,10 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #   1951  Folders of images
 #   2367  Streaming
 #   2488  Recipes of augmentation
-#   2561  ResNets, LARS, Muon
-#   2691  Run folder and signals
-#   2873  Resume
-#   3119  Files of a run
+#   2562  ResNets, LARS, Muon
+#   2692  Run folder and signals
+#   2874  Resume
+#   3120  Files of a run
 
 import argparse
 import collections
@@ -2525,6 +2525,7 @@ RECIPES = {
     # ours, for runs of minutes: W-MSE's with larger crops, an easier task
     "short": [(JITTER, ("grey", 0.1), ("crop", 0.35, 1.0, "bicubic"), FLIP)],
     "crop-flip": [(CROP, FLIP)],
+    "colour-flip": [(JITTER, ("grey", 0.1), FLIP)],
     "none": [()],
 }
 

@@ -9,6 +9,7 @@ In a program: `experiment = find("simsiam/softmax-similarity")`, then
 
 An experiment is a subclass of the method's model that overrides as little as it can, with changed
 loss functions beside it. Most of its text is the method's own, copied: --show prints the rest.
+systems.py has the models of those that are a system by themselves, such as DINO and SwAV.
 """
 
 import copy
@@ -18,6 +19,7 @@ import functools
 import importlib
 import inspect
 import itertools
+import math
 import os
 import sys
 import textwrap
@@ -32,17 +34,18 @@ import cw_rgp  # noqa: E402
 import moco  # noqa: E402
 import simclr  # noqa: E402
 import simsiam  # noqa: E402
+import systems  # noqa: E402
 import vicreg  # noqa: E402
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import wmse  # noqa: E402
 from byol import byol_loss  # noqa: E402
-from cw_rgp import InverseSquareRoot, channel_whiten  # noqa: E402
+from cw_rgp import InverseSquareRoot, channel_whiten, cw_rgp_loss  # noqa: E402
 from moco import info_nce_loss  # noqa: E402
 from simsiam import mlp, negative_cosine  # noqa: E402
 from vicreg import vicreg_loss  # noqa: E402
-from wmse import wmse_loss  # noqa: E402
+from wmse import whiten, wmse_loss  # noqa: E402
 
 # ==============================================================================
 # What an experiment is
@@ -142,6 +145,87 @@ add(
     beside={anchor_loss: simclr.nt_xent_loss},
 )
 
+
+def predicted_loss(p1, p2, z1, z2, temperature=0.5):
+    """NT-Xent (Eq. 1) with predictions as anchors: p_i against z_k, k != i.
+
+    p1, p2, z1, z2: predictions and embeddings [N, d] of two views, normalised here."""
+    p, z = torch.cat([p1, p2]), torch.cat([z1, z2])  # [2N, d]
+    p = F.normalize(p.to(torch.promote_types(p.dtype, torch.float32)), dim=1)
+    z = F.normalize(z.to(p.dtype), dim=1)
+    logits = (p @ z.T / temperature).fill_diagonal_(float("-inf"))  # [2N, 2N], k != i
+    positive = (p * z.roll(len(z1), 0)).sum(1) / temperature  # [2N], with the other view
+    return (logits.logsumexp(1) - positive).mean()  # Eq. 1
+
+
+@dataclass(kw_only=True)
+class PredictorArgs(simclr.Args):
+    stop_gradient: bool = common.flag(False, "no gradient into what a prediction is compared with")
+
+
+class Predictor(simclr.SimCLR):
+    def __init__(self, backbone, feature_dim, args):
+        super().__init__(backbone, feature_dim, args)
+        self.predictor = mlp(args.proj_dim, args.proj_hidden, args.proj_dim, layers=2, bias=True)
+
+    def forward(self, views):
+        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
+        z = self.projector(torch.cat(h)).chunk(len(h))  # s x [n, d], all views as one batch
+        p = self.predictor(torch.cat(z)).chunk(len(z))  # s x [n, d]
+        if self.args.stop_gradient:
+            z = [v.detach() for v in z]
+        with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
+            p, z = [common.gather(v) for v in p], [common.gather(v) for v in z]  # s x [N, d]
+            pairs = itertools.combinations(zip(p, z), 2)
+            tau = self.args.temperature
+            losses = [predicted_loss(p1, p2, z1, z2, tau) for (p1, z1), (p2, z2) in pairs]
+            return sum(losses) / len(losses)
+
+
+add(
+    "simclr/predictor",
+    sentence="A predictor makes the anchors, as in SimSiam (paper: 66.4 %, with --stop-gradient "
+    "66.0 %, against 66.5 %).",
+    source="Chen and He, arXiv 2011.10566, section 6.2",
+    model=Predictor,
+    beside={predicted_loss: None},
+    Args=PredictorArgs,
+)
+
+add(
+    "simclr/swav",
+    sentence="SwAV: an image is described by its similarity to prototypes, and each view predicts "
+    "the other's description. Sinkhorn-Knopp over the global batch makes the prototypes equally "
+    "frequent. They rest in the first epoch. One crop size, no queue.",
+    source="Caron et al., arXiv 2006.09882; facebookresearch/swav",
+    model=systems.SwAV,
+    beside={
+        systems.cross_entropy: None,
+        systems.sinkhorn: None,
+        systems.Prototypes: None,
+    },
+    Args=systems.SwAVArgs,
+    train=systems.train,
+)
+
+add(
+    "simclr/deepcluster",
+    sentence="DeepCluster: in each epoch, k-means gives every image a label, which a new "
+    "classifier learns. Clusters have equal weight in the loss; the authors draw images of all "
+    "clusters alike, cluster PCA-whitened features and start the optimizer again too.",
+    source="Caron et al., arXiv 1807.05520; facebookresearch/deepcluster",
+    model=systems.DeepCluster,
+    beside={
+        systems.cluster_loss: None,
+        systems.k_means: None,
+        systems.rows_of: None,
+        systems.check_room: None,
+    },
+    Args=systems.DeepClusterArgs,
+    train=systems.train,
+)
+
 # ==============================================================================
 # MoCo
 # ==============================================================================
@@ -190,6 +274,51 @@ add(
     sentence="The keys keep the order of the queries, so that the two share batch statistics.",
     source="He et al., arXiv 1911.05722, section 3.3; 4 points worse in the authors' demo",
     model=NoShuffle,
+)
+
+
+@dataclass(kw_only=True)
+class SlowKeysArgs(moco.Args):
+    slow: str = common.flag("positives", "keys of the slow network", choices="positives negatives")
+
+
+class SlowKeys(moco.MoCo):
+    @torch.no_grad()
+    def fast_keys(self, x):
+        """As `keys`, by the online network: images [n, 3, H, W] -> keys [N, d], shuffled BN."""
+        x = common.gather(x)  # [N, 3, H, W]
+        order = torch.randperm(len(x), device=x.device)
+        mine = order.chunk(common.world_size())[common.rank()]
+        x = x[mine].contiguous(memory_format=torch.channels_last)
+        k = self.projector(self.backbone(x))  # [n, d]
+        return F.normalize(common.gather(k), dim=1)[order.argsort()]  # in the order of x again
+
+    def forward(self, views):
+        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        h = [self.backbone(x) for x in views[:-1]]  # the last view is not a query
+        q = [self.projector(v) for v in h]  # (s - 1) x [n, d]
+        self.update_target()  # Eq. 2, with the weights before this step
+        k = [self.keys(x) for x in views[1:]]  # (s - 1) x [N, d]; the first view is not a key
+        negatives = [self.fast_keys(x) for x in views[1:]]
+        if self.args.slow == "negatives":
+            k, negatives = negatives, k
+        with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
+            q = [common.gather(v) for v in q]  # (s - 1) x [N, d]
+            pairs = itertools.combinations(range(len(views)), 2)
+            tau = self.args.temperature
+            losses = [info_nce_loss(q[i], k[j - 1], self.queue, tau) for i, j in pairs]
+            queue = torch.cat([self.queue, *negatives])
+            self.queue = queue[-len(self.queue):].clone()  # the oldest leave
+            return sum(losses) / len(losses)
+
+
+add(
+    "moco/slow-keys",
+    sentence="Only the positive keys come from the slow network, or with --slow negatives only "
+    "those in the queue. The others come from the online network, as it is when they are made.",
+    source="Tao et al. (UniGrad), arXiv 2112.05141: slow positives are enough",
+    model=SlowKeys,
+    Args=SlowKeysArgs,
 )
 
 # ==============================================================================
@@ -296,6 +425,92 @@ add(
     model=GroupNorm,
     beside={group_norm: None},
     Args=GroupNormArgs,
+)
+
+
+def standardised(weight):
+    """Weights [outputs, ...], each output's with mean 0 and variance 1."""
+    w = weight.flatten(1)
+    w = (w - w.mean(1, keepdim=True)) / (w.std(1, keepdim=True, unbiased=False) + 1e-5)
+    return w.view_as(weight)
+
+
+class StandardisedConv2d(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, standardised(self.weight), self.bias)
+
+
+class StandardisedLinear(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, standardised(self.weight), self.bias)
+
+
+class ImageNorm2d(nn.BatchNorm2d):
+    """Group norm under a batch norm's names, each image by itself; its running figures idle."""
+
+    def forward(self, x):
+        groups = math.gcd(16, self.num_features)
+        return F.group_norm(x, groups, self.weight, self.bias, self.eps)
+
+
+def without_batch_statistics(network):
+    """Change a network's layers in place: group norm and standardised weights."""
+    changed = {
+        nn.BatchNorm2d: ImageNorm2d,
+        nn.Conv2d: StandardisedConv2d,
+        nn.Linear: StandardisedLinear,
+    }
+    for module in network.modules():
+        module.__class__ = changed.get(type(module), type(module))
+
+
+class NoBatchStatistics(byol.BYOL):
+    def __init__(self, backbone, feature_dim, args):
+        super().__init__(backbone, feature_dim, args)
+        sizes = feature_dim, args.proj_hidden, args.proj_dim, args.proj_layers
+        self.projector = mlp(*sizes, norm=group_norm)
+        self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        if args.predictor == "mlp":
+            sizes = args.proj_dim, args.proj_hidden, args.proj_dim
+            self.predictor = mlp(*sizes, layers=2, norm=group_norm)
+        without_batch_statistics(self)
+
+
+add(
+    "byol/no-batch-statistics",
+    sentence="Group norm and standardised weights everywhere, in the backbone too, so that no "
+    "image knows of the others in its batch.",
+    source="Richemond et al., arXiv 2010.10241: 73.9 % against 74.3 %",
+    model=NoBatchStatistics,
+    beside={
+        without_batch_statistics: None,
+        standardised: None,
+        StandardisedConv2d: None,
+        StandardisedLinear: None,
+        ImageNorm2d: None,
+        group_norm: None,
+    },
+    Args=GroupNormArgs,
+)
+
+add(
+    "byol/dino",
+    sentence="DINO: no predictor, but a softmax over K prototypes (--proj-dim). The target is "
+    "centred and sharpened. One crop size, and the prototypes learn in the first epoch too.",
+    source="Caron et al., arXiv 2104.14294; facebookresearch/dino",
+    model=systems.DINO,
+    beside={systems.cross_entropy: None, systems.Prototypes: None},
+    Args=systems.DINOArgs,
+)
+
+add(
+    "byol/unigrad",
+    sentence="UniGrad: no predictor. The loss is -cos(z, target) + lambda / 2 z^T F z for the "
+    "targets' moving correlation F, which starts as I / d (the authors' with the first batch).",
+    source="Tao et al. (UniGrad), arXiv 2112.05141; fundamentalvision/UniGrad",
+    model=systems.UniGrad,
+    beside={systems.unigrad_loss: None},
+    Args=systems.UniGradArgs,
 )
 
 # ==============================================================================
@@ -441,6 +656,68 @@ add(
     model=HeadNormAll,
 )
 
+
+@dataclass(kw_only=True)
+class AlternatingArgs(simsiam.Args):
+    every: int = common.flag(10, "steps between two new sets of targets", least=1)
+
+    def rules(self):
+        yield not self.no_stop_gradient, "--no-stop-gradient does not go with fixed targets"
+
+
+class Alternating(simsiam.SimSiam):
+    def __init__(self, backbone, feature_dim, args):
+        super().__init__(backbone, feature_dim, args)
+        self.target_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
+        self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def renew(self):
+        """In every k-th step, the targets' network becomes a copy of the present one."""
+        now = self.steps % self.args.every == 0
+        online = [*self.backbone.parameters(), *self.projector.parameters()]
+        target = [*self.target_backbone.parameters(), *self.target_projector.parameters()]
+        for theta, xi in zip(online, target):
+            xi.copy_(torch.where(now, theta, xi))
+        self.steps += 1
+
+    def forward(self, views):
+        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
+        z = [self.projector(v) for v in h]  # s x [n, d]
+        p = [self.predictor(v) for v in z]  # s x [n, d]
+        self.renew()
+        with torch.no_grad():
+            z = [self.target_projector(self.target_backbone(x)) for x in views]  # the targets
+        with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
+            p, z = [common.gather(v) for v in p], [common.gather(v) for v in z]  # s x [N, d]
+            pairs = itertools.combinations(zip(p, z), 2)
+            D = negative_cosine
+            losses = [D(p1, z2) / 2 + D(p2, z1) / 2 for (p1, z1), (p2, z2) in pairs]  # Eq. 4
+            return sum(losses) / len(losses)
+
+
+add(
+    "simsiam/alternating",
+    sentence="The targets are those of the network k steps ago (--every), so that theta and eta "
+    "are optimised in turn (paper: k of 1, 10, 100 give 68.1, 68.7, 68.9 %).",
+    source="Chen and He, arXiv 2011.10566, section 5.2",
+    model=Alternating,
+    Args=AlternatingArgs,
+)
+
+add(
+    "simsiam/moving-average-target",
+    sentence="No predictor: the target is a moving average of the image's embeddings, kept for "
+    "each image (paper: 55.0 %, where no predictor alone gives 0.1 %).",
+    source="Chen and He, arXiv 2011.10566, section 5.2",
+    model=systems.MovingAverageTarget,
+    beside={systems.rows_of: None, systems.check_room: None},
+    Args=systems.MovingAverageTargetArgs,
+    train=systems.train,
+)
+
 # ==============================================================================
 # Barlow Twins
 # ==============================================================================
@@ -483,6 +760,50 @@ add(
     beside={l2_loss: barlow.barlow_twins_loss},
 )
 
+
+def without_a_loss(z1, z2, lambd=0.0051):
+    """-2 sum of C_ii + lambda sum of C_ij^2 over all i, j, a scalar: A of UniGrad's form is I.
+
+    z1, z2: embeddings [N, d] of two views, standardised here as a batch norm does."""
+    n, d = z1.shape
+    z1, z2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z1, z2))
+    z1 = (z1 - z1.mean(0)) / (z1.var(0, unbiased=False) + 1e-5).sqrt()
+    z2 = (z2 - z2.mean(0)) / (z2.var(0, unbiased=False) + 1e-5).sqrt()
+    c = z1.T @ z2 / n  # [d, d], Eq. 2
+    return lambd * c.square().sum() - 2 * c.diagonal().sum()
+
+
+class WithoutA(barlow.BarlowTwins):
+    def forward(self, views):
+        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
+        z = [self.projector(v) for v in h]  # s x [n, d]
+        with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
+            z = [common.gather(v) for v in z]  # s x [N, d]
+            pairs = itertools.combinations(z, 2)
+            losses = [without_a_loss(z1, z2, self.args.lambd) for z1, z2 in pairs]
+            return sum(losses) / len(losses)
+
+
+add(
+    "barlow/without-a",
+    sentence="The positive term of the gradient is the other view itself: its factor "
+    "A = I - (1 - lambda) diag(C) is dropped.",
+    source="Tao et al. (UniGrad), arXiv 2112.05141: no loss in accuracy",
+    model=WithoutA,
+    beside={without_a_loss: barlow.barlow_twins_loss},
+)
+
+add(
+    "barlow/cca-ssg",
+    sentence="CCA-SSG: each view is decorrelated by itself, softly, and the diagonal of C counts "
+    "linearly.",
+    source="Zhang et al., arXiv 2106.12484; there for graphs, without a projector",
+    model=systems.CCASSG,
+    beside={systems.cca_ssg_loss: barlow.barlow_twins_loss},
+    Args=systems.CCASSGArgs,
+)
+
 # ==============================================================================
 # VICReg
 # ==============================================================================
@@ -508,6 +829,33 @@ add(
     "terms of the two views are added, not averaged.",
     source="Bardes et al., arXiv 2105.04906, Eq. 5 and 6",
     model=PaperScaling,
+)
+
+
+class TwoBranches(vicreg.VICReg):
+    def __init__(self, backbone, feature_dim, args):
+        super().__init__(backbone, feature_dim, args)
+        sizes = feature_dim, args.proj_hidden, args.proj_dim
+        self.other_projector = mlp(*sizes, layers=args.proj_layers + 1)
+
+    def forward(self, views):
+        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
+        heads = itertools.cycle([self.projector, self.other_projector])
+        z = [head(v) for head, v in zip(heads, h)]  # s x [n, d]
+        with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
+            z = [common.gather(v) for v in z]  # s x [N, d]
+            pairs = itertools.combinations(z, 2)
+            weights = self.args.inv, self.args.var, self.args.cov
+            losses = [vicreg_loss(z1, z2, *weights) for z1, z2 in pairs]
+            return sum(losses) / len(losses)
+
+
+add(
+    "vicreg/two-branches",
+    sentence="Every second view has a projector of its own, with one layer more.",
+    source="Bardes et al., arXiv 2105.04906: the branches need not share weights or architecture",
+    model=TwoBranches,
 )
 
 # ==============================================================================
@@ -537,6 +885,53 @@ add(
     "With more than two views, each pair has its own slices.",
     source="Weng et al., arXiv 2210.03586, L1' of Eq. 6",
     model=OneWay,
+)
+
+
+def shuffled_loss(views, w_size=128, w_iter=1, kind="pca", eps=0.0, generator=None):
+    """Mean squared distance of the whitened, normalised views, a scalar in [0, 4].
+
+    views: s >= 2 embeddings [N, d] of the same images. The batch is cut at random into slices of
+    w_size, the same for all views, w_iter times. If w_size does not divide N: ValueError."""
+    z = torch.stack(list(views))  # [s, N, d]
+    s, n, d = z.shape
+    if n % w_size:
+        raise ValueError(f"w_size = {w_size} does not divide the batch of {n}")
+    order = torch.rand(w_iter, n, device=z.device, generator=generator).argsort(-1)
+    slices = z[:, order.flatten()].unflatten(1, (-1, w_size))  # [s, w_iter N / w, w, d]
+    draws = torch.rand(s, slices.shape[1], d, device=z.device, generator=generator)
+    permutation = draws.argsort(-1).unsqueeze(-2).expand(slices.shape)  # own for each view
+    y = whiten(slices.gather(-1, permutation), kind, eps)
+    y = F.normalize(torch.zeros_like(y).scatter(-1, permutation, y), dim=-1)
+    pairs = itertools.combinations(y, 2)
+    losses = [(2 - 2 * (y1 * y2).sum(-1)).mean() for y1, y2 in pairs]
+    return sum(losses) / len(losses)
+
+
+@dataclass(kw_only=True)
+class ShuffledChannelsArgs(wmse.Args):
+    whitening: str = "pca"
+
+
+class ShuffledChannels(wmse.WMSE):
+    def forward(self, views):
+        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        args = self.args
+        h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
+        z = self.projector(torch.cat(h)).chunk(len(h))  # s x [n, d], all views as one batch
+        with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
+            z = [common.gather(v) for v in z]  # s x [N, d]
+            return shuffled_loss(z, args.w_size, args.w_iter, args.whitening, args.eps)
+
+
+add(
+    "wmse/shuffled-channels",
+    sentence="PCA whitening as the released CW-RGP code does it: each view's channels are "
+    "permuted before and put back after. Cholesky and PCA then disagree on equal views.",
+    source="winci-ai/CW-RGP, without its --no_rg, whitening channels (axis 1)",
+    model=ShuffledChannels,
+    beside={shuffled_loss: wmse.wmse_loss},
+    Args=ShuffledChannelsArgs,
 )
 
 # ==============================================================================
@@ -685,6 +1080,56 @@ add(
     beside={detached_whiten: cw_rgp.channel_whiten, detached_loss: cw_rgp.cw_rgp_loss},
 )
 
+
+def sample_correlation(views, w_size=64):
+    """Mean over the slices of w_size rows, and sum over s views, of the squared covariances of two
+    samples, divided by w: a scalar. views: s embeddings [N, d], N a multiple of w_size."""
+    z = torch.stack(list(views)).unflatten(1, (-1, w_size))  # [s, N / w, w, d]
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    x = z - z.mean(-1, keepdim=True)
+    s = x @ x.mT / (x.shape[-1] - 1)  # [s, N / w, w, w]
+    off_diagonal = s.square().sum((-1, -2)) - s.diagonal(dim1=-2, dim2=-1).square().sum(-1)
+    return (off_diagonal / w_size).mean(1).sum()
+
+
+@dataclass(kw_only=True)
+class CovarianceTermArgs(cw_rgp.Args):
+    alpha: float = common.flag(0.005, "weight of the covariance of samples", least=0, most=10**6)
+
+
+class CovarianceTerm(cw_rgp.CWRGP):
+    def forward(self, views):
+        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        args = self.args
+        h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
+        z = self.projector(torch.cat(h)).chunk(len(h))  # s x [n, d], all views as one batch
+        with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
+            z = [common.gather(v) for v in z]  # s x [N, d]
+            loss = cw_rgp_loss(z, args.groups, args.w_size, args.w_iter, args.eps)
+            return loss + args.alpha * sample_correlation(z, args.w_size)
+
+
+add(
+    "cw_rgp/covariance-term",
+    sentence="A soft whitening beside the exact one: the covariances of two samples are penalised "
+    "too.",
+    source="winci-ai/CW-RGP, the ImageNet recipe (alpha 0.005 or 0.01, in its first half)",
+    model=CovarianceTerm,
+    beside={sample_correlation: None},
+    Args=CovarianceTermArgs,
+)
+
+add(
+    "cw_rgp/icl",
+    sentence="ICL: no gradient through the whitening matrix, whose covariance is regularised. "
+    "Samples are standardised, the batch is one slice, and the loss is a square.",
+    source="Zero-CL, ICLR 2022, as in winci-ai/CW-RGP",
+    model=systems.ICL,
+    beside={systems.icl_loss: cw_rgp.cw_rgp_loss, systems.icl_whiten: None},
+    Args=systems.ICLArgs,
+    whiten=systems.icl_whitening,
+)
+
 # ==============================================================================
 # List, show, train
 # ==============================================================================
@@ -705,22 +1150,25 @@ def listing():
     return "\n".join(lines)
 
 
+source_of = functools.cache(inspect.getsource)  # of a class it reads the whole file
+
+
 def parts(experiment):
     """[(what it is, its text, the text that it is a changed copy of)] of all that is not the
     method's own. Of a function that is new, or that calls its parent's, the last text is empty."""
     found = []
     if experiment.own_args:
-        found.append(("Args", inspect.getsource(experiment.own_args), ""))
+        found.append(("Args", source_of(experiment.own_args), ""))
     for function, parent in experiment.beside.items():
         name = parent.__name__ if parent else "new"
-        old = inspect.getsource(parent) if parent else ""
-        found.append((f"{function.__name__} ({name})", inspect.getsource(function), old))
+        old = source_of(parent) if parent else ""
+        found.append((f"{function.__name__} ({name})", source_of(function), old))
     model, base = experiment.model, experiment.model.__base__
     for name, function in vars(model).items():
         if inspect.isfunction(function):
-            title, text = f"{base.__name__}.{name}", inspect.getsource(function)
+            title, text = f"{base.__name__}.{name}", source_of(function)
             parent = getattr(base, name, None)
-            old = inspect.getsource(parent) if parent else ""
+            old = source_of(parent) if parent else ""
             if f"super().{name}(" in text:
                 title, old = f"{title}, which it calls first", ""
             found.append((title if parent else f"{title} (new)", text, old))

@@ -237,6 +237,7 @@ def test_the_recipes_are_the_papers():
         "byol": [by + (("blur", 1.0, 0.1, 2.0), ("solarize", 0.0)), by + (("blur", 0.1, 0.1, 2.0), ("solarize", 0.2))],
         "vicreg-cifar": [(("crop", 0.2, 1.0, "bicubic"), ("jitter", 0.4, 0.4, 0.2, 0.1, 0.8), ("grey", 0.2), ("solarize", 0.1), f)],
         "crop-flip": [(("crop", 0.2, 1.0, "bilinear"), f)],
+        "colour-flip": [(j, ("grey", 0.1), f)],
         "none": [()],
     }
 
