@@ -54,11 +54,11 @@ folders, torchrun. A default run enters the command line, messages and files the
 #   1854  Data sets by name
 #   1942  Folders of images
 #   2358  Streaming
-#   2479  Recipes of augmentation
-#   2552  ResNets, LARS, Muon
-#   2682  Run folder and signals
-#   2864  Resume
-#   3110  Files of a run
+#   2497  Recipes of augmentation
+#   2570  ResNets, LARS, Muon
+#   2700  Run folder and signals
+#   2882  Resume
+#   3128  Files of a run
 
 import argparse
 import collections
@@ -2399,16 +2399,34 @@ class Files:
                 FileTask(self), batch_sampler=Tasks(),
                 num_workers=num_workers, persistent_workers=num_workers > 0,
                 pin_memory=self.pin_memory, worker_init_fn=leave_signals_to_the_main_process))
-            at_end(self.idle.clear)  # ends the processes
+            at_end(functools.partial(end_processes, self.idle))
         loader = self.idle.pop()
         loader.batch_sampler.tasks = tasks
+        others = multiprocessing.active_children()
         try:
-            yield from loader
+            batches = iter(loader)
+        except BaseException:  # there is no iterator yet that would end those which did start
+            for process in set(multiprocessing.active_children()) - set(others):
+                process.kill()
+            raise
+        try:
+            yield from batches
         except UserError as error:
             last_line = str(error).strip().splitlines()[-1]
             raise UserError(last_line.split("UserError: ")[-1]) from None
         finally:
             self.idle.append(loader)
+
+
+def end_processes(loaders):
+    """End the processes of DataLoaders and empty the list.
+
+    An error's traceback can keep the iterator alive. Python then ends its queues first, the
+    processes hear of no end, and torch waits for each of them."""
+    while loaders:
+        iterator = loaders.pop()._iterator
+        if hasattr(iterator, "_shutdown_workers"):  # with processes
+            iterator._shutdown_workers()
 
 
 class Tasks:
