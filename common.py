@@ -15,7 +15,7 @@ folders, torchrun. A default run enters the command line, messages and files the
 #
 #    123  Args               the flags that all nine methods share
 #    113  flag               a field of Args: default, help, bounds
-#   1633  main               run train(); print an expected error as one line
+#   1656  main               run train(); print an expected error as one line
 #   1348  parse_args         Args from the command line
 #    206  set_up             device, precision, other processes
 #    244  load_data          read or draw the data set: Data
@@ -31,7 +31,7 @@ folders, torchrun. A default run enters the command line, messages and files the
 #    867  learning_rate      the schedule's factor at a step
 #    632  Run.guard          a failed decomposition becomes a clear error
 #    855  gather             embeddings of all processes, with gradient
-#   1792  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1815  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #    196  world_size         the number of processes (MoCo)
 #    201  rank               this process's number among them (MoCo)
 #    637  Run.watch          note whether loss and gradients are finite
@@ -49,16 +49,16 @@ folders, torchrun. A default run enters the command line, messages and files the
 # Part II:
 #
 #   1276  Command line: flags from Args, checks, and sizes to propose
-#   1542  Messages and errors
-#   1698  Several processes
-#   1854  Data sets by name
-#   1942  Folders of images
-#   2358  Streaming
-#   2497  Recipes of augmentation
-#   2570  ResNets, LARS, Muon
-#   2700  Run folder and signals
-#   2882  Resume
-#   3128  Files of a run
+#   1565  Messages and errors
+#   1721  Several processes
+#   1877  Data sets by name
+#   1965  Folders of images
+#   2381  Streaming
+#   2520  Recipes of augmentation
+#   2593  ResNets, LARS, Muon
+#   2723  Run folder and signals
+#   2905  Resume
+#   3151  Files of a run
 
 import argparse
 import collections
@@ -1452,11 +1452,15 @@ if hasattr(os, "sysconf"):
     MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def images_of(args):
+    """The number of training images; 2^20 if it is not known yet."""
+    return vars(args).get("images") or (10_000 if args.dataset == "patterns" else 2**20)
+
+
 def rules_of(args):
     """The rules of sizes that hold for every method, then the method's own."""
     multiple = args.batch_size % world_size() == 0
-    images = vars(args).get("images") or (10_000 if args.dataset == "patterns" else 2**20)
-    side = args.image_size or 32
+    images, side = images_of(args), args.image_size or 32
     need = 250 * side**2 * args.batch_size * args.views / world_size()  # bytes, of `tiny`
     fits = need < MEMORY or (args.device != "cpu" and torch.cuda.is_available())
     return [(multiple, f"--batch-size must be a multiple of the {world_size()} processes"),
@@ -1469,21 +1473,40 @@ def rules_of(args):
 
 def check_rules(args):
     """Raise UserError for the first rule that fails, with the nearest sizes that obey them all."""
-    rules = rules_of(args)
+    broken = [text for holds, text in rules_of(args) if not holds]
+    if not broken:
+        return
+    sizes = {name: default for name, type_, default, _ in flags_of(type(args)) if type_ is int}
+    now = as_flags({name: getattr(args, name) for name in mentioned(broken, sizes)})
+    message = f"{now}: {broken[0]}; try"
+    processes, found = world_size(), sizes_that_fit(args, sizes)
+    check(found is None, f"{message} {as_flags(found or {})}")
+    os.environ["WORLD_SIZE"] = "1"  # for the rules
+    try:
+        found = sizes_that_fit(args, sizes)
+    finally:
+        os.environ["WORLD_SIZE"] = str(processes)
+    check(processes == 1 or found is None, f"{message} --nproc_per_node=1 {as_flags(found or {})}")
+    raise UserError(f"{message} a folder with more images")
+
+
+def sizes_that_fit(args, sizes):
+    """{flag: value} of the sizes that have to change, to obey every rule; None if none do.
+
+    sizes: {flag: default}."""
+    if world_size() > images_of(args):
+        return None
+    rules, others = rules_of(args), copy.copy(args)
     broken = [text for holds, text in rules if not holds]
-    if broken:
-        sizes = {name: default for name, type_, default, _ in flags_of(type(args)) if type_ is int}
-        names = mentioned(broken + [text for _, text in rules], sizes)
-        found = nearest_changes(args, names, sizes)
-        others, halvings = copy.copy(args), 0
-        while found is None:  # more than two have to change: let it be all, to the defaults or less
+    names = mentioned(broken + [text for _, text in rules], sizes)
+    found = nearest_changes(args, names, sizes)
+    for halvings in range(13):  # more than two have to change: then all, to the defaults or less
+        if found is None:
             usual = {name: max(min(3, sizes[name]), sizes[name] >> halvings) for name in names}
             vars(others).update(usual)
             nearest = nearest_changes(others, names, sizes)
-            found = None if nearest is None and halvings < 20 else {**usual, **(nearest or {})}
-            halvings += 1
-        now = as_flags({name: getattr(args, name) for name in mentioned(broken, sizes)})
-        raise UserError(f"{now}: {broken[0]}; try {as_flags(found)}")
+            found = nearest if nearest is None else {**usual, **nearest}
+    return found
 
 
 def mentioned(texts, sizes):

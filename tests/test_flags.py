@@ -357,6 +357,29 @@ def test_a_huge_or_prime_batch_alone(monkeypatch, method):
             assert refused or batch % world == 0
 
 
+@pytest.mark.parametrize("world, images", [(7, 2), (8, 5), (3, 3), (8, 33), (64, 100), (2, 3), (1000, 999), (1, 2), (1, 3)])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_proposal_for_few_images_and_many_processes_works_at_once(monkeypatch, method, world, images):
+    """With more processes than images no size fits, so the proposal is one process, with the sizes that it needs."""
+    args = importlib.import_module(method).Args()
+    args.images, args.dataset = images, "folder"  # as Data has it when the images are read
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    started = time.process_time()
+    with pytest.raises(common.UserError) as raised:
+        common.check_rules(args)
+    assert time.process_time() - started < 5 and common.os.environ["WORLD_SIZE"] == str(world)
+    message, proposed = str(raised.value).split("; try ")
+    if method == "wmse" and images == 2:  # its slices have three images or more
+        assert proposed == "a folder with more images"
+        return
+    processes = re.findall(r"^--nproc_per_node=(\d+) ?", proposed)
+    assert processes or world <= images, proposed
+    monkeypatch.setenv("WORLD_SIZE", *processes or [str(world)])
+    for flag, value in re.findall(r"--([\w-]+) (\d+)", proposed):
+        setattr(args, flag.replace("-", "_"), int(value))
+    common.check_rules(args)
+
+
 def test_a_proposal_keeps_what_was_asked_for_and_is_near():
     """A size at its default changes before one that was given, and by as little as the rules allow."""
     for method, argv, words in (
