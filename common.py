@@ -15,7 +15,7 @@ folders, torchrun. A default run enters the command line, messages and files the
 #
 #    123  Args               the flags that all nine methods share
 #    113  flag               a field of Args: default, help, bounds
-#   1656  main               run train(); print an expected error as one line
+#   1657  main               run train(); print an expected error as one line
 #   1348  parse_args         Args from the command line
 #    206  set_up             device, precision, other processes
 #    244  load_data          read or draw the data set: Data
@@ -31,7 +31,7 @@ folders, torchrun. A default run enters the command line, messages and files the
 #    867  learning_rate      the schedule's factor at a step
 #    632  Run.guard          a failed decomposition becomes a clear error
 #    855  gather             embeddings of all processes, with gradient
-#   1815  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1816  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #    196  world_size         the number of processes (MoCo)
 #    201  rank               this process's number among them (MoCo)
 #    637  Run.watch          note whether loss and gradients are finite
@@ -49,16 +49,16 @@ folders, torchrun. A default run enters the command line, messages and files the
 # Part II:
 #
 #   1276  Command line: flags from Args, checks, and sizes to propose
-#   1565  Messages and errors
-#   1721  Several processes
-#   1877  Data sets by name
-#   1965  Folders of images
-#   2381  Streaming
-#   2520  Recipes of augmentation
-#   2593  ResNets, LARS, Muon
-#   2723  Run folder and signals
-#   2905  Resume
-#   3151  Files of a run
+#   1566  Messages and errors
+#   1722  Several processes
+#   1878  Data sets by name
+#   1966  Folders of images
+#   2421  Streaming
+#   2560  Recipes of augmentation
+#   2633  ResNets, LARS, Muon
+#   2763  Run folder and signals
+#   2945  Resume
+#   3191  Files of a run
 
 import argparse
 import collections
@@ -98,7 +98,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps  # come with torchvision
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError  # with torchvision
 from torchvision.transforms.v2 import functional
 
 # ==============================================================================
@@ -1459,11 +1459,12 @@ def images_of(args):
 
 def rules_of(args):
     """The rules of sizes that hold for every method, then the method's own."""
-    multiple = args.batch_size % world_size() == 0
+    world = world_size()
     images, side = images_of(args), args.image_size or 32
-    need = 250 * side**2 * args.batch_size * args.views / world_size()  # bytes, of `tiny`
+    need = 250 * side**2 * args.batch_size * args.views / world  # bytes, of `tiny`
     fits = need < MEMORY or (args.device != "cpu" and torch.cuda.is_available())
-    return [(multiple, f"--batch-size must be a multiple of the {world_size()} processes"),
+    return [(args.batch_size % world == 0,
+             f"--batch-size must be a multiple of the {world} processes"),
             (args.batch_size <= images,
              f"--batch-size must be at most {images}, the training images"),
             (args.proj_dim <= 2**14, "--proj-dim must be at most 16384"),
@@ -2143,8 +2144,7 @@ def data_from_files(args, device, root, split, train, test, note, skipped, stati
     first = train
     if not test and train[0][1] and args.test_fraction:
         first = [train[i] for i in hold_out(args, train)[0]]
-    sides, scale = survey(root, first, statistics)
-    median = sides[(len(sides) - 1) // 2]
+    median, scale, measured = survey(root, first, statistics)
     args.image_size = args.image_size or min(64, median)
     side = args.image_size if median <= args.image_size else math.ceil(args.image_size * 8 / 7)
     copies = 1 if device.type == "cuda" else from_environment("LOCAL_WORLD_SIZE", 1)
@@ -2173,7 +2173,7 @@ def data_from_files(args, device, root, split, train, test, note, skipped, stati
         labels = [number_of[name] for _, name in images if name in number_of]
         parts += [part if images else None, labels or None]
     data = Data(args, device, *parts, class_names)
-    describe(data, train, test, note, sides, scale, words)
+    describe(data, train, test, note, scale, measured, words)
     return data
 
 
@@ -2191,19 +2191,14 @@ def move_held_out(args, images, loaded):
     return [[images[i] for i in mine] for mine in rows]
 
 
-def describe(data, train, test, note, sides, scale, words):
+def describe(data, train, test, note, scale, measured, words):
     """For the first line and --resume."""
     crc = "\n".join(f"{path}\t{name}" for path, name in (*train, ("", ""), *test))
     crc = zlib.crc32(crc.replace(os.sep, "/").encode(errors="surrogateescape"))
     data.statistics["scale"] = scale
-    data.fingerprint = f"{len(train)} files, {crc:08x}"
+    data.fingerprint = f"{len(train)} files, {crc:08x}{measured if scale else ''}"
     data.test_note = note
-    if sides[0] < sides[-1]:
-        data.notes += f" (median of sides {sides[0]} to {sides[-1]})"
-    if scale:
-        data.notes += f"; {scale[0]}: {scale[1]:g} ... {scale[2]:g} became 0 ... 255"
-        data.fingerprint += data.notes
-    data.notes += f"; skipped: {words}" if words else ""
+    data.notes = measured + (f"; skipped: {words}" if words else "")
 
 
 UNREAD_PIXELS = "of a pixel kind that is not read"
@@ -2233,10 +2228,11 @@ def kind_of(image):
 
 
 def survey(root, train, statistics):
-    """(shorter sides in order, scale) of at most 200 images, the scale of a run with `statistics`.
+    """(median of the shorter sides, scale, words about both) of at most 200 images; the scale of a
+    run with `statistics`.
 
-    scale: None for images of 8 bits, else [kind, low, high]: the 0.1 % and 99.9 % quantiles, which
-    become 0 and 255 in all images."""
+    scale: None for images of 8 bits, else [kind, low, high]: the 0.1 % and 99.9 % quantiles but for
+    missing pixels, which become 0 and 255 in all images."""
     sides, kinds, values, rng = [], [], [], np.random.default_rng(0)
     for path, _ in train[::-(-len(train) // 200)]:
         with contextlib.suppress(Exception), open_image(os.path.join(root, path)) as image:
@@ -2247,11 +2243,43 @@ def survey(root, train, statistics):
             if kinds[-1] != "8 bits":
                 x = deep_pixels(image.filename)[..., :3]
                 values.append(rng.choice(x[np.isfinite(x)], 10_000))
-    kind, scale = max(kinds or ["8 bits"], key=kinds.count), None
+    sides, kind, scale = sorted(sides) or [8], max(kinds or ["8 bits"], key=kinds.count), None
+    note = f" (median of sides {sides[0]} to {sides[-1]})" if sides[0] < sides[-1] else ""
     if kind != "8 bits":
-        low, high = np.quantile(values or [0, 1], (0.001, 0.999)).tolist()
-        scale = [kind, low, high if low < high else low + max(1, abs(low) * 1e-6)]
-    return sorted(sides) or [8], statistics["scale"] if statistics else scale
+        values = np.concatenate(values or [[0.0, 1.0]])
+        low, high, missing = grey_range(values)
+        scale = [kind, low, high]
+        without = f" without {listed([f'{x:g}' for x in missing])}" if missing else ""
+        kept = values[(values >= low) & (values <= high)]
+        levels = 255 * np.ptp(np.quantile(kept, (0.01, 0.99))) / (high - low)
+        if levels < 16 and not statistics:
+            warn(f"98 % of the pixels of {root} get only {levels:.0f} of 255 grey levels between "
+                 f"{low:g} and {high:g}; if that hides what matters, convert them to 8 bits")
+    scale = statistics["scale"] if statistics else scale
+    if scale and kind != "8 bits":
+        note += f"; {kind}{without}: {scale[1]:g} ... {scale[2]:g} became 0 ... 255"
+    return sides[(len(sides) - 1) // 2], scale, note
+
+
+def grey_range(x):
+    """(low, high, missing): the 0.1 % and 99.9 % quantiles of x [n] without missing pixels.
+
+    Satellite and CT images have a number such as -9999 or 65535 where nothing was measured. It is
+    at an end of x, and further from all of at least 16 other numbers than these reach."""
+    def ends(x):
+        return np.quantile(x, (0.001, 0.999), method="nearest").tolist()
+
+    missing, (low, high) = [], ends(x)
+    for which in 3 * (slice(0, 1), slice(1, 2), slice(2)):  # low, high, both
+        apart = (low, high)[which]
+        others = x[~np.isclose(x[:, None], apart, rtol=1e-3, atol=0).any(1)]
+        if len(np.unique(others)) >= 16:
+            least, most = ends(others)
+            far = [max(least - number_, number_ - most) > most - least for number_ in apart]
+            if all(far):
+                missing += apart
+                x, low, high = others, least, most
+    return low, high if low < high else low + max(1, abs(low) * 1e-6), sorted(missing)
 
 
 def deep_pixels(path):
@@ -2312,9 +2340,21 @@ def read_image(path, scale=None, skipped=None):
         raise
     except Exception as error:  # decoders raise errors of all kinds
         if skipped is not None:
-            too_large = isinstance(error, Image.DecompressionBombError)
-            skipped["too large" if too_large else why].append(path)
+            if isinstance(error, Image.DecompressionBombError):
+                why = "too large"
+            elif isinstance(error, UnidentifiedImageError) and is_tiff(path):
+                why = UNREAD_PIXELS
+            skipped[why].append(path)
         return None
+
+
+def is_tiff(path):
+    """Whether Pillow knows all of a TIFF but its kind of pixels, as with floats of 64 bits."""
+    try:
+        TiffImagePlugin.TiffImageFile(path).close()
+    except Exception as error:
+        return "pixel mode" in str(error)
+    return True
 
 
 def to_square(image, side):
