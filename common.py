@@ -15,50 +15,50 @@ folders, torchrun. A default run enters the command line, messages and files the
 #
 #    123  Args               the flags that all nine methods share
 #    113  flag               a field of Args: default, help, bounds
-#   1657  main               run train(); print an expected error as one line
-#   1348  parse_args         Args from the command line
+#   1674  main               run train(); print an expected error as one line
+#   1355  parse_args         Args from the command line
 #    206  set_up             device, precision, other processes
 #    244  load_data          read or draw the data set: Data
 #    491  build_backbone     the network whose output is H
 #    535  build_optimizer    Adam, SGD, LARS or Muon
 #    577  gives_back         signal handlers, lock and processes, when train() ends
-#    599  Run                the run's folder, checkpoints, log and checks
-#    845  distribute         the model for several processes, or compiled
-#    619  Run.resume         the step to start from, usually 0
+#    605  Run                the run's folder, checkpoints, log and checks
+#    852  distribute         the model for several processes, or compiled
+#    625  Run.resume         the step to start from, usually 0
 #    311  Data.batches       the batches of an epoch, uint8
-#    861  step_seed          the seed of a step's random draws
+#    868  step_seed          the seed of a step's random draws
 #    326  Data.augment       the random views of a batch
-#    867  learning_rate      the schedule's factor at a step
-#    632  Run.guard          a failed decomposition becomes a clear error
-#    855  gather             embeddings of all processes, with gradient
-#   1816  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#    874  learning_rate      the schedule's factor at a step
+#    638  Run.guard          a failed decomposition becomes a clear error
+#    862  gather             embeddings of all processes, with gradient
+#   1833  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #    196  world_size         the number of processes (MoCo)
 #    201  rank               this process's number among them (MoCo)
-#    637  Run.watch          note whether loss and gradients are finite
-#    644  Run.progress       stop if they were not; show the status line
-#    655  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    663  Run.mean_loss      the mean loss of the epoch
-#   1141  extract            H of a set of images
-#   1163  project            Z of H
-#   1200  collapse_metrics   how much of its space a set of embeddings fills
-#   1174  knn_accuracy       accuracy of a vote among the nearest training images
-#    672  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    711  Run.save_backbone  write backbone.pt
-#    719  Run.close          print the scores
+#    643  Run.watch          note whether loss and gradients are finite
+#    650  Run.progress       stop if they were not; show the status line
+#    661  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    669  Run.mean_loss      the mean loss of the epoch
+#   1148  extract            H of a set of images
+#   1170  project            Z of H
+#   1207  collapse_metrics   how much of its space a set of embeddings fills
+#   1181  knn_accuracy       accuracy of a vote among the nearest training images
+#    678  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    717  Run.save_backbone  write backbone.pt
+#    725  Run.close          print the scores
 #
 # Part II:
 #
-#   1276  Command line: flags from Args, checks, and sizes to propose
-#   1566  Messages and errors
-#   1722  Several processes
-#   1878  Data sets by name
-#   1966  Folders of images
-#   2421  Streaming
-#   2560  Recipes of augmentation
-#   2633  ResNets, LARS, Muon
-#   2763  Run folder and signals
-#   2945  Resume
-#   3191  Files of a run
+#   1283  Command line: flags from Args, checks, and sizes to propose
+#   1573  Messages and errors
+#   1739  Several processes
+#   1895  Data sets by name
+#   1983  Folders of images
+#   2433  Streaming
+#   2572  Recipes of augmentation
+#   2645  ResNets, LARS, Muon
+#   2775  Run folder and signals
+#   2957  Resume
+#   3197  Files of a run
 
 import argparse
 import collections
@@ -575,7 +575,9 @@ ENDINGS = []  # an ExitStack of the train() that runs
 
 
 def gives_back(train):
-    """Decorates train(): however it ends, what at_end() was given is called."""
+    """Decorates train(): however it ends, what at_end() was given is called.
+
+    Gradients are on and numbers are float32 inside, whatever a notebook has set around it."""
 
     @functools.wraps(train)
     def train_alone(*args, **more):
@@ -585,6 +587,10 @@ def gives_back(train):
         with TRAINING, contextlib.ExitStack() as ending:
             ENDINGS.append(ending)
             ending.callback(ENDINGS.pop)
+            ending.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float32)
+            ending.enter_context(torch.inference_mode(False))
+            ending.enter_context(torch.enable_grad())
             return train(*args, **more)
 
     return train_alone
@@ -599,8 +605,8 @@ def at_end(function):
 class Run:
     """One training: its folder, checkpoints, log and checks.
 
-    total_steps: those of all epochs. folder: its path. rows: a dict per finished epoch.
-    scores: the closing kNN accuracies (0 ... 1) by name, empty without labels."""
+    total_steps: those of all epochs. folder: its path, absolute after close(). rows: a dict per
+    finished epoch. scores: the closing kNN accuracies (0 ... 1) by name, empty without labels."""
 
     def __init__(self, args, model, optimizer, data):
         """Raises UserError if the folder cannot be used or the recipe does not fit the images."""
@@ -730,6 +736,7 @@ class Run:
                 "the collapse figures are in metrics.csv")
         say(f"{self.folder}: config.json metrics.csv last.pt backbone.pt  "
             f"({format_seconds(self.clock.seconds())})")
+        self.folder = os.path.abspath(self.folder)  # for a program that goes elsewhere
 
     def where(self, step):
         """`epoch 2/10  step 45/390`"""
@@ -1391,8 +1398,8 @@ def check_values(args):
             check(isinstance(value, bool), f"{option}: {value!r} is not True or False; try True")
         else:
             text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
-            known = isinstance(text, str) and (words is None or text in words) and "\0" not in text
-            check(known, f"{option}: {value!r} is not known; try {default or 'a name'}")
+            known = isinstance(text, str) and (words is None or text in words)
+            check(known and "\0" not in text and len(text) <= 1000, f"{option}: {value!r} is not known; try {default or 'a name'}")
             setattr(args, name, str(text))  # numpy's text would not go into a checkpoint
     names = resnet_names()
     check(args.backbone == "tiny" or args.backbone in names,
@@ -1408,7 +1415,7 @@ def check_args(args):
         check(known, f"Args has no {name!r}; see --help for its flags")
         own = getattr(type(args), name, None)
         check(name not in ("method", "experiment") or value == own,
-              f"Args({name}={short(repr(value))}) is no flag; try {own!r}")
+              f"Args({name}={value!r}) is no flag; try {own!r}")
     check(args.dataset != "folder" or args.data_dir != "data" or os.path.isdir("data"),
           "--dataset folder needs --data-dir DIR, the folder of your images")
     check(args.dataset != "patterns" or args.data_dir == "data", "--data-dir "
@@ -1569,6 +1576,16 @@ def candidates(args, name, names):
 class UserError(Exception):
     """A mistake that the user can fix. `main` prints it as one line and exits with status 2."""
 
+    def __str__(self):
+        return shown(self.args[0])
+
+
+def shown(text):
+    """A text on one line: letters that do not print are escaped, long words and texts are cut."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    text = re.sub(r"(\S{100})\S{60,}(\S{40})", r"\1...\2", text)
+    return text if len(text) <= 1500 else f"{text[:1000]} ... {text[-400:]}"
+
 
 def check(condition, message):
     """Raise UserError(message) unless `condition` holds.
@@ -1589,7 +1606,7 @@ def warn(text):
     """Print one line on stderr, on rank 0. The run goes on."""
     if rank() == 0:
         STATUS.clear()
-        write_words(sys.stderr, f"{text}\n")
+        write_words(sys.stderr, f"{shown(text)}\n")
 
 
 def write_words(stream, text):
@@ -1734,7 +1751,7 @@ def check_launch():
     """Raise UserError if the environment tells of several processes, but not as torchrun does."""
     size, mine = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
     fits = size.isdecimal() and mine.isdecimal() and max(len(size), len(mine)) < 10
-    check(fits and int(mine) < int(size) <= 4096, f"WORLD_SIZE={size[:20]} and RANK={mine[:20]} "
+    check(fits and int(mine) < int(size) <= 4096, f"WORLD_SIZE={size} and RANK={mine} "
           f"in the environment do not fit; {TORCHRUN}")
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         tasks = from_environment(name, 1)
@@ -2000,7 +2017,7 @@ def load_folder(args, device, root, statistics=None):
 def check_classes(root, place, train):
     """The sorted classes of training images, not only one."""
     names = sorted({name for _, name in train} - {None})
-    what, remedy = "", f"try --data-dir {shown(os.path.join(place, *names))}"
+    what, remedy = "", f"try --data-dir {os.path.join(place, *names)}"
     if any(os.path.isfile(os.path.join(folder, "labels.csv")) for folder in (place, root)):
         what, remedy = "labels.csv has only one label: ", "add another"
     check(len(names) != 1, f"--data-dir {root}: {what}only one class, {names}, so labels measure "
@@ -2015,7 +2032,7 @@ def list_images(root, skipped):
     def locked(error):
         top = os.path.relpath(error.filename, root)
         needed = top == "." or SPLIT.fullmatch(top.lower()) and os.sep not in top
-        check(not needed, f"{shown(error.filename)} may not be read; try chmod")
+        check(not needed, f"{error.filename} may not be read; try chmod")
         skipped["folder(s) that may not be read"].append(top)
 
     walk = itertools.chain.from_iterable(os.walk(top, onerror=locked) for top in tops)
@@ -2106,7 +2123,7 @@ def read_labels(root, folder):
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{source} cannot be read ({error}); save it as UTF-8 text") from error
     (first, _), *rest = list(rows.items()) or [((), 1)]
-    first = ",".join(first)[:80]
+    first = ",".join(first)
     check(first == "file,label", f"{source}: the first line is {first!r} and should be file,label")
     for row, line in rest:
         path = os.path.join(os.path.abspath(root), folder, row[0].strip().replace("\\", "/"))
@@ -2114,7 +2131,7 @@ def read_labels(root, folder):
         known = known and path not in table and not path.startswith("..")
         check(known and row[0] != "labels.csv" and len(row) == 2 and row[1].strip(),
               f"{source}, line {line}: "
-              f"{','.join(row)[:80]!r}: no such file, a second line for it, or not one label; "
+              f"{','.join(row)!r}: no such file, a second line for it, or not one label; "
               "try a line like image.png,cat")
         table[path] = row[1].strip()
     return table
@@ -2160,7 +2177,7 @@ def data_from_files(args, device, root, split, train, test, note, skipped, stati
     check(len(train) > 1, f"--data-dir {args.data_dir}: {len(train) or 'none'} of the "
           f"{total} files can be read; skipped: {words}; try another --data-dir")
     for what in ("unreadable", "too large", "smaller than 8x8", UNREAD_PIXELS):
-        names = ", ".join(map(shown, sorted(skipped[what])[:3]))
+        names = ", ".join(sorted(skipped[what])[:3])
         if names:
             warn(f"skipped {len(skipped[what])} {what}: {names}")
     class_names = check_classes(root, os.path.join(root, split), train)
@@ -2319,7 +2336,7 @@ def read_image(path, scale=None, skipped=None):
             if kind is None:
                 why = UNREAD_PIXELS
                 raise ValueError
-            check(kind == expected, f"{shown(path)} has pixels of {kind}, and others or the run's "
+            check(kind == expected, f"{path} has pixels of {kind}, and others or the run's "
                   f"are of {expected}, which no one scale suits; convert it to {expected}")
             if min(image.size) < 8:
                 why = "smaller than 8x8"
@@ -2328,7 +2345,7 @@ def read_image(path, scale=None, skipped=None):
                 skipped["file's further pages"].append(path)
             if scale:
                 x = deep_pixels(path)
-                check(np.isfinite(x).all(), f"{shown(path)} has pixels that are not finite (NaN); "
+                check(np.isfinite(x).all(), f"{path} has pixels that are not finite (NaN); "
                       "replace them or remove the file")
                 return torch.from_numpy(to_8_bits(x, *scale[1:])).permute(2, 0, 1)
             ImageOps.exif_transpose(image, in_place=True)
@@ -2387,11 +2404,6 @@ def read_files(files, stream, num_workers, skipped):
         return images[: len(good)], good
     paths = [files.paths[i] for i in good]
     return Files(paths, files.size, files.side, files.scale), good
-
-
-def shown(text):
-    """A file name for a message of one line."""
-    return text if text.isprintable() else ascii(text)
 
 
 def listed(names):
@@ -2475,7 +2487,7 @@ class Files:
         try:
             yield from batches
         except UserError as error:
-            last_line = str(error).strip().splitlines()[-1]
+            last_line = error.args[0].strip().splitlines()[-1]
             raise UserError(last_line.split("UserError: ")[-1]) from None
         finally:
             self.idle.append(loader)
@@ -2551,9 +2563,9 @@ def read_or_next(paths, scale, index):
         image = read_image(path, scale)
         if image is not None:
             return image
-        check(os.path.exists(path), f"{shown(path)} vanished; put it back and go on with --resume, "
+        check(os.path.exists(path), f"{path} vanished; put it back and go on with --resume, "
               "or train afresh with another --out")
-        warn(f"{shown(path)} cannot be read as an image; the next one takes its place")
+        warn(f"{path} cannot be read as an image; the next one takes its place")
     raise UserError("none of the image files can be read; try another --data-dir")
 
 
@@ -2960,11 +2972,10 @@ def check_same_run(run, checkpoint):
     DamagedError if a number or tensor in it cannot be one of this run."""
     before, now = checkpoint["args"], vars(run.args)
     check(run_name(before) == run_name(now), f"--resume: {run.folder} is a run of "
-          f"{short(run_name(before))}, not of {run_name(now)}; try another --out")
+          f"{run_name(before)}, not of {run_name(now)}; try another --out")
     check_entries(checkpoint, type(run.args))
     for name in sorted(set(now) - FREE_ON_RESUME):
         flag, value = "--" + name.replace("_", "-"), before.get(name)
-        value = short(value) if isinstance(value, str) else value
         remedy = f"{flag} {value}"
         if value is None or value is False:
             remedy = f"it without {flag}"
@@ -3004,11 +3015,6 @@ def whole(condition, message):
     """Raise DamagedError(message) unless the condition holds."""
     if not condition:
         raise DamagedError(message)
-
-
-def short(text):
-    """A text as one line of at most 200 characters."""
-    return " ".join(str(text).split())[:200]
 
 
 def described(value):
@@ -3184,7 +3190,7 @@ def load_checkpoint(path, accept=None):
         if accept:
             accept(checkpoint)
     except DamagedError as error:
-        raise DamagedError(f"{path} is damaged or was edited: {short(error)}") from None
+        raise DamagedError(f"{path} is damaged or was edited: {error}") from None
     return checkpoint
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import common
-from conftest import METHODS, ROOT, run_here
+from conftest import METHODS, ROOT, is_one_line_error, run_here
 
 RECIPES = " ".join(sorted(common.RECIPES))
 # flag: (type, default, what it may be: an interval, or words, or "" for any)
@@ -191,6 +191,27 @@ def test_an_unknown_keyword_is_a_type_error(method):
 def test_a_program_meets_the_size_rules_too():
     with pytest.raises(common.UserError, match="^--w-size 100 --batch-size 256: --w-size must divide --batch-size; try --"):
         args_of("wmse", w_size=100)
+
+
+@pytest.mark.parametrize("argv", [["--epochs", "9" * 5000], ["--lr", "1" * 5000], ["--dataset", "x" * 5000], ["--out", "a/" * 3000], ["--epoch" * 900],
+                                  ["--backbone", "y " * 5000], ["--data-dir", "d" * 999], ["--optimizer", "a\nb\x1b[2J"]])
+def test_a_long_or_unprintable_value_is_one_short_line(tmp_path, monkeypatch, argv):
+    monkeypatch.chdir(tmp_path)
+    result = run_here("moco", argv)
+    assert is_one_line_error(result) and len(result.err) < 1800 and argv[0][:7] in result.err and "\x1b" not in result.err, result.err
+    assert "try" in result.err or "see moco.py --help" in result.err
+
+
+def test_a_long_value_from_a_program_or_the_environment_is_one_short_line(monkeypatch):
+    for make in (lambda: args_of("byol", epochs=10**4000), lambda: args_of("byol", views=["x"] * 10**5),
+                 lambda: importlib.import_module("byol").Args(method="m" * 10**5)):
+        with pytest.raises(common.UserError) as raised:
+            make()
+        assert len(str(raised.value)) < 1600 and "try " in str(raised.value)
+    monkeypatch.setenv("WORLD_SIZE", "7" * 5000)
+    with pytest.raises(common.UserError, match="^WORLD_SIZE=7+") as raised:
+        args_of("byol")
+    assert len(str(raised.value)) < 600 and "torchrun" in str(raised.value)
 
 
 # ---- a method's Args -----------------------------------------------------------------------------

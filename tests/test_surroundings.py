@@ -2,6 +2,7 @@
 
 Real processes, signals, FIFOs and full devices; where this machine cannot make a case, the lowest call is replaced, and it is said."""
 
+import contextlib
 import csv
 import dataclasses
 import errno
@@ -51,6 +52,16 @@ def train(*args, **more):
     return moco.train(args_of(*args, **more))
 
 
+@contextlib.contextmanager
+def float64():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def in_step(monkeypatch, step, act):
     """Call act() in the step of this number, from 0."""
     watch = common.Run.watch
@@ -75,6 +86,31 @@ def lock_is_free(out):
 
 
 # ---- notebooks and threads -----------------------------------------------------------------------
+
+
+def losses(out):
+    return [(row["loss"], row["std_sqrt_d"], row["knn"]) for row in rows(out)]
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, float64])
+def test_what_a_notebook_has_set_around_a_run_changes_no_number(images, tmp_path, around):  # noqa: F811
+    train(images, tmp_path / "plain")
+    with around():
+        before = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
+        train(images, tmp_path / "run")
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()) == before
+        figures = run_here("eval", [tmp_path / "run", "--device", "cpu", "--precision", "fp32", "--probe-epochs", "2"])
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain") and figures.status == 0, figures.err
+    plain = run_here("eval", [tmp_path / "plain", "--device", "cpu", "--precision", "fp32", "--probe-epochs", "2"])
+    assert plain.out.replace("plain", "run") == figures.out
+
+
+def test_the_folder_of_a_returned_run_is_found_from_anywhere(monkeypatch, images, tmp_path):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    run = train(images, "here")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run.folder == str(tmp_path / "here") and os.path.isfile(os.path.join(run.folder, "last.pt"))
 
 
 def test_train_returns_the_run_and_gives_all_back(images, tmp_path):  # noqa: F811
