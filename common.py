@@ -15,8 +15,8 @@ folders, torchrun. A default run enters the command line, messages and files the
 #
 #    123  Args               the flags that all nine methods share
 #    113  flag               a field of Args: default, help, bounds
-#   1674  main               run train(); print an expected error as one line
-#   1355  parse_args         Args from the command line
+#   1669  main               run train(); print an expected error as one line
+#   1360  parse_args         Args from the command line
 #    206  set_up             device, precision, other processes
 #    244  load_data          read or draw the data set: Data
 #    491  build_backbone     the network whose output is H
@@ -31,7 +31,7 @@ folders, torchrun. A default run enters the command line, messages and files the
 #    874  learning_rate      the schedule's factor at a step
 #    638  Run.guard          a failed decomposition becomes a clear error
 #    862  gather             embeddings of all processes, with gradient
-#   1833  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1828  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #    196  world_size         the number of processes (MoCo)
 #    201  rank               this process's number among them (MoCo)
 #    643  Run.watch          note whether loss and gradients are finite
@@ -49,16 +49,16 @@ folders, torchrun. A default run enters the command line, messages and files the
 # Part II:
 #
 #   1283  Command line: flags from Args, checks, and sizes to propose
-#   1573  Messages and errors
-#   1739  Several processes
-#   1895  Data sets by name
-#   1983  Folders of images
-#   2433  Streaming
-#   2572  Recipes of augmentation
-#   2645  ResNets, LARS, Muon
-#   2775  Run folder and signals
-#   2957  Resume
-#   3197  Files of a run
+#   1568  Messages and errors
+#   1734  Several processes
+#   1890  Data sets by name
+#   1978  Folders of images
+#   2412  Streaming
+#   2541  Recipes of augmentation
+#   2614  ResNets, LARS, Muon
+#   2744  Run folder and signals
+#   2926  Resume
+#   3164  Files of a run
 
 import argparse
 import collections
@@ -1328,14 +1328,19 @@ def flags_of(kind):
             raise TypeError(f"{kind.__name__}.{name} needs a type, as in `{name}: int = ...`")
     flags, hints = [], typing.get_type_hints(kind)  # not field.type, which may be text
     for field in dataclasses.fields(kind):
-        bases = [vars(base).get("__dataclass_fields__", {}) for base in kind.__mro__]
-        above = [fields.get(field.name) for fields in bases]
-        metadata = next((f.metadata for f in above if f is not None and f.metadata), None)
+        bases = [getattr(base, "__dataclass_fields__", {}) for base in kind.__mro__]
+        above = [fields[field.name].metadata for fields in bases if field.name in fields]
+        metadata = next(filter(None, above), None)
         if metadata is not None:
             type_ = hints[field.name]
             types = typing.get_args(type_) or (type_,)  # int | None -> (int, NoneType)
             flags.append((field.name, types[0], field.default, metadata))
     return flags
+
+
+def option_of(name):
+    """"proj_dim" -> "--proj-dim"."""
+    return "--" + name.replace("_", "-")
 
 
 def words_of(name, metadata):
@@ -1356,36 +1361,30 @@ def parse_args(kind, argv=None, description=None):
     """An Args of class `kind` from the command line (argv: a list of words). Raises UserError.
 
     description: the method's docstring, whose first line heads --help."""
-    flags = flags_of(kind)
-    method = kind.method
-    first_line = (description or f"{method}.").strip().splitlines()[0]  # python -OO: no docstring
-    name = f"experiments.py {method}/{kind.experiment}" if kind.experiment else f"{method}.py"
+    first_line = (description or f"{kind.method}.").strip().splitlines()[0]  # -OO: no docstring
+    name = f"experiments.py {run_name(vars(kind))}" if kind.experiment else f"{kind.method}.py"
     parser = OneLineParser(prog=name, description=first_line, allow_abbrev=False)
+    group = parser.add_argument_group(f"{kind.method}'s own")
     shared = {name for name, *_ in flags_of(Args)}
-    groups = {"": parser.add_argument_group(f"{method}'s own")}
-    current = None
-    for name, type_, default, metadata in sorted(flags, key=lambda flag: flag[0] in shared):
-        if name in shared and name in GROUPS:
-            current = parser.add_argument_group(GROUPS[name])
-        group = current if name in shared else groups[""]
-        help = metadata["help"].replace("%", "%%")
+    for name, type_, default, metadata in sorted(flags_of(kind), key=lambda f: f[0] in shared):
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name])
+        option, help = option_of(name), metadata["help"].replace("%", "%%")
         if type_ is bool:
-            group.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=help)
+            group.add_argument(option, action="store_true", help=help)
             continue
         if default is not None:
             help += f" (default: {default})"
         words = words_of(name, metadata)
-        parse = parser_of(name, type_, default, metadata) if type_ in (int, float) else str
         metavar = None if words else {int: "N", float: "X", str: "NAME"}[type_]
-        group.add_argument(f"--{name.replace('_', '-')}", type=parse, choices=words,
-                           default=default, metavar=metavar, help=help)
+        group.add_argument(option, choices=words, default=default, metavar=metavar, help=help)
     return kind(**vars(parser.parse_args(argv)))
 
 
 def check_values(args):
     """Bring the values of an Args to their types, and check each by itself. UserError."""
     for name, type_, default, metadata in flags_of(type(args)):
-        value, option = getattr(args, name), "--" + name.replace("_", "-")
+        value, option = getattr(args, name), option_of(name)
         if value is None and default is None:
             continue
         words = words_of(name, metadata)
@@ -1399,7 +1398,8 @@ def check_values(args):
         else:
             text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
             known = isinstance(text, str) and (words is None or text in words)
-            check(known and "\0" not in text and len(text) <= 1000, f"{option}: {value!r} is not known; try {default or 'a name'}")
+            known = known and "\0" not in text and len(text) <= 1000
+            check(known, f"{option}: {value!r} is not known; try {default or 'a name'}")
             setattr(args, name, str(text))  # numpy's text would not go into a checkpoint
     names = resnet_names()
     check(args.backbone == "tiny" or args.backbone in names,
@@ -1459,15 +1459,11 @@ if hasattr(os, "sysconf"):
     MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def images_of(args):
-    """The number of training images; 2^20 if it is not known yet."""
-    return vars(args).get("images") or (10_000 if args.dataset == "patterns" else 2**20)
-
-
 def rules_of(args):
     """The rules of sizes that hold for every method, then the method's own."""
     world = world_size()
-    images, side = images_of(args), args.image_size or 32
+    images = vars(args).get("images") or (10_000 if args.dataset == "patterns" else 2**20)
+    side = args.image_size or 32
     need = 250 * side**2 * args.batch_size * args.views / world  # bytes, of `tiny`
     fits = need < MEMORY or (args.device != "cpu" and torch.cuda.is_available())
     return [(args.batch_size % world == 0,
@@ -1502,19 +1498,17 @@ def sizes_that_fit(args, sizes):
     """{flag: value} of the sizes that have to change, to obey every rule; None if none do.
 
     sizes: {flag: default}."""
-    if world_size() > images_of(args):
-        return None
-    rules, others = rules_of(args), copy.copy(args)
+    rules, trial, start = rules_of(args), copy.copy(args), {}
     broken = [text for holds, text in rules if not holds]
     names = mentioned(broken + [text for _, text in rules], sizes)
-    found = nearest_changes(args, names, sizes)
-    for halvings in range(13):  # more than two have to change: then all, to the defaults or less
-        if found is None:
-            usual = {name: max(min(3, sizes[name]), sizes[name] >> halvings) for name in names}
-            vars(others).update(usual)
-            nearest = nearest_changes(others, names, sizes)
-            found = nearest if nearest is None else {**usual, **nearest}
-    return found
+    for halvings in range(13):
+        found = nearest_changes(trial, names, sizes)
+        if found is not None:
+            return {**start, **found}
+        # More than two have to change: let it be all, to the defaults or less.
+        start = {name: max(min(3, sizes[name]), sizes[name] >> halvings) for name in names}
+        vars(trial).update(start)
+    return None
 
 
 def mentioned(texts, sizes):
@@ -1525,7 +1519,7 @@ def mentioned(texts, sizes):
 
 def as_flags(sizes):
     """{"w_size": 64} -> "--w-size 64"."""
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in sizes.items())
+    return " ".join(f"{option_of(name)} {value}" for name, value in sizes.items())
 
 
 def nearest_changes(args, names, sizes):
@@ -1546,14 +1540,15 @@ def nearest_changes(args, names, sizes):
 def nearest_that_fits(args, chosen, columns):
     """Of the values in columns, those for the flags `chosen` that are nearest to the present ones
     and obey every rule, or None."""
-    trial, best = copy.copy(args), (math.inf, None)
-    for values in itertools.product(*columns):
-        distance = sum(abs(math.log(v / max(1, getattr(args, n)))) for n, v in zip(chosen, values))
-        if distance < best[0]:
-            vars(trial).update(zip(chosen, values))
-            if all(holds for holds, _ in rules_of(trial)):
-                best = distance, values
-    return best[1]
+    def distance(values):
+        return sum(abs(math.log(v / max(1, getattr(args, n)))) for n, v in zip(chosen, values))
+
+    trial = copy.copy(args)
+    for values in sorted(itertools.product(*columns), key=distance):
+        vars(trial).update(zip(chosen, values))
+        if all(holds for holds, _ in rules_of(trial)):
+            return values
+    return None
 
 
 def candidates(args, name, names):
@@ -2017,10 +2012,9 @@ def load_folder(args, device, root, statistics=None):
 def check_classes(root, place, train):
     """The sorted classes of training images, not only one."""
     names = sorted({name for _, name in train} - {None})
-    what, remedy = "", f"try --data-dir {os.path.join(place, *names)}"
-    if any(os.path.isfile(os.path.join(folder, "labels.csv")) for folder in (place, root)):
-        what, remedy = "labels.csv has only one label: ", "add another"
-    check(len(names) != 1, f"--data-dir {root}: {what}only one class, {names}, so labels measure "
+    inside = os.path.join(place, *names)
+    remedy = f"try --data-dir {inside}" if os.path.isdir(inside) else "labels.csv needs another"
+    check(len(names) != 1, f"--data-dir {root}: only one class, {names}, so labels measure "
           f"nothing; {remedy}")
     return names
 
@@ -2065,13 +2059,9 @@ def find_splits(root, paths):
 
     A folder called train is a split if those beside it are."""
     tops = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
-    like, exact = {}, []
-    for name in tops:
-        match = SPLIT.fullmatch(name.lower())
-        if match:
-            like[name] = match[2]
-        if match and not match[1] and not match[3]:
-            exact.append(name)
+    found = {name: SPLIT.fullmatch(name.lower()) for name in tops}
+    like = {name: match[2] for name, match in found.items() if match}
+    exact = [name for name in like if not found[name][1] and not found[name][3]]
     kinds = set(like.values())
     if exact == tops and "train" in kinds and len(kinds) == len(tops):
         return {like[name]: name for name in tops}
@@ -2190,7 +2180,11 @@ def data_from_files(args, device, root, split, train, test, note, skipped, stati
         labels = [number_of[name] for _, name in images if name in number_of]
         parts += [part if images else None, labels or None]
     data = Data(args, device, *parts, class_names)
-    describe(data, train, test, note, scale, measured, words)
+    crc = "\n".join(f"{path}\t{name}" for path, name in (*train, ("", ""), *test))
+    crc = zlib.crc32(crc.replace(os.sep, "/").encode(errors="surrogateescape"))
+    data.fingerprint = f"{len(train)} files, {crc:08x}{measured if scale else ''}"
+    data.statistics["scale"], data.test_note = scale, note
+    data.notes = measured + (f"; skipped: {words}" if words else "")
     return data
 
 
@@ -2206,16 +2200,6 @@ def move_held_out(args, images, loaded):
             pixels[new] = pixels[old]
         loaded[0] = pixels[: len(rows[0])]
     return [[images[i] for i in mine] for mine in rows]
-
-
-def describe(data, train, test, note, scale, measured, words):
-    """For the first line and --resume."""
-    crc = "\n".join(f"{path}\t{name}" for path, name in (*train, ("", ""), *test))
-    crc = zlib.crc32(crc.replace(os.sep, "/").encode(errors="surrogateescape"))
-    data.statistics["scale"] = scale
-    data.fingerprint = f"{len(train)} files, {crc:08x}{measured if scale else ''}"
-    data.test_note = note
-    data.notes = measured + (f"; skipped: {words}" if words else "")
 
 
 UNREAD_PIXELS = "of a pixel kind that is not read"
@@ -2265,13 +2249,12 @@ def survey(root, train, statistics):
     if kind != "8 bits":
         values = np.concatenate(values or [[0.0, 1.0]])
         low, high, missing = grey_range(values)
-        scale = [kind, low, high]
-        without = f" without {listed([f'{x:g}' for x in missing])}" if missing else ""
-        kept = values[(values >= low) & (values <= high)]
-        levels = 255 * np.ptp(np.quantile(kept, (0.01, 0.99))) / (high - low)
+        scale, without = [kind, low, high], f" without {listed(missing)}" if missing else ""
+        middle = np.quantile(values[(values >= low) & (values <= high)], (0.01, 0.99))
+        levels = 255 * np.ptp(middle) / (high - low)
         if levels < 16 and not statistics:
-            warn(f"98 % of the pixels of {root} get only {levels:.0f} of 255 grey levels between "
-                 f"{low:g} and {high:g}; if that hides what matters, convert them to 8 bits")
+            warn(f"98 % of the pixels of {root} get only {levels:.0f} of 255 grey levels; "
+                 "if that hides what matters, convert them to 8 bits")
     scale = statistics["scale"] if statistics else scale
     if scale and kind != "8 bits":
         note += f"; {kind}{without}: {scale[1]:g} ... {scale[2]:g} became 0 ... 255"
@@ -2292,11 +2275,10 @@ def grey_range(x):
         others = x[~np.isclose(x[:, None], apart, rtol=1e-3, atol=0).any(1)]
         if len(np.unique(others)) >= 16:
             least, most = ends(others)
-            far = [max(least - number_, number_ - most) > most - least for number_ in apart]
-            if all(far):
-                missing += apart
+            if all(max(least - end, end - most) > most - least for end in apart):
+                missing += [f"{end:g}" for end in apart]
                 x, low, high = others, least, most
-    return low, high if low < high else low + max(1, abs(low) * 1e-6), sorted(missing)
+    return low, high if low < high else low + max(1, abs(low) * 1e-6), missing
 
 
 def deep_pixels(path):
@@ -2329,7 +2311,7 @@ def to_8_bits(x, low, high):
 def read_image(path, scale=None, skipped=None):
     """An image of any kind as RGB uint8 [3, H, W], turned as its EXIF data say, over white where it
     is transparent. None if it cannot be used; then its path is added to skipped[why]."""
-    why = "unreadable"
+    why, skipped = "unreadable", collections.defaultdict(list) if skipped is None else skipped
     try:
         with open_image(path) as image:
             kind, expected = kind_of(image), scale[0] if scale else "8 bits"
@@ -2341,7 +2323,7 @@ def read_image(path, scale=None, skipped=None):
             if min(image.size) < 8:
                 why = "smaller than 8x8"
                 raise ValueError
-            if skipped is not None and getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 skipped["file's further pages"].append(path)
             if scale:
                 x = deep_pixels(path)
@@ -2356,22 +2338,20 @@ def read_image(path, scale=None, skipped=None):
     except (MemoryError, UserError):
         raise
     except Exception as error:  # decoders raise errors of all kinds
-        if skipped is not None:
-            if isinstance(error, Image.DecompressionBombError):
-                why = "too large"
-            elif isinstance(error, UnidentifiedImageError) and is_tiff(path):
-                why = UNREAD_PIXELS
-            skipped[why].append(path)
+        if isinstance(error, Image.DecompressionBombError):
+            why = "too large"
+        elif isinstance(error, UnidentifiedImageError) and is_tiff(path):
+            why = UNREAD_PIXELS
+        skipped[why].append(path)
         return None
 
 
 def is_tiff(path):
     """Whether Pillow knows all of a TIFF but its kind of pixels, as with floats of 64 bits."""
     try:
-        TiffImagePlugin.TiffImageFile(path).close()
+        return bool(TiffImagePlugin.TiffImageFile(path))
     except Exception as error:
         return "pixel mode" in str(error)
-    return True
 
 
 def to_square(image, side):
@@ -2400,10 +2380,9 @@ def read_files(files, stream, num_workers, skipped):
                 images[len(good)] = image
             if image is not None:
                 good.append(i)
-    if not stream:
-        return images[: len(good)], good
-    paths = [files.paths[i] for i in good]
-    return Files(paths, files.size, files.side, files.scale), good
+    if stream:
+        images = Files([files.paths[i] for i in good], files.size, files.side, files.scale)
+    return images if stream else images[: len(good)], good
 
 
 def listed(names):
@@ -2453,12 +2432,28 @@ class Files:
         part.rows = self.rows[index]
         return part
 
+    def __getitem__(self, task):
+        """In a loader process: a task of crops() -> the views, (image,) -> its centre square."""
+        index, *crop = task
+        image = read_or_next(self.paths, self.scale, index)
+        if not crop:
+            return to_square(image, self.side)
+        step, row, recipe, seed = crop
+        views = []
+        for number_of_view, view in enumerate(recipe):
+            crop = next((op for op in view if op[0] == "crop"), None)
+            rng = np.random.default_rng((seed, 2, step, number_of_view, row))
+            views.append(crop_one(image, crop, self.size, rng))
+        return views
+
     def crops(self, batches, args, first_step, device):
         """For each row of `batches` [steps, n] a list of views, uint8 [n, 3, size, size].
 
         The crop is drawn from (seed, step, view, row of the global batch)."""
         recipe = [RECIPES[args.augment][v % len(RECIPES[args.augment])] for v in range(args.views)]
-        tasks = crop_tasks(self.rows[batches], first_step, recipe, args.seed)
+        first = rank() * batches.shape[1]
+        tasks = ([(image, step, first + i, recipe, args.seed) for i, image in enumerate(images)]
+                 for step, images in enumerate(self.rows[batches].tolist(), first_step))
         for views in self.read(tasks, args.num_workers):
             yield [view.to(device, non_blocking=True) for view in views]
 
@@ -2470,10 +2465,12 @@ class Files:
     def read(self, tasks, num_workers):
         """The results of lists of tasks. A UserError of a process comes without a traceback."""
         if not self.idle:
+            images = copy.copy(self)
+            images.idle = []  # processes that are not forked could not have them
             self.idle.append(torch.utils.data.DataLoader(
-                FileTask(self), batch_sampler=Tasks(),
-                num_workers=num_workers, persistent_workers=num_workers > 0,
-                pin_memory=self.pin_memory, worker_init_fn=leave_signals_to_the_main_process))
+                images, batch_sampler=Tasks(), num_workers=num_workers,
+                persistent_workers=num_workers > 0, pin_memory=self.pin_memory,
+                worker_init_fn=leave_signals_to_the_main_process))
             at_end(functools.partial(end_processes, self.idle))
         loader = self.idle.pop()
         loader.batch_sampler.tasks = tasks
@@ -2511,39 +2508,11 @@ class Tasks:
         return iter(self.tasks)
 
 
-def crop_tasks(batches, first_step, *more):
-    """For each row of `batches` [steps, n]: [(image, step, row of global batch, *more), ...]."""
-    for step, images in enumerate(batches.tolist(), first_step):
-        first = rank() * len(images)
-        yield [(image, step, first + i, *more) for i, image in enumerate(images)]
-
-
 def leave_signals_to_the_main_process(_worker):
     """Let a loader process outlive Ctrl-C, and SIGTERM by five seconds, until the run is saved."""
     for number_ in STOP_SIGNALS:
         signal.signal(number_, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: threading.Timer(5, os._exit, (0,)).start())
-
-
-class FileTask(torch.utils.data.Dataset):
-    """What a loader process does: a task of crop_tasks -> the views, (image,) -> its centre."""
-
-    def __init__(self, files):
-        self.paths, self.scale = files.paths, files.scale
-        self.size, self.side = files.size, files.side
-
-    def __getitem__(self, task):
-        index, *crop = task
-        image = read_or_next(self.paths, self.scale, index)
-        if not crop:
-            return to_square(image, self.side)
-        step, row, recipe, seed = crop
-        views = []
-        for number_of_view, view in enumerate(recipe):
-            crop = next((op for op in view if op[0] == "crop"), None)
-            rng = np.random.default_rng((seed, 2, step, number_of_view, row))
-            views.append(crop_one(image, crop, self.size, rng))
-        return views
 
 
 def crop_one(image, crop, size, rng):
@@ -2927,7 +2896,7 @@ def stop_non_finite(step, what, data, folder):
     """Raise UserError about a number that is not finite, with its likely cause."""
     args, cause = data.args, "the weights diverged or an input is not finite"
     rate = max(("lr", "lr_bias", "lr_filters"), key=lambda name: getattr(args, name) or 0)
-    remedy = f"a smaller --{rate.replace('_', '-')} or a longer --warmup"
+    remedy = f"a smaller {option_of(rate)} or a longer --warmup"
     whitens = what == "the whitening" or hasattr(args, "eps") or hasattr(args, "groups")
     if whitens and not what.startswith("the output"):
         count = identical_images(data, step)
@@ -2975,7 +2944,7 @@ def check_same_run(run, checkpoint):
           f"{run_name(before)}, not of {run_name(now)}; try another --out")
     check_entries(checkpoint, type(run.args))
     for name in sorted(set(now) - FREE_ON_RESUME):
-        flag, value = "--" + name.replace("_", "-"), before.get(name)
+        flag, value = option_of(name), before.get(name)
         remedy = f"{flag} {value}"
         if value is None or value is False:
             remedy = f"it without {flag}"
@@ -2983,11 +2952,10 @@ def check_same_run(run, checkpoint):
             remedy = f"it with {flag}"
         check(before.get(name) == now[name], f"--resume: {flag} was {value} and is now "
               f"{now[name]}; try {remedy}, or another --out")
-    images = run.data.fingerprint
-    check(checkpoint["data"] == images, f"--resume: --data-dir held {checkpoint['data']} and now "
-          f"holds {images}; restore it, or try another --out")
-    check(same_statistics(checkpoint.get("data_statistics"), run.data.statistics), "--resume: "
-          "--data-dir holds other images than before; restore them, or try another --out")
+    held, holds = checkpoint["data"], run.data.fingerprint
+    same = same_statistics(checkpoint.get("data_statistics"), run.data.statistics)
+    check(same and held == holds, f"--resume: --data-dir holds other images than before ({holds}, "
+          f"then {held}); restore them, or try another --out")
     steps, rows = run.data.steps_per_epoch, checkpoint["rows"]
     fits = all(row["step"] == row["epoch"] * steps for row in rows)
     whole(fits and checkpoint["step"] // steps == len(rows), "step does not fit rows")
@@ -3124,9 +3092,8 @@ def restore(run, checkpoint):
     if rank() == 0:
         write_metrics(run.folder, run.rows)  # without rows after the checkpoint or a torn line
     before, now = checkpoint["args"]["epochs"], run.args.epochs
-    longer = ""
-    if before != now:
-        longer = f"; {before} epochs before, {now} now, so the schedule is different"
+    longer = f"; {before} epochs before, {now} now, so the schedule is different"
+    longer = longer if before != now else ""
     step = checkpoint["step"]
     say(f"going on with {run.folder} after step {step} of {run.total_steps}{longer}")
     return step

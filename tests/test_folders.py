@@ -653,7 +653,7 @@ def test_pixels_that_get_few_grey_levels_are_said_once(tmp_path, capsys):
         Image.fromarray((10 ** rng.normal(0, 2, (64, 64))).astype(np.float32)).save(tmp_path / f"{i}.tif")
     load(tmp_path, *STREAM)
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and re.search(r"98 % of the pixels of .* get only (\d+) of 255 grey levels .* convert them to 8 bits", line), line
+    assert line.count("\n") == 1 and re.search(r"98 % of the pixels of .* get only (\d+) of 255 grey levels; .* convert them to 8 bits", line), line
     save_deep(tmp_path / "even", 0, 1, np.float32)
     load(tmp_path / "even")
     assert capsys.readouterr().err == ""
@@ -1363,7 +1363,7 @@ def test_labels_csv_with_absolute_paths_blank_lines_and_repeated_lines(tmp_path,
     assert data.class_names == ["cat", "dog"] and data.train_labels.tolist() == [0, 1, 0, 1]
 
 
-@pytest.mark.parametrize("text, part", [("0.png,cat\n1.png,cat\n", "labels.csv has only one label"), ("a.gif,cat\nb.gif,dog\n", "names none of the images; "
+@pytest.mark.parametrize("text, part", [("0.png,cat\n1.png,cat\n", "labels.csv needs another"), ("a.gif,cat\nb.gif,dog\n", "names none of the images; "
                                         "its first is a.gif"), ("0.png,cat\nlabels.csv,dog\n", "line 3"), ("0.png,cat\n\n../outside.png,dog\n", "line 4"),
                                         ("0.png,cat\n{root}/../outside.png,dog\n", "line 3"), ("x" * 9999 + ",cat\n", "line 2")])
 def test_a_labels_csv_that_names_no_images_of_two_classes(tmp_path, text, part):
