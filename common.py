@@ -31,7 +31,7 @@ folders, torchrun. A default run enters the command line, messages and files the
 #    874  learning_rate      the schedule's factor at a step
 #    638  Run.guard          a failed decomposition becomes a clear error
 #    862  gather             embeddings of all processes, with gradient
-#   1828  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1830  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #    196  world_size         the number of processes (MoCo)
 #    201  rank               this process's number among them (MoCo)
 #    643  Run.watch          note whether loss and gradients are finite
@@ -50,15 +50,15 @@ folders, torchrun. A default run enters the command line, messages and files the
 #
 #   1283  Command line: flags from Args, checks, and sizes to propose
 #   1568  Messages and errors
-#   1734  Several processes
-#   1890  Data sets by name
-#   1978  Folders of images
+#   1736  Several processes
+#   1892  Data sets by name
+#   1980  Folders of images
 #   2412  Streaming
-#   2541  Recipes of augmentation
-#   2614  ResNets, LARS, Muon
-#   2744  Run folder and signals
-#   2926  Resume
-#   3164  Files of a run
+#   2535  Recipes of augmentation
+#   2608  ResNets, LARS, Muon
+#   2738  Run folder and signals
+#   2920  Resume
+#   3150  Files of a run
 
 import argparse
 import collections
@@ -577,7 +577,7 @@ ENDINGS = []  # an ExitStack of the train() that runs
 def gives_back(train):
     """Decorates train(): however it ends, what at_end() was given is called.
 
-    Gradients are on and numbers are float32 inside, whatever a notebook has set around it."""
+    Inside it is as if a notebook had set no torch.no_grad and no default dtype."""
 
     @functools.wraps(train)
     def train_alone(*args, **more):
@@ -1688,6 +1688,8 @@ def main(function, parse):
         if not words:
             raise
         sys.unraisablehook = lambda _: None  # torch's half-made loaders fail once more as they go
+        for process in multiprocessing.active_children():  # theirs, which wait for more work
+            process.kill()
         message = f"error: {words}"
     if message:
         if rank() > 0:
@@ -1718,8 +1720,8 @@ def explanation(error):
         return "too few file descriptors or processes; try `ulimit -n 4096`, or fewer --num-workers"
     if mentions("shared memory", "</torch_", "No space left"):
         return "/dev/shm is too small; try docker --shm-size=8g, or --num-workers 0, and --resume"
-    lost = mentions("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL")
-    if world_size() > 1 and lost:
+    lost = "Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL"
+    if world_size() > 1 and mentions(*lost):
         return (f"process {rank()} lost another process, whose own message says why; "
                 "go on with --resume")
     if words.startswith("DataLoader worker"):
@@ -2014,8 +2016,7 @@ def check_classes(root, place, train):
     names = sorted({name for _, name in train} - {None})
     inside = os.path.join(place, *names)
     remedy = f"try --data-dir {inside}" if os.path.isdir(inside) else "labels.csv needs another"
-    check(len(names) != 1, f"--data-dir {root}: only one class, {names}, so labels measure "
-          f"nothing; {remedy}")
+    check(len(names) != 1, f"--data-dir {root}: only one class, {names}, has no use; {remedy}")
     return names
 
 
@@ -2085,9 +2086,8 @@ def with_classes(root, folder, paths, skipped):
         if os.path.isfile(os.path.join(root, place, "labels.csv")):
             skipped.pop("of a kind that is not read (.csv)", None)
             table = read_labels(root, place)
-            none = table and paths and table.keys().isdisjoint(paths)
-            check(not none, f"--data-dir {root}: labels.csv names none of the images; its first is "
-                  f"{listed([*table][:1])}")
+            check(not (table and paths) or table.keys() & set(paths), f"--data-dir {root}: "
+                  f"labels.csv names none of the images; its first is {listed([*table][:1])}")
             skipped["not in labels.csv"] += [path for path in mine if path not in table]
             return [(path, table[path]) for path in mine if path in table]
     named = [(path, path[len(base):].split(os.sep)[0]) for path in mine]
@@ -2232,8 +2232,8 @@ def survey(root, train, statistics):
     """(median of the shorter sides, scale, words about both) of at most 200 images; the scale of a
     run with `statistics`.
 
-    scale: None for images of 8 bits, else [kind, low, high]: the 0.1 % and 99.9 % quantiles but for
-    missing pixels, which become 0 and 255 in all images."""
+    scale: None for images of 8 bits, else [kind, low, high]; low and high of grey_range become 0
+    and 255 in all images."""
     sides, kinds, values, rng = [], [], [], np.random.default_rng(0)
     for path, _ in train[::-(-len(train) // 200)]:
         with contextlib.suppress(Exception), open_image(os.path.join(root, path)) as image:
@@ -2264,8 +2264,8 @@ def survey(root, train, statistics):
 def grey_range(x):
     """(low, high, missing): the 0.1 % and 99.9 % quantiles of x [n] without missing pixels.
 
-    Satellite and CT images have a number such as -9999 or 65535 where nothing was measured. It is
-    at an end of x, and further from all of at least 16 other numbers than these reach."""
+    These have a number such as -9999 or 65535: an end of x, further from the others, which are 16
+    different ones or more, than these reach."""
     def ends(x):
         return np.quantile(x, (0.001, 0.999), method="nearest").tolist()
 
@@ -2432,6 +2432,9 @@ class Files:
         part.rows = self.rows[index]
         return part
 
+    def __getstate__(self):
+        return {**vars(self), "idle": []}  # for processes that are not forked
+
     def __getitem__(self, task):
         """In a loader process: a task of crops() -> the views, (image,) -> its centre square."""
         index, *crop = task
@@ -2465,24 +2468,15 @@ class Files:
     def read(self, tasks, num_workers):
         """The results of lists of tasks. A UserError of a process comes without a traceback."""
         if not self.idle:
-            images = copy.copy(self)
-            images.idle = []  # processes that are not forked could not have them
             self.idle.append(torch.utils.data.DataLoader(
-                images, batch_sampler=Tasks(), num_workers=num_workers,
+                self, batch_sampler=Tasks(), num_workers=num_workers,
                 persistent_workers=num_workers > 0, pin_memory=self.pin_memory,
                 worker_init_fn=leave_signals_to_the_main_process))
             at_end(functools.partial(end_processes, self.idle))
         loader = self.idle.pop()
         loader.batch_sampler.tasks = tasks
-        others = multiprocessing.active_children()
         try:
-            batches = iter(loader)
-        except BaseException:  # there is no iterator yet that would end those which did start
-            for process in set(multiprocessing.active_children()) - set(others):
-                process.kill()
-            raise
-        try:
-            yield from batches
+            yield from loader
         except UserError as error:
             last_line = error.args[0].strip().splitlines()[-1]
             raise UserError(last_line.split("UserError: ")[-1]) from None
@@ -2493,8 +2487,8 @@ class Files:
 def end_processes(loaders):
     """End the processes of DataLoaders and empty the list.
 
-    An error's traceback can keep the iterator alive. Python then ends its queues first, the
-    processes hear of no end, and torch waits for each of them."""
+    A traceback can keep the iterator alive. Its queues end first then, and torch waits 20 s for
+    processes that hear of no end."""
     while loaders:
         iterator = loaders.pop()._iterator
         if hasattr(iterator, "_shutdown_workers"):  # with processes
@@ -2945,11 +2939,9 @@ def check_same_run(run, checkpoint):
     check_entries(checkpoint, type(run.args))
     for name in sorted(set(now) - FREE_ON_RESUME):
         flag, value = option_of(name), before.get(name)
-        remedy = f"{flag} {value}"
-        if value is None or value is False:
-            remedy = f"it without {flag}"
-        elif value is True:
-            remedy = f"it with {flag}"
+        remedy = f"it with{'' if value else 'out'} {flag}"
+        if not isinstance(value, (bool, type(None))):
+            remedy = f"{flag} {value}"
         check(before.get(name) == now[name], f"--resume: {flag} was {value} and is now "
               f"{now[name]}; try {remedy}, or another --out")
     held, holds = checkpoint["data"], run.data.fingerprint
@@ -3116,9 +3108,8 @@ def load_last(folder, accept=None):
             if faults:
                 warn(f"{faults[0]}; using {path} (step {checkpoint['step']}) instead")
             return {**checkpoint, "file": name}
-    if faults:
-        raise UserError(f"{faults[0]}; no older checkpoint is readable: "
-                        "train again with another --out")
+    check(not faults, f"{' '.join(faults[:1])}; no older checkpoint is readable: "
+          "train again with another --out")
     return None
 
 
@@ -3129,23 +3120,18 @@ def load_checkpoint(path, accept=None):
     whole(os.path.isfile(path), f"{path}: no such file; try runs/<run>/last.pt")
     try:
         with zipfile.ZipFile(path) as archive:  # torch itself does not compare the checksums
-            damaged = archive.testzip()
-        whole(damaged is None, f"{path} is damaged ({damaged})")
+            if archive.testzip():
+                raise ValueError
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except OSError as error:
-        raise DamagedError(f"{path} cannot be read ({error.strerror})") from error
-    except Exception as error:  # torch raises many kinds for a file that is cut short or no zip
-        raise DamagedError(f"{path} is not a checkpoint of these scripts, or is cut short "
-                           f"({type(error).__name__})") from error
-    known = isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT
-    whole(known, f"{path} is not a checkpoint of these scripts; try runs/<run>/last.pt")
-    same = False
-    with contextlib.suppress(RuntimeError, TypeError, ValueError, MemoryError):
+        known = checkpoint.get("format") == CHECKPOINT_FORMAT
         same = checkpoint.get("digest") == digest_of(checkpoint)
+    except Exception as error:  # torch raises many kinds for a file that is cut short or no zip
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise DamagedError(f"{path} is not a checkpoint of these scripts, or is damaged or cut "
+                           f"short ({reason})") from error
+    whole(known, f"{path} is not a checkpoint of these scripts; try runs/<run>/last.pt")
     whole(same, f"{path} is damaged or was edited or mixed with another run's")
     like = {"args": {"method": "", "experiment": "", "image_size": 1}, "step": 1, "model": {},
             "optimizer": {}, "loss_sum": torch.zeros((), dtype=torch.float64),
