@@ -3,62 +3,60 @@
 To borrow a method, copy its file and this one into a folder of your own.
 
 Part I is what train() and the models call in a run with default flags, by topic. The contents
-below are in the order of the calls. Part II is the rest: the command line, messages, files, image
-folders, torchrun. A default run enters the command line, messages and files there, too.
+below are in the order of the calls. Part II is the rest, of which a default run enters the command
+line, messages and files.
 """
 
-# ==============================================================================
-# Contents (`python tests/test_common.py` writes the line numbers)
-# ==============================================================================
+# ==== Contents (`python tests/test_common.py` writes the line numbers) ====
 #
 # What a method file calls, in this order:
 #
-#    123  Args               the flags that all nine methods share
-#    113  flag               a field of Args: default, help, bounds
-#   1669  main               run train(); print an expected error as one line
-#   1360  parse_args         Args from the command line
-#    206  set_up             device, precision, other processes
-#    244  load_data          read or draw the data set: Data
-#    491  build_backbone     the network whose output is H
-#    535  build_optimizer    Adam, SGD, LARS or Muon
-#    577  gives_back         signal handlers, lock and processes, when train() ends
-#    605  Run                the run's folder, checkpoints, log and checks
-#    852  distribute         the model for several processes, or compiled
-#    625  Run.resume         the step to start from, usually 0
-#    311  Data.batches       the batches of an epoch, uint8
-#    868  step_seed          the seed of a step's random draws
-#    326  Data.augment       the random views of a batch
-#    874  learning_rate      the schedule's factor at a step
-#    638  Run.guard          a failed decomposition becomes a clear error
-#    862  gather             embeddings of all processes, with gradient
-#   1830  mean_over_ranks    the mean of a tensor over the processes (MoCo)
-#    196  world_size         the number of processes (MoCo)
-#    201  rank               this process's number among them (MoCo)
-#    643  Run.watch          note whether loss and gradients are finite
-#    650  Run.progress       stop if they were not; show the status line
-#    661  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    669  Run.mean_loss      the mean loss of the epoch
-#   1148  extract            H of a set of images
-#   1170  project            Z of H
-#   1207  collapse_metrics   how much of its space a set of embeddings fills
-#   1181  knn_accuracy       accuracy of a vote among the nearest training images
-#    678  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    717  Run.save_backbone  write backbone.pt
-#    725  Run.close          print the scores
+#    121  Args               the flags that all nine methods share
+#    111  flag               a field of Args: default, help, bounds
+#   1655  main               run train(); an expected error is one line
+#   1354  parse_args         Args from the command line
+#    204  set_up             device, precision, other processes
+#    242  load_data          read or draw the data set: Data
+#    489  build_backbone     the network whose output is H
+#    533  build_optimizer    Adam, SGD, LARS or Muon
+#    575  gives_back         signals, lock, processes, when train() ends
+#    601  Run                the run's folder, checkpoints, log and checks
+#    848  distribute         for several processes, or compiled
+#    621  Run.resume         the step to start from, usually 0
+#    309  Data.batches       the batches of an epoch, uint8
+#    864  step_seed          the seed of a step's random draws
+#    324  Data.augment       the random views of a batch
+#    870  learning_rate      the schedule's factor at a step
+#    634  Run.guard          a failed decomposition is a clear error
+#    858  gather             embeddings of all processes, with gradient
+#   1816  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#    194  world_size         the number of processes (MoCo)
+#    199  rank               this process's number among them (MoCo)
+#    639  Run.watch          note whether loss and gradients are finite
+#    646  Run.progress       stop if they were not; show the status line
+#    657  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    665  Run.mean_loss      the mean loss of the epoch
+#   1144  extract            H of a set of images
+#   1166  project            Z of H
+#   1203  collapse_metrics   how much of their space embeddings fill
+#   1177  knn_accuracy       accuracy of the nearest training images' vote
+#    674  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    713  Run.save_backbone  write backbone.pt
+#    721  Run.close          print the scores
 #
 # Part II:
 #
-#   1283  Command line: flags from Args, checks, and sizes to propose
-#   1568  Messages and errors
-#   1736  Several processes
-#   1892  Data sets by name
-#   1980  Folders of images
-#   2412  Streaming
-#   2535  Recipes of augmentation
-#   2608  ResNets, LARS, Muon
-#   2738  Run folder and signals
-#   2920  Resume
-#   3150  Files of a run
+#   1279  Command line: flags from Args, checks, and sizes to propose
+#   1556  Messages and errors
+#   1722  Several processes
+#   1878  Data sets by name
+#   1966  Folders of images
+#   2391  Streaming
+#   2508  Recipes of augmentation
+#   2581  ResNets, LARS, Muon
+#   2711  Run folder and signals
+#   2892  Resume
+#   3122  Files of a run
 
 import argparse
 import collections
@@ -98,7 +96,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError  # with torchvision
+from PIL import Image, ImageOps, TiffImagePlugin  # come with torchvision
 from torchvision.transforms.v2 import functional
 
 # ==============================================================================
@@ -575,9 +573,7 @@ ENDINGS = []  # an ExitStack of the train() that runs
 
 
 def gives_back(train):
-    """Decorates train(): however it ends, what at_end() was given is called.
-
-    Inside it is as if a notebook had set no torch.no_grad and no default dtype."""
+    """Decorates train(): however it ends, what at_end() was given is called."""
 
     @functools.wraps(train)
     def train_alone(*args, **more):
@@ -587,7 +583,7 @@ def gives_back(train):
         with TRAINING, contextlib.ExitStack() as ending:
             ENDINGS.append(ending)
             ending.callback(ENDINGS.pop)
-            ending.callback(torch.set_default_dtype, torch.get_default_dtype())
+            ending.callback(torch.set_default_dtype, torch.get_default_dtype())  # a notebook's
             torch.set_default_dtype(torch.float32)
             ending.enter_context(torch.inference_mode(False))
             ending.enter_context(torch.enable_grad())
@@ -736,7 +732,7 @@ class Run:
                 "the collapse figures are in metrics.csv")
         say(f"{self.folder}: config.json metrics.csv last.pt backbone.pt  "
             f"({format_seconds(self.clock.seconds())})")
-        self.folder = os.path.abspath(self.folder)  # for a program that goes elsewhere
+        self.folder = os.path.abspath(self.folder)
 
     def where(self, step):
         """`epoch 2/10  step 45/390`"""
@@ -1299,17 +1295,15 @@ def number(kind, least=None, most=None, above=None, below=None, example=None):
     """A `type` for argparse: int or float within bounds, else ArgumentTypeError with a message."""
     bounds = {"at least": least, "above": above, "at most": most, "below": below}
     bounds = " and ".join(f"{words} {x}" for words, x in bounds.items() if x is not None)
-    wanted = "a whole number" if kind is int else "a number"
-    wanted = f"{wanted} {bounds}".strip()
+    wanted = f"{'a whole number' if kind is int else 'a number'} {bounds}".strip()
 
     def parse(text):
         with contextlib.suppress(ValueError, OverflowError, TypeError):
             value = kind(text)
             exact = value == text and not isinstance(text, (bool, np.bool_))
-            exact = exact or isinstance(text, str)
             high = (most is None or value <= most) and (below is None or value < below)
             low = (least is None or value >= least) and (above is None or value > above)
-            if exact and math.isfinite(value) and high and low:
+            if (exact or isinstance(text, str)) and math.isfinite(value) and high and low:
                 return value
         raise argparse.ArgumentTypeError(f"'{text}' is not {wanted}; try {example}")
 
@@ -1362,7 +1356,8 @@ def parse_args(kind, argv=None, description=None):
 
     description: the method's docstring, whose first line heads --help."""
     first_line = (description or f"{kind.method}.").strip().splitlines()[0]  # -OO: no docstring
-    name = f"experiments.py {run_name(vars(kind))}" if kind.experiment else f"{kind.method}.py"
+    name = f"experiments.py {kind.method}/{kind.experiment}"
+    name = name if kind.experiment else f"{kind.method}.py"
     parser = OneLineParser(prog=name, description=first_line, allow_abbrev=False)
     group = parser.add_argument_group(f"{kind.method}'s own")
     shared = {name for name, *_ in flags_of(Args)}
@@ -1376,8 +1371,10 @@ def parse_args(kind, argv=None, description=None):
         if default is not None:
             help += f" (default: {default})"
         words = words_of(name, metadata)
+        parse = parser_of(name, type_, default, metadata) if type_ in (int, float) else str
         metavar = None if words else {int: "N", float: "X", str: "NAME"}[type_]
-        group.add_argument(option, choices=words, default=default, metavar=metavar, help=help)
+        group.add_argument(option, type=parse, choices=words, default=default, metavar=metavar,
+                           help=help)
     return kind(**vars(parser.parse_args(argv)))
 
 
@@ -1443,8 +1440,8 @@ def check_model(args, model):
 
 def completed(args, device):
     """A copy of args in which flags that were left open have their values, and `given` the rest."""
-    args, given = copy.copy(args), dataclasses.asdict(args)
-    args.given = given
+    args = copy.copy(args)
+    args.given = dataclasses.asdict(args)
     if args.precision == "auto":
         args.precision = "bf16" if has_fast_bf16(device) else "fp32"
     if args.lr_bias is None:
@@ -1483,15 +1480,13 @@ def check_rules(args):
     sizes = {name: default for name, type_, default, _ in flags_of(type(args)) if type_ is int}
     now = as_flags({name: getattr(args, name) for name in mentioned(broken, sizes)})
     message = f"{now}: {broken[0]}; try"
-    processes, found = world_size(), sizes_that_fit(args, sizes)
-    check(found is None, f"{message} {as_flags(found or {})}")
-    os.environ["WORLD_SIZE"] = "1"  # for the rules
-    try:
-        found = sizes_that_fit(args, sizes)
-    finally:
-        os.environ["WORLD_SIZE"] = str(processes)
-    check(processes == 1 or found is None, f"{message} --nproc_per_node=1 {as_flags(found or {})}")
-    raise UserError(f"{message} a folder with more images")
+    found, remedy = sizes_that_fit(args, sizes), ""
+    if found is None and world_size() > 1:
+        world, os.environ["WORLD_SIZE"] = os.environ["WORLD_SIZE"], "1"  # for the rules
+        found, remedy = sizes_that_fit(args, sizes), "--nproc_per_node=1 "
+        os.environ["WORLD_SIZE"] = world
+    remedy = "a folder with more images" if found is None else remedy + as_flags(found)
+    raise UserError(f"{message} {remedy}")
 
 
 def sizes_that_fit(args, sizes):
@@ -1527,27 +1522,20 @@ def nearest_changes(args, names, sizes):
 
     Sizes that are at their defaults, `sizes`, go first: the user asked for the others."""
     free = [name for name in names if getattr(args, name) == sizes[name]]
-    columns = {name: candidates(args, name, names) for name in names}
+    columns, trial = {name: candidates(args, name, names) for name in names}, copy.copy(args)
+
+    def distance(change):
+        return sum(abs(math.log(v / max(1, getattr(args, n)))) for n, v in change)
+
     for pool in (free, free + [name for name in names if name not in free]):
         for count, length in ((0, 0), (1, None), (2, 40)):  # so that the search does not take long
             for chosen in itertools.combinations(pool, count):
-                found = nearest_that_fits(args, chosen, [columns[n][:length] for n in chosen])
-                if found is not None:
-                    return dict(zip(chosen, found))
-    return None
-
-
-def nearest_that_fits(args, chosen, columns):
-    """Of the values in columns, those for the flags `chosen` that are nearest to the present ones
-    and obey every rule, or None."""
-    def distance(values):
-        return sum(abs(math.log(v / max(1, getattr(args, n)))) for n, v in zip(chosen, values))
-
-    trial = copy.copy(args)
-    for values in sorted(itertools.product(*columns), key=distance):
-        vars(trial).update(zip(chosen, values))
-        if all(holds for holds, _ in rules_of(trial)):
-            return values
+                values = itertools.product(*(columns[n][:length] for n in chosen))
+                for change in sorted((tuple(zip(chosen, v)) for v in values), key=distance):
+                    vars(trial).update(change)
+                    if all(holds for holds, _ in rules_of(trial)):
+                        return dict(change)
+                vars(trial).update({n: getattr(args, n) for n in chosen})
     return None
 
 
@@ -1576,16 +1564,14 @@ class UserError(Exception):
 
 
 def shown(text):
-    """A text on one line: letters that do not print are escaped, long words and texts are cut."""
+    """A text on one line, with letters that do not print escaped and what is long cut."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     text = re.sub(r"(\S{100})\S{60,}(\S{40})", r"\1...\2", text)
     return text if len(text) <= 1500 else f"{text[:1000]} ... {text[-400:]}"
 
 
 def check(condition, message):
-    """Raise UserError(message) unless `condition` holds.
-
-    The message names the flag or file, says what is wrong, and gives a value that works."""
+    """Raise UserError unless `condition` holds. The message names flag or file, fault, remedy."""
     if not condition:
         raise UserError(message)
 
@@ -1688,7 +1674,7 @@ def main(function, parse):
         if not words:
             raise
         sys.unraisablehook = lambda _: None  # torch's half-made loaders fail once more as they go
-        for process in multiprocessing.active_children():  # theirs, which wait for more work
+        for process in multiprocessing.active_children():  # theirs
             process.kill()
         message = f"error: {words}"
     if message:
@@ -1720,12 +1706,12 @@ def explanation(error):
         return "too few file descriptors or processes; try `ulimit -n 4096`, or fewer --num-workers"
     if mentions("shared memory", "</torch_", "No space left"):
         return "/dev/shm is too small; try docker --shm-size=8g, or --num-workers 0, and --resume"
-    lost = "Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL"
-    if world_size() > 1 and mentions(*lost):
+    lost = mentions("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL")
+    if world_size() > 1 and lost:
         return (f"process {rank()} lost another process, whose own message says why; "
                 "go on with --resume")
     if words.startswith("DataLoader worker"):
-        return ("a loader process died, perhaps because it ran out of (shared) memory; "
+        return ("a loader process died, perhaps for lack of (shared) memory; "
                 "try a smaller --num-workers or --batch-size, and go on with --resume")
     compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
     if compiler or mentions("torch.compile"):
@@ -2156,7 +2142,7 @@ def data_from_files(args, device, root, split, train, test, note, skipped, stati
     side = args.image_size if median <= args.image_size else math.ceil(args.image_size * 8 / 7)
     copies = 1 if device.type == "cuda" else from_environment("LOCAL_WORLD_SIZE", 1)
     stream = args.stream or 3 * side**2 * (len(train) + len(test)) * copies > MEMORY_LIMIT
-    loaded, total = [], len(train)
+    loaded = []
     for images in (train, test):
         paths = [os.path.join(root, path) for path, _ in images]
         files = Files(paths, args.image_size, side, scale)
@@ -2165,11 +2151,11 @@ def data_from_files(args, device, root, split, train, test, note, skipped, stati
         loaded.append(part)
     words = in_words(skipped)
     check(len(train) > 1, f"--data-dir {args.data_dir}: {len(train) or 'none'} of the "
-          f"{total} files can be read; skipped: {words}; try another --data-dir")
+          f"files can be read; skipped: {words}; try another --data-dir")
     for what in ("unreadable", "too large", "smaller than 8x8", UNREAD_PIXELS):
-        names = ", ".join(sorted(skipped[what])[:3])
+        names = sorted(skipped[what])
         if names:
-            warn(f"skipped {len(skipped[what])} {what}: {names}")
+            warn(f"skipped {len(names)} {what}: {', '.join(names[:3])}")
     class_names = check_classes(root, os.path.join(root, split), train)
     class_names = sorted({*class_names, *(name for _, name in test if class_names)} - {None})
     if class_names and not test and args.test_fraction:
@@ -2237,24 +2223,17 @@ def survey(root, train, statistics):
     sides, kinds, values, rng = [], [], [], np.random.default_rng(0)
     for path, _ in train[::-(-len(train) // 200)]:
         with contextlib.suppress(Exception), open_image(os.path.join(root, path)) as image:
-            if kind_of(image) is None:
-                continue
-            kinds.append(kind_of(image))
-            sides += [min(image.size)] if min(image.size) >= 8 else []
-            if kinds[-1] != "8 bits":
+            kind = kind_of(image)
+            kinds += [kind] if kind else []
+            sides += [min(image.size)] if kind and min(image.size) >= 8 else []
+            if kind not in (None, "8 bits"):
                 x = deep_pixels(image.filename)[..., :3]
                 values.append(rng.choice(x[np.isfinite(x)], 10_000))
     sides, kind, scale = sorted(sides) or [8], max(kinds or ["8 bits"], key=kinds.count), None
     note = f" (median of sides {sides[0]} to {sides[-1]})" if sides[0] < sides[-1] else ""
     if kind != "8 bits":
-        values = np.concatenate(values or [[0.0, 1.0]])
-        low, high, missing = grey_range(values)
+        low, high, missing = grey_range(np.concatenate(values or [[0.0, 1.0]]))
         scale, without = [kind, low, high], f" without {listed(missing)}" if missing else ""
-        middle = np.quantile(values[(values >= low) & (values <= high)], (0.01, 0.99))
-        levels = 255 * np.ptp(middle) / (high - low)
-        if levels < 16 and not statistics:
-            warn(f"98 % of the pixels of {root} get only {levels:.0f} of 255 grey levels; "
-                 "if that hides what matters, convert them to 8 bits")
     scale = statistics["scale"] if statistics else scale
     if scale and kind != "8 bits":
         note += f"; {kind}{without}: {scale[1]:g} ... {scale[2]:g} became 0 ... 255"
@@ -2264,8 +2243,8 @@ def survey(root, train, statistics):
 def grey_range(x):
     """(low, high, missing): the 0.1 % and 99.9 % quantiles of x [n] without missing pixels.
 
-    These have a number such as -9999 or 65535: an end of x, further from the others, which are 16
-    different ones or more, than these reach."""
+    Those have a number such as -9999 or 65535, further from the others (16 or more) than these
+    reach."""
     def ends(x):
         return np.quantile(x, (0.001, 0.999), method="nearest").tolist()
 
@@ -2340,16 +2319,16 @@ def read_image(path, scale=None, skipped=None):
     except Exception as error:  # decoders raise errors of all kinds
         if isinstance(error, Image.DecompressionBombError):
             why = "too large"
-        elif isinstance(error, UnidentifiedImageError) and is_tiff(path):
+        elif is_unread_tiff(path):
             why = UNREAD_PIXELS
         skipped[why].append(path)
         return None
 
 
-def is_tiff(path):
-    """Whether Pillow knows all of a TIFF but its kind of pixels, as with floats of 64 bits."""
+def is_unread_tiff(path):
+    """Whether Pillow knows a TIFF but for its kind of pixels, such as floats of 64 bits."""
     try:
-        return bool(TiffImagePlugin.TiffImageFile(path))
+        TiffImagePlugin.TiffImageFile(path)
     except Exception as error:
         return "pixel mode" in str(error)
 
@@ -2376,9 +2355,9 @@ def read_files(files, stream, num_workers, skipped):
     with multiprocessing.pool.ThreadPool(max(1, num_workers)) as pool:
         found = said(pool.imap(read, files.paths, 16), len(files), "reading images")
         for i, image in enumerate(found):
-            if image is not None and not stream:
-                images[len(good)] = image
             if image is not None:
+                if not stream:
+                    images[len(good)] = image
                 good.append(i)
     if stream:
         images = Files([files.paths[i] for i in good], files.size, files.side, files.scale)
@@ -2432,9 +2411,6 @@ class Files:
         part.rows = self.rows[index]
         return part
 
-    def __getstate__(self):
-        return {**vars(self), "idle": []}  # for processes that are not forked
-
     def __getitem__(self, task):
         """In a loader process: a task of crops() -> the views, (image,) -> its centre square."""
         index, *crop = task
@@ -2471,27 +2447,24 @@ class Files:
             self.idle.append(torch.utils.data.DataLoader(
                 self, batch_sampler=Tasks(), num_workers=num_workers,
                 persistent_workers=num_workers > 0, pin_memory=self.pin_memory,
-                worker_init_fn=leave_signals_to_the_main_process))
+                worker_init_fn=leave_signals))
             at_end(functools.partial(end_processes, self.idle))
         loader = self.idle.pop()
         loader.batch_sampler.tasks = tasks
         try:
             yield from loader
         except UserError as error:
-            last_line = error.args[0].strip().splitlines()[-1]
-            raise UserError(last_line.split("UserError: ")[-1]) from None
+            raise UserError(error.args[0].split("UserError: ")[-1].strip()) from None
         finally:
             self.idle.append(loader)
 
 
 def end_processes(loaders):
-    """End the processes of DataLoaders and empty the list.
-
-    A traceback can keep the iterator alive. Its queues end first then, and torch waits 20 s for
-    processes that hear of no end."""
+    """End the processes of loaders now: of those in a traceback, torch ends the queues first, and
+    waits 20 s."""
     while loaders:
         iterator = loaders.pop()._iterator
-        if hasattr(iterator, "_shutdown_workers"):  # with processes
+        if hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
 
 
@@ -2502,7 +2475,7 @@ class Tasks:
         return iter(self.tasks)
 
 
-def leave_signals_to_the_main_process(_worker):
+def leave_signals(_worker):
     """Let a loader process outlive Ctrl-C, and SIGTERM by five seconds, until the run is saved."""
     for number_ in STOP_SIGNALS:
         signal.signal(number_, signal.SIG_IGN)
@@ -2755,7 +2728,7 @@ class StopSignals:
     def __init__(self, args, device):
         self.args, self.device = args, device
         self.number = 0  # of the signal that came
-        self.first = {}  # signal -> when it first came
+        self.first = None  # when SIGTERM first came
         self.before = {}  # signal -> its handler before this run
         at_end(self.give_back)
         if threading.current_thread() is not threading.main_thread():
@@ -2772,12 +2745,12 @@ class StopSignals:
         self.number = number_
         if world_size() > 1:
             return  # torchrun itself repeats the signal, and kills after 30 seconds
-        now = time.monotonic()
-        since = now - self.first.setdefault(number_, now)
-        late = number_ == signal.SIGTERM and since >= 2  # schedulers repeat it
-        if late or number_ != signal.SIGTERM:
-            signal.signal(number_, self.before[number_])  # a second one ends at once
-        if late:
+        if number_ == signal.SIGTERM:  # schedulers repeat it
+            self.first = self.first or time.monotonic()
+            if time.monotonic() - self.first < 2:
+                return
+        signal.signal(number_, self.before[number_])  # a second one ends at once
+        if number_ == signal.SIGTERM:
             signal.raise_signal(number_)
 
     def came(self, step):
@@ -2900,9 +2873,8 @@ def stop_non_finite(step, what, data, folder):
             remedy = "it without them"
         if hasattr(args, "eps"):
             remedy = f"--eps {min(max(1e-3, 10 * args.eps), 0.5):g}, or {remedy}"
-    kept = "no checkpoint was written yet"
-    if os.path.isfile(os.path.join(folder, "last.pt")):
-        kept = "the last good checkpoint stays"
+    saved = os.path.isfile(os.path.join(folder, "last.pt"))
+    kept = "the last good checkpoint stays" if saved else "no checkpoint was written yet"
     raise UserError(f"step {step}: {what} is not finite; likely cause: {cause}: try {remedy}; "
                     f"{folder}: {kept}")
 
@@ -2959,11 +2931,11 @@ def check_same_run(run, checkpoint):
 
 def same_statistics(before, now):
     """Whether colours, scale and classes are those of a checkpoint, but for rounding."""
-    with contextlib.suppress(KeyError, TypeError):
+    with contextlib.suppress(KeyError, TypeError, ValueError):
         names = "mean", "std", "scale", "class_names"
         old, new = ([x for name in names for x in s[name] or []] for s in (before or now, now))
-        return len(old) == len(new) and all(
-            x == y or math.isclose(x, y, rel_tol=1e-3) for x, y in zip(old, new, strict=True))
+        pairs = list(zip(old, new, strict=True))
+        return all(x == y or math.isclose(x, y, rel_tol=1e-3) for x, y in pairs)
     return False
 
 

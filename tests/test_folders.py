@@ -646,19 +646,6 @@ def test_numbers_that_are_not_far_from_the_others_belong_to_them(tmp_path, capsy
     assert scale[1:] == pytest.approx(ends, abs=0.01 * (ends[1] - ends[0])) and re.search(r"(floats|bits): ", first_line(capsys))
 
 
-def test_pixels_that_get_few_grey_levels_are_said_once(tmp_path, capsys):
-    """Values over many powers of ten, as radar has them: no number stands for missing pixels, yet the rest is flat."""
-    rng = np.random.default_rng(0)
-    for i in range(8):
-        Image.fromarray((10 ** rng.normal(0, 2, (64, 64))).astype(np.float32)).save(tmp_path / f"{i}.tif")
-    load(tmp_path, *STREAM)
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1 and re.search(r"98 % of the pixels of .* get only (\d+) of 255 grey levels; .* convert them to 8 bits", line), line
-    save_deep(tmp_path / "even", 0, 1, np.float32)
-    load(tmp_path / "even")
-    assert capsys.readouterr().err == ""
-
-
 def test_a_run_on_images_with_missing_pixels_measures_them_as_it_was_trained(tmp_path, capsys):
     for name in ("a", "b"):
         save_holes(tmp_path / name, np.float32, 0, 1 + (name == "b"), -9999)
