@@ -13,7 +13,7 @@ line, messages and files.
 #
 #    121  Args               the flags that all nine methods share
 #    111  flag               a field of Args: default, help, bounds
-#   1655  main               run train(); an expected error is one line
+#   1652  main               run train(); an expected error is one line
 #   1354  parse_args         Args from the command line
 #    204  set_up             device, precision, other processes
 #    242  load_data          read or draw the data set: Data
@@ -29,7 +29,7 @@ line, messages and files.
 #    870  learning_rate      the schedule's factor at a step
 #    634  Run.guard          a failed decomposition is a clear error
 #    858  gather             embeddings of all processes, with gradient
-#   1816  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1813  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #    194  world_size         the number of processes (MoCo)
 #    199  rank               this process's number among them (MoCo)
 #    639  Run.watch          note whether loss and gradients are finite
@@ -47,16 +47,16 @@ line, messages and files.
 # Part II:
 #
 #   1279  Command line: flags from Args, checks, and sizes to propose
-#   1556  Messages and errors
-#   1722  Several processes
-#   1878  Data sets by name
-#   1966  Folders of images
-#   2391  Streaming
-#   2508  Recipes of augmentation
-#   2581  ResNets, LARS, Muon
-#   2711  Run folder and signals
-#   2892  Resume
-#   3122  Files of a run
+#   1553  Messages and errors
+#   1719  Several processes
+#   1875  Data sets by name
+#   1963  Folders of images
+#   2388  Streaming
+#   2505  Recipes of augmentation
+#   2578  ResNets, LARS, Muon
+#   2708  Run folder and signals
+#   2889  Resume
+#   3119  Files of a run
 
 import argparse
 import collections
@@ -1352,9 +1352,8 @@ def parser_of(name, type_, default, metadata):
 
 
 def parse_args(kind, argv=None, description=None):
-    """An Args of class `kind` from the command line (argv: a list of words). Raises UserError.
-
-    description: the method's docstring, whose first line heads --help."""
+    """An Args of class `kind` from argv, a list of words. description: a docstring for --help.
+    Raises UserError."""
     first_line = (description or f"{kind.method}.").strip().splitlines()[0]  # -OO: no docstring
     name = f"experiments.py {kind.method}/{kind.experiment}"
     name = name if kind.experiment else f"{kind.method}.py"
@@ -1490,9 +1489,7 @@ def check_rules(args):
 
 
 def sizes_that_fit(args, sizes):
-    """{flag: value} of the sizes that have to change, to obey every rule; None if none do.
-
-    sizes: {flag: default}."""
+    """{name: value} of the sizes that have to change, or None. sizes: {name: default}."""
     rules, trial, start = rules_of(args), copy.copy(args), {}
     broken = [text for holds, text in rules if not holds]
     names = mentioned(broken + [text for _, text in rules], sizes)
