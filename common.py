@@ -1671,7 +1671,7 @@ def main(function, parse):
         if not words:
             raise
         sys.unraisablehook = lambda _: None  # torch's half-made loaders fail once more as they go
-        for process in multiprocessing.active_children():  # theirs
+        for process in multiprocessing.active_children():
             process.kill()
         message = f"error: {words}"
     if message:
@@ -2316,13 +2316,13 @@ def read_image(path, scale=None, skipped=None):
     except Exception as error:  # decoders raise errors of all kinds
         if isinstance(error, Image.DecompressionBombError):
             why = "too large"
-        elif is_unread_tiff(path):
+        elif os.path.isfile(path) and is_tiff(path):
             why = UNREAD_PIXELS
         skipped[why].append(path)
         return None
 
 
-def is_unread_tiff(path):
+def is_tiff(path):
     """Whether Pillow knows a TIFF but for its kind of pixels, such as floats of 64 bits."""
     try:
         TiffImagePlugin.TiffImageFile(path)
