@@ -1131,7 +1131,7 @@ def test_a_resume_with_swapped_lines_of_labels_csv_is_refused(tmp_path):
     lines[0], lines[1] = "0.png,b\n", "1.png,a\n"
     (tmp_path / "images" / "labels.csv").write_text("file,label\n" + "".join(lines))
     result, _ = small_run(tmp_path / "images", tmp_path / "run", "--resume")
-    assert is_one_line_error(result) and "--resume: --data-dir held 16 files" in result.err
+    assert is_one_line_error(result) and "--resume: --data-dir holds other images than before (16 files" in result.err
 
 
 # ---- 6. Pixels that Pillow misreads, pipes, long images ------------------------------------------
