@@ -7,59 +7,57 @@ except that a class stays in one piece. Part II is the rest; a default run enter
 messages and files, too, but they would make Part I too long to read at one sitting.
 """
 
-# ==============================================================================
-# Contents (`python tests/test_common.py` writes the line numbers)
-# ==============================================================================
+# ==== Contents (`python tests/test_common.py` writes the line numbers) ====
 #
 # Part I, what a method file calls:
 #
-#    120  flag               a field of Args: default, help, bounds
-#    130  Args               the flags that all nine methods share
-#    204  world_size         the number of processes (MoCo)
-#    209  rank               this process's number among them (MoCo)
-#    218  gives_back         signal handlers, lock and processes, when train() ends
-#    240  set_up             device, precision, other processes
-#    278  load_data          read or draw the data set: Data
-#    526  build_backbone     the network whose output is H
-#    570  build_optimizer    Adam, SGD, LARS or Muon
-#    609  Run                the run's folder, checkpoints, log and checks
-#    836  distribute         the model for several processes, or compiled
-#    629  Run.resume         the step to start from, usually 0
-#    346  Data.batches       the batches of an epoch, uint8
-#    848  step_seed          the seed of a step's random draws
-#    361  Data.augment       the random views of a batch
-#   1111  learning_rate      the schedule's factor at a step
-#    642  Run.guard          a failed decomposition becomes a clear error
-#   1127  gather             embeddings of all processes, with gradient
-#    646  Run.watch          note whether loss and gradients are finite
-#    653  Run.progress       stop if they were not; show the status line
-#    664  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    672  Run.mean_loss      the mean loss of the epoch
-#   1137  extract            H of a set of images
-#   1159  project            Z of H
-#   1170  collapse_metrics   how much of its space a set of embeddings fills
-#   1224  knn_accuracy       accuracy of a vote among the nearest training images
-#    681  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    720  Run.save_backbone  write backbone.pt
-#    728  Run.close          print the scores
+#    118  flag               a field of Args: default, help, bounds
+#    128  Args               the flags that all nine methods share
+#    202  world_size         the number of processes (MoCo)
+#    207  rank               this process's number among them (MoCo)
+#    216  gives_back         signal handlers, lock and processes, when train() ends
+#    242  set_up             device, precision, other processes
+#    280  load_data          read or draw the data set: Data
+#    528  build_backbone     the network whose output is H
+#    572  build_optimizer    Adam, SGD, LARS or Muon
+#    611  Run                the run's folder, checkpoints, log and checks
+#    839  distribute         the model for several processes, or compiled
+#    631  Run.resume         the step to start from, usually 0
+#    348  Data.batches       the batches of an epoch, uint8
+#    851  step_seed          the seed of a step's random draws
+#    363  Data.augment       the random views of a batch
+#   1114  learning_rate      the schedule's factor at a step
+#    644  Run.guard          a failed decomposition becomes a clear error
+#   1130  gather             embeddings of all processes, with gradient
+#    648  Run.watch          note whether loss and gradients are finite
+#    655  Run.progress       stop if they were not; show the status line
+#    666  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    674  Run.mean_loss      the mean loss of the epoch
+#   1140  extract            H of a set of images
+#   1162  project            Z of H
+#   1173  collapse_metrics   how much of its space a set of embeddings fills
+#   1227  knn_accuracy       accuracy of a vote among the nearest training images
+#    683  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    722  Run.save_backbone  write backbone.pt
+#    730  Run.close          print the scores
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1656  main               run train(); print an expected error as one line
-#   1365  parse_args         Args from the command line
-#   1813  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1675  main               run train(); print an expected error as one line
+#   1371  parse_args         Args from the command line
+#   1834  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1293  Command line: flags from Args, checks, and sizes to propose
-#   1565  Messages and errors
-#   1721  Several processes
-#   1861  Data sets by name
-#   1951  Folders of images
-#   2367  Streaming
-#   2488  Recipes of augmentation
-#   2562  ResNets, LARS, Muon
-#   2692  Run folder and signals
-#   2874  Resume
-#   3120  Files of a run
+#   1296  Command line: flags from Args, checks, and sizes to propose
+#   1576  Messages and errors
+#   1742  Several processes
+#   1882  Data sets by name
+#   1972  Folders of images
+#   2397  Streaming
+#   2514  Recipes of augmentation
+#   2588  ResNets, LARS, Muon
+#   2718  Run folder and signals
+#   2899  Resume
+#   3129  Files of a run
 
 import argparse
 import collections
@@ -105,7 +103,7 @@ import torch.distributed as dist  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import torchvision  # noqa: E402
-from PIL import Image, ImageOps  # noqa: E402  (come with torchvision)
+from PIL import Image, ImageOps, TiffImagePlugin  # noqa: E402  (come with torchvision)
 from torchvision.transforms.v2 import functional  # noqa: E402
 
 # ==============================================================================
@@ -226,6 +224,10 @@ def gives_back(train):
         with TRAINING, contextlib.ExitStack() as ending:
             ENDINGS.append(ending)
             ending.callback(ENDINGS.pop)
+            ending.callback(torch.set_default_dtype, torch.get_default_dtype())  # a notebook's
+            torch.set_default_dtype(torch.float32)
+            ending.enter_context(torch.inference_mode(False))
+            ending.enter_context(torch.enable_grad())
             return train(*args, **more)
 
     return train_alone
@@ -609,8 +611,8 @@ def build_optimizer(model, args):
 class Run:
     """One training: its folder, checkpoints, log and checks.
 
-    total_steps: those of all epochs. folder: its path. rows: a dict per finished epoch.
-    scores: the closing kNN accuracies (0 ... 1) by name, empty without labels."""
+    total_steps: those of all epochs. folder: its path, absolute after close(). rows: a dict per
+    finished epoch. scores: the closing kNN accuracies (0 ... 1) by name, empty without labels."""
 
     def __init__(self, args, model, optimizer, data):
         """Raises UserError if the folder cannot be used or the recipe does not fit the images."""
@@ -739,6 +741,7 @@ class Run:
                 "the collapse figures are in metrics.csv")
         say(f"{self.folder}: config.json metrics.csv last.pt backbone.pt  "
             f"({format_seconds(self.clock.seconds())})")
+        self.folder = os.path.abspath(self.folder)
 
     def where(self, step):
         """`epoch 2/10  step 45/390`"""
@@ -1309,17 +1312,15 @@ def number(kind, least=None, most=None, above=None, below=None, example=None):
     """A `type` for argparse: int or float within bounds, else ArgumentTypeError with a message."""
     bounds = {"at least": least, "above": above, "at most": most, "below": below}
     bounds = " and ".join(f"{words} {x}" for words, x in bounds.items() if x is not None)
-    wanted = "a whole number" if kind is int else "a number"
-    wanted = f"{wanted} {bounds}".strip()
+    wanted = f"{'a whole number' if kind is int else 'a number'} {bounds}".strip()
 
     def parse(text):
         with contextlib.suppress(ValueError, OverflowError, TypeError):
             value = kind(text)
             exact = value == text and not isinstance(text, (bool, np.bool_))
-            exact = exact or isinstance(text, str)
             high = (most is None or value <= most) and (below is None or value < below)
             low = (least is None or value >= least) and (above is None or value > above)
-            if exact and math.isfinite(value) and high and low:
+            if (exact or isinstance(text, str)) and math.isfinite(value) and high and low:
                 return value
         raise argparse.ArgumentTypeError(f"'{text}' is not {wanted}; try {example}")
 
@@ -1338,14 +1339,19 @@ def flags_of(kind):
             raise TypeError(f"{kind.__name__}.{name} needs a type, as in `{name}: int = ...`")
     flags, hints = [], typing.get_type_hints(kind)  # not field.type, which may be text
     for field in dataclasses.fields(kind):
-        bases = [vars(base).get("__dataclass_fields__", {}) for base in kind.__mro__]
-        above = [fields.get(field.name) for fields in bases]
-        metadata = next((f.metadata for f in above if f is not None and f.metadata), None)
+        bases = [getattr(base, "__dataclass_fields__", {}) for base in kind.__mro__]
+        above = [fields[field.name].metadata for fields in bases if field.name in fields]
+        metadata = next(filter(None, above), None)
         if metadata is not None:
             type_ = hints[field.name]
             types = typing.get_args(type_) or (type_,)  # int | None -> (int, NoneType)
             flags.append((field.name, types[0], field.default, metadata))
     return flags
+
+
+def option_of(name):
+    """"proj_dim" -> "--proj-dim"."""
+    return "--" + name.replace("_", "-")
 
 
 def words_of(name, metadata):
@@ -1363,39 +1369,35 @@ def parser_of(name, type_, default, metadata):
 
 
 def parse_args(kind, argv=None, description=None):
-    """An Args of class `kind` from the command line (argv: a list of words). Raises UserError.
-
-    description: the method's docstring, whose first line heads --help."""
-    flags = flags_of(kind)
-    method = kind.method
-    first_line = (description or f"{method}.").strip().splitlines()[0]  # python -OO: no docstring
-    name = f"experiments.py {method}/{kind.experiment}" if kind.experiment else f"{method}.py"
+    """An Args of class `kind` from argv, a list of words. description: a docstring for --help.
+    Raises UserError."""
+    first_line = (description or f"{kind.method}.").strip().splitlines()[0]  # -OO: no docstring
+    name = f"experiments.py {kind.method}/{kind.experiment}"
+    name = name if kind.experiment else f"{kind.method}.py"
     parser = OneLineParser(prog=name, description=first_line, allow_abbrev=False)
+    group = parser.add_argument_group(f"{kind.method}'s own")
     shared = {name for name, *_ in flags_of(Args)}
-    groups = {"": parser.add_argument_group(f"{method}'s own")}
-    current = None
-    for name, type_, default, metadata in sorted(flags, key=lambda flag: flag[0] in shared):
-        if name in shared and name in GROUPS:
-            current = parser.add_argument_group(GROUPS[name])
-        group = current if name in shared else groups[""]
-        help = metadata["help"].replace("%", "%%")
+    for name, type_, default, metadata in sorted(flags_of(kind), key=lambda f: f[0] in shared):
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name])
+        option, help = option_of(name), metadata["help"].replace("%", "%%")
         if type_ is bool:
-            group.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=help)
+            group.add_argument(option, action="store_true", help=help)
             continue
         if default is not None:
             help += f" (default: {default})"
         words = words_of(name, metadata)
         parse = parser_of(name, type_, default, metadata) if type_ in (int, float) else str
         metavar = None if words else {int: "N", float: "X", str: "NAME"}[type_]
-        group.add_argument(f"--{name.replace('_', '-')}", type=parse, choices=words,
-                           default=default, metavar=metavar, help=help)
+        group.add_argument(option, type=parse, choices=words, default=default, metavar=metavar,
+                           help=help)
     return kind(**vars(parser.parse_args(argv)))
 
 
 def check_values(args):
     """Bring the values of an Args to their types, and check each by itself. UserError."""
     for name, type_, default, metadata in flags_of(type(args)):
-        value, option = getattr(args, name), "--" + name.replace("_", "-")
+        value, option = getattr(args, name), option_of(name)
         if value is None and default is None:
             continue
         words = words_of(name, metadata)
@@ -1408,7 +1410,8 @@ def check_values(args):
             check(isinstance(value, bool), f"{option}: {value!r} is not True or False; try True")
         else:
             text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
-            known = isinstance(text, str) and (words is None or text in words) and "\0" not in text
+            known = isinstance(text, str) and (words is None or text in words)
+            known = known and "\0" not in text and len(text) <= 1000
             check(known, f"{option}: {value!r} is not known; try {default or 'a name'}")
             setattr(args, name, str(text))  # numpy's text would not go into a checkpoint
     names = resnet_names()
@@ -1425,7 +1428,7 @@ def check_args(args):
         check(known, f"Args has no {name!r}; see --help for its flags")
         own = getattr(type(args), name, None)
         check(name not in ("method", "experiment") or value == own,
-              f"Args({name}={short(repr(value))}) is no flag; try {own!r}")
+              f"Args({name}={value!r}) is no flag; try {own!r}")
     check(args.dataset != "folder" or args.data_dir != "data" or os.path.isdir("data"),
           "--dataset folder needs --data-dir DIR, the folder of your images")
     check(args.dataset != "patterns" or args.data_dir == "data", "--data-dir "
@@ -1453,8 +1456,8 @@ def check_model(args, model):
 
 def completed(args, device):
     """A copy of args in which flags that were left open have their values, and `given` the rest."""
-    args, given = copy.copy(args), dataclasses.asdict(args)
-    args.given = given
+    args = copy.copy(args)
+    args.given = dataclasses.asdict(args)
     if args.precision == "auto":
         args.precision = "bf16" if has_fast_bf16(device) else "fp32"
     if args.lr_bias is None:
@@ -1477,12 +1480,13 @@ if hasattr(os, "sysconf"):
 
 def rules_of(args):
     """The rules of sizes that hold for every method, then the method's own."""
-    multiple = args.batch_size % world_size() == 0
+    world = world_size()
     images = vars(args).get("images") or (10_000 if args.dataset == "patterns" else 2**20)
     side = args.image_size or 32
-    need = 250 * side**2 * args.batch_size * args.views / world_size()  # bytes, of `tiny`
+    need = 250 * side**2 * args.batch_size * args.views / world  # bytes, of `tiny`
     fits = need < MEMORY or (args.device != "cpu" and torch.cuda.is_available())
-    return [(multiple, f"--batch-size must be a multiple of the {world_size()} processes"),
+    return [(args.batch_size % world == 0,
+             f"--batch-size must be a multiple of the {world} processes"),
             (args.batch_size <= images,
              f"--batch-size must be at most {images}, the training images"),
             (args.proj_dim <= 2**14, "--proj-dim must be at most 16384"),
@@ -1492,21 +1496,34 @@ def rules_of(args):
 
 def check_rules(args):
     """Raise UserError for the first rule that fails, with the nearest sizes that obey them all."""
-    rules = rules_of(args)
+    broken = [text for holds, text in rules_of(args) if not holds]
+    if not broken:
+        return
+    sizes = {name: default for name, type_, default, _ in flags_of(type(args)) if type_ is int}
+    now = as_flags({name: getattr(args, name) for name in mentioned(broken, sizes)})
+    message = f"{now}: {broken[0]}; try"
+    found, remedy = sizes_that_fit(args, sizes), ""
+    if found is None and world_size() > 1:
+        world, os.environ["WORLD_SIZE"] = os.environ["WORLD_SIZE"], "1"  # for the rules
+        found, remedy = sizes_that_fit(args, sizes), "--nproc_per_node=1 "
+        os.environ["WORLD_SIZE"] = world
+    remedy = "a folder with more images" if found is None else remedy + as_flags(found)
+    raise UserError(f"{message} {remedy}")
+
+
+def sizes_that_fit(args, sizes):
+    """{name: value} of the sizes that have to change, or None. sizes: {name: default}."""
+    rules, trial, start = rules_of(args), copy.copy(args), {}
     broken = [text for holds, text in rules if not holds]
-    if broken:
-        sizes = {name: default for name, type_, default, _ in flags_of(type(args)) if type_ is int}
-        names = mentioned(broken + [text for _, text in rules], sizes)
-        found = nearest_changes(args, names, sizes)
-        others, halvings = copy.copy(args), 0
-        while found is None:  # more than two have to change: let it be all, to the defaults or less
-            usual = {name: max(min(3, sizes[name]), sizes[name] >> halvings) for name in names}
-            vars(others).update(usual)
-            nearest = nearest_changes(others, names, sizes)
-            found = None if nearest is None and halvings < 20 else {**usual, **(nearest or {})}
-            halvings += 1
-        now = as_flags({name: getattr(args, name) for name in mentioned(broken, sizes)})
-        raise UserError(f"{now}: {broken[0]}; try {as_flags(found)}")
+    names = mentioned(broken + [text for _, text in rules], sizes)
+    for halvings in range(13):
+        found = nearest_changes(trial, names, sizes)
+        if found is not None:
+            return {**start, **found}
+        # More than two have to change: let it be all, to the defaults or less.
+        start = {name: max(min(3, sizes[name]), sizes[name] >> halvings) for name in names}
+        vars(trial).update(start)
+    return None
 
 
 def mentioned(texts, sizes):
@@ -1517,7 +1534,7 @@ def mentioned(texts, sizes):
 
 def as_flags(sizes):
     """{"w_size": 64} -> "--w-size 64"."""
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in sizes.items())
+    return " ".join(f"{option_of(name)} {value}" for name, value in sizes.items())
 
 
 def nearest_changes(args, names, sizes):
@@ -1525,27 +1542,21 @@ def nearest_changes(args, names, sizes):
 
     Sizes that are at their defaults, `sizes`, go first: the user asked for the others."""
     free = [name for name in names if getattr(args, name) == sizes[name]]
-    columns = {name: candidates(args, name, names) for name in names}
+    columns, trial = {name: candidates(args, name, names) for name in names}, copy.copy(args)
+
+    def distance(change):
+        return sum(abs(math.log(v / max(1, getattr(args, n)))) for n, v in change)
+
     for pool in (free, free + [name for name in names if name not in free]):
         for count, length in ((0, 0), (1, None), (2, 40)):  # so that the search does not take long
             for chosen in itertools.combinations(pool, count):
-                found = nearest_that_fits(args, chosen, [columns[n][:length] for n in chosen])
-                if found is not None:
-                    return dict(zip(chosen, found))
+                values = itertools.product(*(columns[n][:length] for n in chosen))
+                for change in sorted((tuple(zip(chosen, v)) for v in values), key=distance):
+                    vars(trial).update(change)
+                    if all(holds for holds, _ in rules_of(trial)):
+                        return dict(change)
+                vars(trial).update({n: getattr(args, n) for n in chosen})
     return None
-
-
-def nearest_that_fits(args, chosen, columns):
-    """Of the values in columns, those for the flags `chosen` that are nearest to the present ones
-    and obey every rule, or None."""
-    trial, best = copy.copy(args), (math.inf, None)
-    for values in itertools.product(*columns):
-        distance = sum(abs(math.log(v / max(1, getattr(args, n)))) for n, v in zip(chosen, values))
-        if distance < best[0]:
-            vars(trial).update(zip(chosen, values))
-            if all(holds for holds, _ in rules_of(trial)):
-                best = distance, values
-    return best[1]
 
 
 def candidates(args, name, names):
@@ -1568,11 +1579,19 @@ def candidates(args, name, names):
 class UserError(Exception):
     """A mistake that the user can fix. `main` prints it as one line and exits with status 2."""
 
+    def __str__(self):
+        return shown(self.args[0])
+
+
+def shown(text):
+    """A text on one line, with letters that do not print escaped and what is long cut."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    text = re.sub(r"(\S{100})\S{60,}(\S{40})", r"\1...\2", text)
+    return text if len(text) <= 1500 else f"{text[:1000]} ... {text[-400:]}"
+
 
 def check(condition, message):
-    """Raise UserError(message) unless `condition` holds.
-
-    The message names the flag or file, says what is wrong, and gives a value that works."""
+    """Raise UserError unless `condition` holds. The message names flag or file, fault, remedy."""
     if not condition:
         raise UserError(message)
 
@@ -1588,7 +1607,7 @@ def warn(text):
     """Print one line on stderr, on rank 0. The run goes on."""
     if rank() == 0:
         STATUS.clear()
-        write_words(sys.stderr, f"{text}\n")
+        write_words(sys.stderr, f"{shown(text)}\n")
 
 
 def write_words(stream, text):
@@ -1675,6 +1694,8 @@ def main(function, parse):
         if not words:
             raise
         sys.unraisablehook = lambda _: None  # torch's half-made loaders fail once more as they go
+        for process in multiprocessing.active_children():
+            process.kill()
         message = f"error: {words}"
     if message:
         if rank() > 0:
@@ -1710,7 +1731,7 @@ def explanation(error):
         return (f"process {rank()} lost another process, whose own message says why; "
                 "go on with --resume")
     if words.startswith("DataLoader worker"):
-        return ("a loader process died, perhaps because it ran out of (shared) memory; "
+        return ("a loader process died, perhaps for lack of (shared) memory; "
                 "try a smaller --num-workers or --batch-size, and go on with --resume")
     compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
     if compiler or mentions("torch.compile"):
@@ -1733,7 +1754,7 @@ def check_launch():
     """Raise UserError if the environment tells of several processes, but not as torchrun does."""
     size, mine = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
     fits = size.isdecimal() and mine.isdecimal() and max(len(size), len(mine)) < 10
-    check(fits and int(mine) < int(size) <= 4096, f"WORLD_SIZE={size[:20]} and RANK={mine[:20]} "
+    check(fits and int(mine) < int(size) <= 4096, f"WORLD_SIZE={size} and RANK={mine} "
           f"in the environment do not fit; {TORCHRUN}")
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         tasks = from_environment(name, 1)
@@ -1985,11 +2006,9 @@ def load_folder(args, device, root, statistics=None):
 def check_classes(root, place, train):
     """The sorted classes of training images, not only one."""
     names = sorted({name for _, name in train} - {None})
-    what, remedy = "", f"try --data-dir {shown(os.path.join(place, *names))}"
-    if any(os.path.isfile(os.path.join(folder, "labels.csv")) for folder in (place, root)):
-        what, remedy = "labels.csv has only one label: ", "add another"
-    check(len(names) != 1, f"--data-dir {root}: {what}only one class, {names}, so labels measure "
-          f"nothing; {remedy}")
+    inside = os.path.join(place, *names)
+    remedy = f"try --data-dir {inside}" if os.path.isdir(inside) else "labels.csv needs another"
+    check(len(names) != 1, f"--data-dir {root}: only one class, {names}, has no use; {remedy}")
     return names
 
 
@@ -2000,7 +2019,7 @@ def list_images(root, skipped):
     def locked(error):
         top = os.path.relpath(error.filename, root)
         needed = top == "." or SPLIT.fullmatch(top.lower()) and os.sep not in top
-        check(not needed, f"{shown(error.filename)} may not be read; try chmod")
+        check(not needed, f"{error.filename} may not be read; try chmod")
         skipped["folder(s) that may not be read"].append(top)
 
     walk = itertools.chain.from_iterable(os.walk(top, onerror=locked) for top in tops)
@@ -2033,13 +2052,9 @@ def find_splits(root, paths):
 
     A folder called train is a split if those beside it are."""
     tops = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
-    like, exact = {}, []
-    for name in tops:
-        match = SPLIT.fullmatch(name.lower())
-        if match:
-            like[name] = match[2]
-        if match and not match[1] and not match[3]:
-            exact.append(name)
+    found = {name: SPLIT.fullmatch(name.lower()) for name in tops}
+    like = {name: match[2] for name, match in found.items() if match}
+    exact = [name for name in like if not found[name][1] and not found[name][3]]
     kinds = set(like.values())
     if exact == tops and "train" in kinds and len(kinds) == len(tops):
         return {like[name]: name for name in tops}
@@ -2063,9 +2078,8 @@ def with_classes(root, folder, paths, skipped):
         if os.path.isfile(os.path.join(root, place, "labels.csv")):
             skipped.pop("of a kind that is not read (.csv)", None)
             table = read_labels(root, place)
-            none = table and paths and table.keys().isdisjoint(paths)
-            check(not none, f"--data-dir {root}: labels.csv names none of the images; its first is "
-                  f"{listed([*table][:1])}")
+            check(not (table and paths) or table.keys() & set(paths), f"--data-dir {root}: "
+                  f"labels.csv names none of the images; its first is {listed([*table][:1])}")
             skipped["not in labels.csv"] += [path for path in mine if path not in table]
             return [(path, table[path]) for path in mine if path in table]
     named = [(path, path[len(base):].split(os.sep)[0]) for path in mine]
@@ -2091,7 +2105,7 @@ def read_labels(root, folder):
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{source} cannot be read ({error}); save it as UTF-8 text") from error
     (first, _), *rest = list(rows.items()) or [((), 1)]
-    first = ",".join(first)[:80]
+    first = ",".join(first)
     check(first == "file,label", f"{source}: the first line is {first!r} and should be file,label")
     for row, line in rest:
         path = os.path.join(os.path.abspath(root), folder, row[0].strip().replace("\\", "/"))
@@ -2099,7 +2113,7 @@ def read_labels(root, folder):
         known = known and path not in table and not path.startswith("..")
         check(known and row[0] != "labels.csv" and len(row) == 2 and row[1].strip(),
               f"{source}, line {line}: "
-              f"{','.join(row)[:80]!r}: no such file, a second line for it, or not one label; "
+              f"{','.join(row)!r}: no such file, a second line for it, or not one label; "
               "try a line like image.png,cat")
         table[path] = row[1].strip()
     return table
@@ -2129,13 +2143,12 @@ def data_from_files(args, device, root, split, train, test, note, skipped, stati
     first = train
     if not test and train[0][1] and args.test_fraction:
         first = [train[i] for i in hold_out(args, train)[0]]
-    sides, scale = survey(root, first, statistics)
-    median = sides[(len(sides) - 1) // 2]
+    median, scale, measured = survey(root, first, statistics)
     args.image_size = args.image_size or min(64, median)
     side = args.image_size if median <= args.image_size else math.ceil(args.image_size * 8 / 7)
     copies = 1 if device.type == "cuda" else from_environment("LOCAL_WORLD_SIZE", 1)
     stream = args.stream or 3 * side**2 * (len(train) + len(test)) * copies > MEMORY_LIMIT
-    loaded, total = [], len(train)
+    loaded = []
     for images in (train, test):
         paths = [os.path.join(root, path) for path, _ in images]
         files = Files(paths, args.image_size, side, scale)
@@ -2144,11 +2157,11 @@ def data_from_files(args, device, root, split, train, test, note, skipped, stati
         loaded.append(part)
     words = in_words(skipped)
     check(len(train) > 1, f"--data-dir {args.data_dir}: {len(train) or 'none'} of the "
-          f"{total} files can be read; skipped: {words}; try another --data-dir")
+          f"files can be read; skipped: {words}; try another --data-dir")
     for what in ("unreadable", "too large", "smaller than 8x8", UNREAD_PIXELS):
-        names = ", ".join(map(shown, sorted(skipped[what])[:3]))
+        names = sorted(skipped[what])
         if names:
-            warn(f"skipped {len(skipped[what])} {what}: {names}")
+            warn(f"skipped {len(names)} {what}: {', '.join(names[:3])}")
     class_names = check_classes(root, os.path.join(root, split), train)
     class_names = sorted({*class_names, *(name for _, name in test if class_names)} - {None})
     if class_names and not test and args.test_fraction:
@@ -2159,7 +2172,11 @@ def data_from_files(args, device, root, split, train, test, note, skipped, stati
         labels = [number_of[name] for _, name in images if name in number_of]
         parts += [part if images else None, labels or None]
     data = Data(args, device, *parts, class_names)
-    describe(data, train, test, note=note, sides=sides, scale=scale, words=words)
+    crc = "\n".join(f"{path}\t{name}" for path, name in (*train, ("", ""), *test))
+    crc = zlib.crc32(crc.replace(os.sep, "/").encode(errors="surrogateescape"))
+    data.fingerprint = f"{len(train)} files, {crc:08x}{measured if scale else ''}"
+    data.statistics["scale"], data.test_note = scale, note
+    data.notes = measured + (f"; skipped: {words}" if words else "")
     return data
 
 
@@ -2175,21 +2192,6 @@ def move_held_out(args, images, loaded):
             pixels[new] = pixels[old]
         loaded[0] = pixels[: len(rows[0])]
     return [[images[i] for i in mine] for mine in rows]
-
-
-def describe(data, train, test, note, sides, scale, words):
-    """For the first line and --resume."""
-    crc = "\n".join(f"{path}\t{name}" for path, name in (*train, ("", ""), *test))
-    crc = zlib.crc32(crc.replace(os.sep, "/").encode(errors="surrogateescape"))
-    data.statistics["scale"] = scale
-    data.fingerprint = f"{len(train)} files, {crc:08x}"
-    data.test_note = note
-    if sides[0] < sides[-1]:
-        data.notes += f" (median of sides {sides[0]} to {sides[-1]})"
-    if scale:
-        data.notes += f"; {scale[0]}: {scale[1]:g} ... {scale[2]:g} became 0 ... 255"
-        data.fingerprint += data.notes
-    data.notes += f"; skipped: {words}" if words else ""
 
 
 UNREAD_PIXELS = "of a pixel kind that is not read"
@@ -2219,25 +2221,49 @@ def kind_of(image):
 
 
 def survey(root, train, statistics):
-    """(shorter sides in order, scale) of at most 200 images, the scale of a run with `statistics`.
+    """(median of the shorter sides, scale, words about both) of at most 200 images; the scale of a
+    run with `statistics`.
 
-    scale: None for images of 8 bits, else [kind, low, high]: the 0.1 % and 99.9 % quantiles, which
-    become 0 and 255 in all images."""
+    scale: None for images of 8 bits, else [kind, low, high]; low and high of grey_range become 0
+    and 255 in all images."""
     sides, kinds, values, rng = [], [], [], np.random.default_rng(0)
     for path, _ in train[::-(-len(train) // 200)]:
         with contextlib.suppress(Exception), open_image(os.path.join(root, path)) as image:
-            if kind_of(image) is None:
-                continue
-            kinds.append(kind_of(image))
-            sides += [min(image.size)] if min(image.size) >= 8 else []
-            if kinds[-1] != "8 bits":
+            kind = kind_of(image)
+            kinds += [kind] if kind else []
+            sides += [min(image.size)] if kind and min(image.size) >= 8 else []
+            if kind not in (None, "8 bits"):
                 x = deep_pixels(image.filename)[..., :3]
                 values.append(rng.choice(x[np.isfinite(x)], 10_000))
-    kind, scale = max(kinds or ["8 bits"], key=kinds.count), None
+    sides, kind, scale = sorted(sides) or [8], max(kinds or ["8 bits"], key=kinds.count), None
+    note = f" (median of sides {sides[0]} to {sides[-1]})" if sides[0] < sides[-1] else ""
     if kind != "8 bits":
-        low, high = np.quantile(values or [0, 1], (0.001, 0.999)).tolist()
-        scale = [kind, low, high if low < high else low + max(1, abs(low) * 1e-6)]
-    return sorted(sides) or [8], statistics["scale"] if statistics else scale
+        low, high, missing = grey_range(np.concatenate(values or [[0.0, 1.0]]))
+        scale, without = [kind, low, high], f" without {listed(missing)}" if missing else ""
+    scale = statistics["scale"] if statistics else scale
+    if scale and kind != "8 bits":
+        note += f"; {kind}{without}: {scale[1]:g} ... {scale[2]:g} became 0 ... 255"
+    return sides[(len(sides) - 1) // 2], scale, note
+
+
+def grey_range(x):
+    """(low, high, missing): the 0.1 % and 99.9 % quantiles of x [n] without missing pixels.
+
+    Those have a number such as -9999 or 65535, further from the others (16 or more) than these
+    reach."""
+    def ends(x):
+        return np.quantile(x, (0.001, 0.999), method="nearest").tolist()
+
+    missing, (low, high) = [], ends(x)
+    for which in 3 * (slice(0, 1), slice(1, 2), slice(2)):  # low, high, both
+        apart = (low, high)[which]
+        others = x[~np.isclose(x[:, None], apart, rtol=1e-3, atol=0).any(1)]
+        if len(np.unique(others)) >= 16:
+            least, most = ends(others)
+            if all(max(least - end, end - most) > most - least for end in apart):
+                missing += [f"{end:g}" for end in apart]
+                x, low, high = others, least, most
+    return low, high if low < high else low + max(1, abs(low) * 1e-6), missing
 
 
 def deep_pixels(path):
@@ -2270,23 +2296,23 @@ def to_8_bits(x, low, high):
 def read_image(path, scale=None, skipped=None):
     """An image of any kind as RGB uint8 [3, H, W], turned as its EXIF data say, over white where it
     is transparent. None if it cannot be used; then its path is added to skipped[why]."""
-    why = "unreadable"
+    why, skipped = "unreadable", collections.defaultdict(list) if skipped is None else skipped
     try:
         with open_image(path) as image:
             kind, expected = kind_of(image), scale[0] if scale else "8 bits"
             if kind is None:
                 why = UNREAD_PIXELS
                 raise ValueError
-            check(kind == expected, f"{shown(path)} has pixels of {kind}, and others or the run's "
+            check(kind == expected, f"{path} has pixels of {kind}, and others or the run's "
                   f"are of {expected}, which no one scale suits; convert it to {expected}")
             if min(image.size) < 8:
                 why = "smaller than 8x8"
                 raise ValueError
-            if skipped is not None and getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 skipped["file's further pages"].append(path)
             if scale:
                 x = deep_pixels(path)
-                check(np.isfinite(x).all(), f"{shown(path)} has pixels that are not finite (NaN); "
+                check(np.isfinite(x).all(), f"{path} has pixels that are not finite (NaN); "
                       "replace them or remove the file")
                 return torch.from_numpy(to_8_bits(x, *scale[1:])).permute(2, 0, 1)
             ImageOps.exif_transpose(image, in_place=True)
@@ -2297,10 +2323,20 @@ def read_image(path, scale=None, skipped=None):
     except (MemoryError, UserError):
         raise
     except Exception as error:  # decoders raise errors of all kinds
-        if skipped is not None:
-            too_large = isinstance(error, Image.DecompressionBombError)
-            skipped["too large" if too_large else why].append(path)
+        if isinstance(error, Image.DecompressionBombError):
+            why = "too large"
+        elif os.path.isfile(path) and is_tiff(path):
+            why = UNREAD_PIXELS
+        skipped[why].append(path)
         return None
+
+
+def is_tiff(path):
+    """Whether Pillow knows a TIFF but for its kind of pixels, such as floats of 64 bits."""
+    try:
+        TiffImagePlugin.TiffImageFile(path)
+    except Exception as error:
+        return "pixel mode" in str(error)
 
 
 def to_square(image, side):
@@ -2325,19 +2361,13 @@ def read_files(files, stream, num_workers, skipped):
     with multiprocessing.pool.ThreadPool(max(1, num_workers)) as pool:
         found = said(pool.imap(read, files.paths, 16), len(files), "reading images")
         for i, image in enumerate(found):
-            if image is not None and not stream:
-                images[len(good)] = image
             if image is not None:
+                if not stream:
+                    images[len(good)] = image
                 good.append(i)
-    if not stream:
-        return images[: len(good)], good
-    paths = [files.paths[i] for i in good]
-    return Files(paths, files.size, files.side, files.scale), good
-
-
-def shown(text):
-    """A file name for a message of one line."""
-    return text if text.isprintable() else ascii(text)
+    if stream:
+        images = Files([files.paths[i] for i in good], files.size, files.side, files.scale)
+    return images if stream else images[: len(good)], good
 
 
 def listed(names):
@@ -2387,12 +2417,28 @@ class Files:
         part.rows = self.rows[index]
         return part
 
+    def __getitem__(self, task):
+        """In a loader process: a task of crops() -> the views, (image,) -> its centre square."""
+        index, *crop = task
+        image = read_or_next(self.paths, self.scale, index)
+        if not crop:
+            return to_square(image, self.side)
+        step, row, recipe, seed = crop
+        views = []
+        for number_of_view, view in enumerate(recipe):
+            crop = next((op for op in view if op[0] == "crop"), None)
+            rng = np.random.default_rng((seed, 2, step, number_of_view, row))
+            views.append(crop_one(image, crop, self.size, rng))
+        return views
+
     def crops(self, batches, args, first_step, device):
         """For each row of `batches` [steps, n] a list of views, uint8 [n, 3, size, size].
 
         The crop is drawn from (seed, step, view, row of the global batch)."""
         recipe = [RECIPES[args.augment][v % len(RECIPES[args.augment])] for v in range(args.views)]
-        tasks = crop_tasks(self.rows[batches], first_step, recipe, args.seed)
+        first = rank() * batches.shape[1]
+        tasks = ([(image, step, first + i, recipe, args.seed) for i, image in enumerate(images)]
+                 for step, images in enumerate(self.rows[batches].tolist(), first_step))
         for views in self.read(tasks, args.num_workers):
             yield [view.to(device, non_blocking=True) for view in views]
 
@@ -2405,19 +2451,27 @@ class Files:
         """The results of lists of tasks. A UserError of a process comes without a traceback."""
         if not self.idle:
             self.idle.append(torch.utils.data.DataLoader(
-                FileTask(self), batch_sampler=Tasks(),
-                num_workers=num_workers, persistent_workers=num_workers > 0,
-                pin_memory=self.pin_memory, worker_init_fn=leave_signals_to_the_main_process))
-            at_end(self.idle.clear)  # ends the processes
+                self, batch_sampler=Tasks(), num_workers=num_workers,
+                persistent_workers=num_workers > 0, pin_memory=self.pin_memory,
+                worker_init_fn=leave_signals))
+            at_end(functools.partial(end_processes, self.idle))
         loader = self.idle.pop()
         loader.batch_sampler.tasks = tasks
         try:
             yield from loader
         except UserError as error:
-            last_line = str(error).strip().splitlines()[-1]
-            raise UserError(last_line.split("UserError: ")[-1]) from None
+            raise UserError(error.args[0].split("UserError: ")[-1].strip()) from None
         finally:
             self.idle.append(loader)
+
+
+def end_processes(loaders):
+    """End the processes of loaders now: of those in a traceback, torch ends the queues first, and
+    waits 20 s."""
+    while loaders:
+        iterator = loaders.pop()._iterator
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
 
 
 class Tasks:
@@ -2427,39 +2481,11 @@ class Tasks:
         return iter(self.tasks)
 
 
-def crop_tasks(batches, first_step, *more):
-    """For each row of `batches` [steps, n]: [(image, step, row of global batch, *more), ...]."""
-    for step, images in enumerate(batches.tolist(), first_step):
-        first = rank() * len(images)
-        yield [(image, step, first + i, *more) for i, image in enumerate(images)]
-
-
-def leave_signals_to_the_main_process(_worker):
+def leave_signals(_worker):
     """Let a loader process outlive Ctrl-C, and SIGTERM by five seconds, until the run is saved."""
     for number_ in STOP_SIGNALS:
         signal.signal(number_, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: threading.Timer(5, os._exit, (0,)).start())
-
-
-class FileTask(torch.utils.data.Dataset):
-    """What a loader process does: a task of crop_tasks -> the views, (image,) -> its centre."""
-
-    def __init__(self, files):
-        self.paths, self.scale = files.paths, files.scale
-        self.size, self.side = files.size, files.side
-
-    def __getitem__(self, task):
-        index, *crop = task
-        image = read_or_next(self.paths, self.scale, index)
-        if not crop:
-            return to_square(image, self.side)
-        step, row, recipe, seed = crop
-        views = []
-        for number_of_view, view in enumerate(recipe):
-            crop = next((op for op in view if op[0] == "crop"), None)
-            rng = np.random.default_rng((seed, 2, step, number_of_view, row))
-            views.append(crop_one(image, crop, self.size, rng))
-        return views
 
 
 def crop_one(image, crop, size, rng):
@@ -2479,9 +2505,9 @@ def read_or_next(paths, scale, index):
         image = read_image(path, scale)
         if image is not None:
             return image
-        check(os.path.exists(path), f"{shown(path)} vanished; put it back and go on with --resume, "
+        check(os.path.exists(path), f"{path} vanished; put it back and go on with --resume, "
               "or train afresh with another --out")
-        warn(f"{shown(path)} cannot be read as an image; the next one takes its place")
+        warn(f"{path} cannot be read as an image; the next one takes its place")
     raise UserError("none of the image files can be read; try another --data-dir")
 
 
@@ -2709,7 +2735,7 @@ class StopSignals:
     def __init__(self, args, device):
         self.args, self.device = args, device
         self.number = 0  # of the signal that came
-        self.first = {}  # signal -> when it first came
+        self.first = None  # when SIGTERM first came
         self.before = {}  # signal -> its handler before this run
         at_end(self.give_back)
         if threading.current_thread() is not threading.main_thread():
@@ -2726,12 +2752,12 @@ class StopSignals:
         self.number = number_
         if world_size() > 1:
             return  # torchrun itself repeats the signal, and kills after 30 seconds
-        now = time.monotonic()
-        since = now - self.first.setdefault(number_, now)
-        late = number_ == signal.SIGTERM and since >= 2  # schedulers repeat it
-        if late or number_ != signal.SIGTERM:
-            signal.signal(number_, self.before[number_])  # a second one ends at once
-        if late:
+        if number_ == signal.SIGTERM:  # schedulers repeat it
+            self.first = self.first or time.monotonic()
+            if time.monotonic() - self.first < 2:
+                return
+        signal.signal(number_, self.before[number_])  # a second one ends at once
+        if number_ == signal.SIGTERM:
             signal.raise_signal(number_)
 
     def came(self, step):
@@ -2844,7 +2870,7 @@ def stop_non_finite(step, what, data, folder):
     """Raise UserError about a number that is not finite, with its likely cause."""
     args, cause = data.args, "the weights diverged or an input is not finite"
     rate = max(("lr", "lr_bias", "lr_filters"), key=lambda name: getattr(args, name) or 0)
-    remedy = f"a smaller --{rate.replace('_', '-')} or a longer --warmup"
+    remedy = f"a smaller {option_of(rate)} or a longer --warmup"
     whitens = what == "the whitening" or hasattr(args, "eps") or hasattr(args, "groups")
     if whitens and not what.startswith("the output"):
         count = identical_images(data, step)
@@ -2854,9 +2880,8 @@ def stop_non_finite(step, what, data, folder):
             remedy = "it without them"
         if hasattr(args, "eps"):
             remedy = f"--eps {min(max(1e-3, 10 * args.eps), 0.5):g}, or {remedy}"
-    kept = "no checkpoint was written yet"
-    if os.path.isfile(os.path.join(folder, "last.pt")):
-        kept = "the last good checkpoint stays"
+    saved = os.path.isfile(os.path.join(folder, "last.pt"))
+    kept = "the last good checkpoint stays" if saved else "no checkpoint was written yet"
     raise UserError(f"step {step}: {what} is not finite; likely cause: {cause}: try {remedy}; "
                     f"{folder}: {kept}")
 
@@ -2889,23 +2914,19 @@ def check_same_run(run, checkpoint):
     DamagedError if a number or tensor in it cannot be one of this run."""
     before, now = checkpoint["args"], vars(run.args)
     check(run_name(before) == run_name(now), f"--resume: {run.folder} is a run of "
-          f"{short(run_name(before))}, not of {run_name(now)}; try another --out")
+          f"{run_name(before)}, not of {run_name(now)}; try another --out")
     check_entries(checkpoint, type(run.args))
     for name in sorted(set(now) - FREE_ON_RESUME):
-        flag, value = "--" + name.replace("_", "-"), before.get(name)
-        value = short(value) if isinstance(value, str) else value
-        remedy = f"{flag} {value}"
-        if value is None or value is False:
-            remedy = f"it without {flag}"
-        elif value is True:
-            remedy = f"it with {flag}"
+        flag, value = option_of(name), before.get(name)
+        remedy = f"it with{'' if value else 'out'} {flag}"
+        if not isinstance(value, (bool, type(None))):
+            remedy = f"{flag} {value}"
         check(before.get(name) == now[name], f"--resume: {flag} was {value} and is now "
               f"{now[name]}; try {remedy}, or another --out")
-    images = run.data.fingerprint
-    check(checkpoint["data"] == images, f"--resume: --data-dir held {checkpoint['data']} and now "
-          f"holds {images}; restore it, or try another --out")
-    check(same_statistics(checkpoint.get("data_statistics"), run.data.statistics), "--resume: "
-          "--data-dir holds other images than before; restore them, or try another --out")
+    held, holds = checkpoint["data"], run.data.fingerprint
+    same = same_statistics(checkpoint.get("data_statistics"), run.data.statistics)
+    check(same and held == holds, f"--resume: --data-dir holds other images than before ({holds}, "
+          f"then {held}); restore them, or try another --out")
     steps, rows = run.data.steps_per_epoch, checkpoint["rows"]
     fits = all(row["step"] == row["epoch"] * steps for row in rows)
     whole(fits and checkpoint["step"] // steps == len(rows), "step does not fit rows")
@@ -2917,11 +2938,11 @@ def check_same_run(run, checkpoint):
 
 def same_statistics(before, now):
     """Whether colours, scale and classes are those of a checkpoint, but for rounding."""
-    with contextlib.suppress(KeyError, TypeError):
+    with contextlib.suppress(KeyError, TypeError, ValueError):
         names = "mean", "std", "scale", "class_names"
         old, new = ([x for name in names for x in s[name] or []] for s in (before or now, now))
-        return len(old) == len(new) and all(
-            x == y or math.isclose(x, y, rel_tol=1e-3) for x, y in zip(old, new, strict=True))
+        pairs = list(zip(old, new, strict=True))
+        return all(x == y or math.isclose(x, y, rel_tol=1e-3) for x, y in pairs)
     return False
 
 
@@ -2933,11 +2954,6 @@ def whole(condition, message):
     """Raise DamagedError(message) unless the condition holds."""
     if not condition:
         raise DamagedError(message)
-
-
-def short(text):
-    """A text as one line of at most 200 characters."""
-    return " ".join(str(text).split())[:200]
 
 
 def described(value):
@@ -3047,9 +3063,8 @@ def restore(run, checkpoint):
     if rank() == 0:
         write_metrics(run.folder, run.rows)  # without rows after the checkpoint or a torn line
     before, now = checkpoint["args"]["epochs"], run.args.epochs
-    longer = ""
-    if before != now:
-        longer = f"; {before} epochs before, {now} now, so the schedule is different"
+    longer = f"; {before} epochs before, {now} now, so the schedule is different"
+    longer = longer if before != now else ""
     step = checkpoint["step"]
     say(f"going on with {run.folder} after step {step} of {run.total_steps}{longer}")
     return step
@@ -3072,9 +3087,8 @@ def load_last(folder, accept=None):
             if faults:
                 warn(f"{faults[0]}; using {path} (step {checkpoint['step']}) instead")
             return {**checkpoint, "file": name}
-    if faults:
-        raise UserError(f"{faults[0]}; no older checkpoint is readable: "
-                        "train again with another --out")
+    check(not faults, f"{' '.join(faults[:1])}; no older checkpoint is readable: "
+          "train again with another --out")
     return None
 
 
@@ -3085,23 +3099,18 @@ def load_checkpoint(path, accept=None):
     whole(os.path.isfile(path), f"{path}: no such file; try runs/<run>/last.pt")
     try:
         with zipfile.ZipFile(path) as archive:  # torch itself does not compare the checksums
-            damaged = archive.testzip()
-        whole(damaged is None, f"{path} is damaged ({damaged})")
+            if archive.testzip():
+                raise ValueError
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except OSError as error:
-        raise DamagedError(f"{path} cannot be read ({error.strerror})") from error
-    except Exception as error:  # torch raises many kinds for a file that is cut short or no zip
-        raise DamagedError(f"{path} is not a checkpoint of these scripts, or is cut short "
-                           f"({type(error).__name__})") from error
-    known = isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT
-    whole(known, f"{path} is not a checkpoint of these scripts; try runs/<run>/last.pt")
-    same = False
-    with contextlib.suppress(RuntimeError, TypeError, ValueError, MemoryError):
+        known = checkpoint.get("format") == CHECKPOINT_FORMAT
         same = checkpoint.get("digest") == digest_of(checkpoint)
+    except Exception as error:  # torch raises many kinds for a file that is cut short or no zip
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise DamagedError(f"{path} is not a checkpoint of these scripts, or is damaged or cut "
+                           f"short ({reason})") from error
+    whole(known, f"{path} is not a checkpoint of these scripts; try runs/<run>/last.pt")
     whole(same, f"{path} is damaged or was edited or mixed with another run's")
     like = {"args": {"method": "", "experiment": "", "image_size": 1}, "step": 1, "model": {},
             "optimizer": {}, "loss_sum": torch.zeros((), dtype=torch.float64),
@@ -3113,7 +3122,7 @@ def load_checkpoint(path, accept=None):
         if accept:
             accept(checkpoint)
     except DamagedError as error:
-        raise DamagedError(f"{path} is damaged or was edited: {short(error)}") from None
+        raise DamagedError(f"{path} is damaged or was edited: {error}") from None
     return checkpoint
 
 

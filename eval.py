@@ -9,10 +9,10 @@
 Contents, by line number (`python tests/test_common.py` writes them):
      65  command line             the flags, and what is refused before measuring
     162  a run and its data       from a checkpoint to networks; a hash shows that these stay
-    330  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
-    484  report                   what is printed, and written by --json
-    595  pictures                 --views, --neighbors, --plot
-    737  all runs                 one after the other
+    333  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
+    487  report                   what is printed, and written by --json
+    598  pictures                 --views, --neighbors, --plot
+    740  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -187,7 +187,7 @@ def accept(run, device, checkpoint):
     """Complete a run by its checkpoint. Raises UserError, DamagedError for damaged entries."""
     method = checkpoint["args"]["method"]
     common.check(is_method(method), f"{run.path} is a run of the unknown method "
-                 f"{common.short(method)!r}; put its file into {METHOD_FOLDERS[0]}")
+                 f"{method!r}; put its file into {METHOD_FOLDERS[0]}")
     run.name, run.module = method, importlib.import_module(method)
     known = hasattr(run.module, "Args") and hasattr(run.module, "build")
     common.check(known, f"{run.path} is a run of {method}, but {method}.py is no method; "
@@ -246,10 +246,11 @@ def rebuild(run, weights, device):
             run.backbone_only = f"tests/experiments.py does not give {run.name} ({error})"
             build = build_backbone
             weights = {name: weights[name] for name in weights if name.startswith("backbone.")}
+    with torch.device("meta"):  # without memory, which a damaged size could fill
+        common.check_like(weights, build(args).state_dict(), "model")
     torch.manual_seed(args.seed)  # as the method's train() does
     run.untrained = build(args).to(device, memory_format=torch.channels_last).eval()
     run.model = build(args).to(device, memory_format=torch.channels_last).eval()
-    common.check_like(weights, run.model.state_dict(), "model")
     run.model.load_state_dict(weights)
 
 
@@ -269,6 +270,8 @@ def load_data(run, args, device):
         wanted.test_fraction = 0  # a run from before there was this flag
     if args.dataset not in (None, wanted.dataset):
         wanted.dataset, wanted.data_dir = args.dataset, "data"
+    common.check(not args.data_dir or wanted.dataset != "patterns", "--data-dir: `patterns` has no "
+                 "folder; try it without --data-dir, or with --dataset folder")
     wanted.data_dir = args.data_dir or wanted.data_dir
     data = common.load_data(wanted, device, run.statistics)
     if "held out" in data.test_note and data.fingerprint != run.fingerprint:

@@ -674,7 +674,7 @@ def test_a_file_that_breaks_during_a_streamed_run_is_replaced_and_named(small_fo
     assert lines and all(str(broken) in line for line in lines) and len(lines) <= 2
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_that_vanishes_during_a_streamed_run_is_one_line_that_names_it(small_folder, tmp_path, monkeypatch, workers):
     root = tmp_path / "images"
     shutil.copytree(small_folder, root)

@@ -209,6 +209,29 @@ def test_a_backbone_that_does_not_fit_is_one_line(trained, tmp_path):
     assert is_one_line_error(result) and "running_var is missing" in result.err
 
 
+def test_heads_that_do_not_fit_are_refused_before_memory_is_taken(trained, tmp_path, monkeypatch):
+    """Damaged widths could ask for any memory: the shapes are compared with those of a model that has none."""
+    checkpoint = torch.load(trained / "last.pt", weights_only=True)
+    checkpoint["args"]["proj_hidden"] = 2**14
+    save_edited(checkpoint, tmp_path / "last.pt")
+    built, cw_rgp = [], importlib.import_module("cw_rgp")
+    build = cw_rgp.build
+    monkeypatch.setattr(cw_rgp, "build", lambda args: built.append(build(args)) or built[-1])
+    result = run_here("eval", [tmp_path / "last.pt"])
+    assert is_one_line_error(result) and "model.projector" in result.err, result.err
+    assert built and all(p.device.type == "meta" for model in built for p in model.parameters())
+
+
+@pytest.mark.parametrize("argv", [["--dataset", "patterns"], []])
+def test_a_folder_for_patterns_is_refused(trained, tmp_path, argv):
+    if not argv:
+        checkpoint = torch.load(trained / "last.pt", weights_only=True)
+        checkpoint["args"].update(dataset="patterns", data_dir="data")
+        save_edited(checkpoint, tmp_path / "last.pt")
+    result = run_here("eval", [trained if argv else tmp_path / "last.pt", *argv, "--data-dir", "other"])
+    assert is_one_line_error(result) and "--data-dir" in result.err and "try it without --data-dir" in result.err, result.err
+
+
 def test_an_experiment_builds_its_model_and_whitens(trained, tmp_path, monkeypatch):
     """`build` and, where there is one, `whiten` come from the object that `find` gives; without `whiten`, the method whitens."""
     import cw_rgp

@@ -439,7 +439,7 @@ def test_other_images_on_resume_are_refused(images, two_checkpoints, tmp_path, c
      "renamed": lambda: some.rename(some.with_name("x.png")), "unreadable": lambda: broken(some)}[change]()
     result = run_here("byol", arguments("byol", root, out, "--resume"))
     lines = result.err.strip().splitlines()
-    assert result.status == 2 and "error: --resume: --data-dir held " in lines[-1] and "try another --out" in lines[-1], result.err
+    assert result.status == 2 and "error: --resume: --data-dir holds other images than before (" in lines[-1] and "try another --out" in lines[-1], result.err
     assert len(lines) == (2 if change == "unreadable" else 1)  # the other line names the broken file
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import common
-from conftest import METHODS, ROOT, run_here
+from conftest import METHODS, ROOT, is_one_line_error, run_here
 
 RECIPES = " ".join(sorted(common.RECIPES))
 # flag: (type, default, what it may be: an interval, or words, or "" for any)
@@ -193,6 +193,27 @@ def test_a_program_meets_the_size_rules_too():
         args_of("wmse", w_size=100)
 
 
+@pytest.mark.parametrize("argv", [["--epochs", "9" * 5000], ["--lr", "1" * 5000], ["--dataset", "x" * 5000], ["--out", "a/" * 3000], ["--epoch" * 900],
+                                  ["--backbone", "y " * 5000], ["--data-dir", "d" * 999], ["--optimizer", "a\nb\x1b[2J"]])
+def test_a_long_or_unprintable_value_is_one_short_line(tmp_path, monkeypatch, argv):
+    monkeypatch.chdir(tmp_path)
+    result = run_here("moco", argv)
+    assert is_one_line_error(result) and len(result.err) < 1800 and argv[0][:7] in result.err and "\x1b" not in result.err, result.err
+    assert "try" in result.err or "see moco.py --help" in result.err
+
+
+def test_a_long_value_from_a_program_or_the_environment_is_one_short_line(monkeypatch):
+    for make in (lambda: args_of("byol", epochs=10**4000), lambda: args_of("byol", views=["x"] * 10**5),
+                 lambda: importlib.import_module("byol").Args(method="m" * 10**5)):
+        with pytest.raises(common.UserError) as raised:
+            make()
+        assert len(str(raised.value)) < 1600 and "try " in str(raised.value)
+    monkeypatch.setenv("WORLD_SIZE", "7" * 5000)
+    with pytest.raises(common.UserError, match="^WORLD_SIZE=7+") as raised:
+        args_of("byol")
+    assert len(str(raised.value)) < 600 and "torchrun" in str(raised.value)
+
+
 # ---- a method's Args -----------------------------------------------------------------------------
 
 
@@ -364,6 +385,29 @@ def test_a_huge_or_prime_batch_alone(monkeypatch, method):
             monkeypatch.setenv("WORLD_SIZE", str(world))
             refused = proposed_at_once(method, {"--batch-size": str(batch)})
             assert refused or batch % world == 0
+
+
+@pytest.mark.parametrize("world, images", [(7, 2), (8, 5), (3, 3), (8, 33), (64, 100), (2, 3), (1000, 999), (1, 2), (1, 3)])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_proposal_for_few_images_and_many_processes_works_at_once(monkeypatch, method, world, images):
+    """With more processes than images no size fits, so the proposal is one process, with the sizes that it needs."""
+    args = importlib.import_module(method).Args()
+    args.images, args.dataset = images, "folder"  # as Data has it when the images are read
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    started = time.process_time()
+    with pytest.raises(common.UserError) as raised:
+        common.check_rules(args)
+    assert time.process_time() - started < 5 and common.os.environ["WORLD_SIZE"] == str(world)
+    message, proposed = str(raised.value).split("; try ")
+    if method == "wmse" and images == 2:  # its slices have three images or more
+        assert proposed == "a folder with more images"
+        return
+    processes = re.findall(r"^--nproc_per_node=(\d+) ?", proposed)
+    assert processes or world <= images, proposed
+    monkeypatch.setenv("WORLD_SIZE", *processes or [str(world)])
+    for flag, value in re.findall(r"--([\w-]+) (\d+)", proposed):
+        setattr(args, flag.replace("-", "_"), int(value))
+    common.check_rules(args)
 
 
 def test_a_proposal_keeps_what_was_asked_for_and_is_near():

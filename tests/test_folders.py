@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -597,6 +598,63 @@ def test_rare_bright_points_are_not_lost(tmp_path):
     assert data.statistics["scale"] == ["16 bits", 7, 8] and data.train[0].max() == 255 and data.train[0].float().mean() < 1
 
 
+def save_holes(root, dtype, low, high, *holes, share=0.2):
+    """Twenty images of low ... high, in which each of `holes` takes a share of the pixels. -> (arrays, where there are no holes)"""
+    root.mkdir(exist_ok=True)
+    rng, arrays, good = np.random.default_rng(0), [], []
+    for i in range(20):
+        array = ramp(low, high, 40).astype(dtype)
+        which = rng.random(array.shape)
+        for k, hole in enumerate(holes):
+            array[(which >= k * share) & (which < (k + 1) * share)] = hole
+        Image.fromarray(array).save(root / f"{i:02d}.tif")
+        arrays.append(array.astype(np.float64))
+        good.append(which >= len(holes) * share)
+    return arrays, good
+
+
+LEAST = -3.4028234663852886e38
+HOLES = [(np.float32, 200, 310, [-9999]), (np.float32, 0, 1, [LEAST]), (np.float32, -3, 5, [3.4e38]), (np.float32, 0, 300, [-9999, -32768]),
+         (np.float32, 10, 20, [LEAST, -3.4e38, 3.4e38]), (np.float32, 10, 20, [-9999, 1e20]), (np.uint16, 200, 4000, [65535]),
+         (np.uint16, 5000, 9000, [0]), (np.int32, -1000, 1500, [-32768]), (np.float32, 7000, 8800, [-9999, 0])]
+
+
+@pytest.mark.parametrize("share", [0.002, 0.2, 0.45])
+@pytest.mark.parametrize("dtype, low, high, holes", HOLES)
+def test_numbers_of_missing_pixels_take_no_grey_levels(tmp_path, capsys, dtype, low, high, holes, share):
+    """-9999 among 200 ... 310 would leave three grey levels to what was measured."""
+    arrays, good = save_holes(tmp_path / "images", dtype, low, high, *holes, share=min(share, 0.9 / len(holes)))
+    data = load(tmp_path / "images", "--image-size", 40)
+    line = first_line(capsys)
+    assert data.statistics["scale"][1:] == pytest.approx([low, high], abs=0.01 * (high - low))
+    found = re.search(r"(?:floats|bits) without (.*): ", line)[1].split(", ")
+    for hole in holes:
+        assert any(float(x) == pytest.approx(hole, rel=1e-3) for x in found), (hole, line)
+    for i in (0, 7):
+        expected = (arrays[i] - low) / (high - low) * 255
+        assert np.abs(pixels(data, i)[..., 0] - expected)[good[i]].max() < 4
+        for hole in holes:  # black below, white above
+            assert (pixels(data, i)[..., 0][np.isclose(arrays[i], hole, rtol=1e-6)] == (0 if hole < low else 255)).all()
+
+
+@pytest.mark.parametrize("dtype, low, high, holes", [
+    (np.uint16, 0, 65535, []), (np.uint16, 0, 4000, [6000]), (np.float32, 0, 1, [0]), (np.int32, -1024, 3071, [-2000]), (np.uint16, 7, 7, [900])])
+def test_numbers_that_are_not_far_from_the_others_belong_to_them(tmp_path, capsys, dtype, low, high, holes):
+    save_holes(tmp_path / "images", dtype, low, high, *holes)
+    scale = load(tmp_path / "images").statistics["scale"]
+    ends = min([low, *holes]), max([high, *holes])
+    assert scale[1:] == pytest.approx(ends, abs=0.01 * (ends[1] - ends[0])) and re.search(r"(floats|bits): ", first_line(capsys))
+
+
+def test_a_run_on_images_with_missing_pixels_measures_them_as_it_was_trained(tmp_path, capsys):
+    for name in ("a", "b"):
+        save_holes(tmp_path / name, np.float32, 0, 1 + (name == "b"), -9999)
+    result, run = small_run(tmp_path, tmp_path.parent / f"{tmp_path.name}-run")
+    assert result.status == 0 and "floats without -9999: " in result.out, result.err
+    assert small_run(tmp_path, run, "--resume", "--epochs", 2)[0].status == 0
+    assert evaluate(run)[0].status == 0
+
+
 def test_constant_deep_images_are_read(tmp_path):
     for i in range(4):
         Image.fromarray(np.full((16, 16), 0.5, np.float32)).save(tmp_path / f"{i}.tif")
@@ -936,7 +994,7 @@ def test_a_resume_after_a_file_broke_is_refused(trained, tmp_path):
     path = next(path for path in load(root, "--seed", 3, *STREAM).train.paths if "ant" in path)
     (tmp_path / "images" / os.path.relpath(path, root)).write_bytes(b"broken")
     result, _ = small_run(tmp_path / "images", tmp_path / "run", "--seed", 3, "--resume")
-    assert result.status == 2 and "--data-dir held 48 files" in result.err
+    assert result.status == 2 and "--data-dir holds other images than before (47 files" in result.err and "then 48 files" in result.err
 
 
 def test_all_ranks_decide_alike(trained, monkeypatch):
@@ -1073,7 +1131,7 @@ def test_a_resume_with_swapped_lines_of_labels_csv_is_refused(tmp_path):
     lines[0], lines[1] = "0.png,b\n", "1.png,a\n"
     (tmp_path / "images" / "labels.csv").write_text("file,label\n" + "".join(lines))
     result, _ = small_run(tmp_path / "images", tmp_path / "run", "--resume")
-    assert is_one_line_error(result) and "--resume: --data-dir held 16 files" in result.err
+    assert is_one_line_error(result) and "--resume: --data-dir holds other images than before (16 files" in result.err
 
 
 # ---- 6. Pixels that Pillow misreads, pipes, long images ------------------------------------------
@@ -1137,7 +1195,8 @@ def test_pixels_that_pillow_misreads_are_skipped(tmp_path, capsys, name, more):
 def test_half_and_double_numbers_are_skipped(tmp_path, dtype, form):
     for i in range(3):
         (tmp_path / f"{i}.tif").write_bytes(tiff(numbers(dtype), form=form))
-    assert "skipped: 3 " in refusal(tmp_path)
+    (tmp_path / "cut.tif").write_bytes(tiff(numbers(dtype), form=form)[:20])
+    assert "skipped: 3 of a pixel kind that is not read, 1 unreadable" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("form", [None, 1])
@@ -1291,7 +1350,7 @@ def test_labels_csv_with_absolute_paths_blank_lines_and_repeated_lines(tmp_path,
     assert data.class_names == ["cat", "dog"] and data.train_labels.tolist() == [0, 1, 0, 1]
 
 
-@pytest.mark.parametrize("text, part", [("0.png,cat\n1.png,cat\n", "labels.csv has only one label"), ("a.gif,cat\nb.gif,dog\n", "names none of the images; "
+@pytest.mark.parametrize("text, part", [("0.png,cat\n1.png,cat\n", "labels.csv needs another"), ("a.gif,cat\nb.gif,dog\n", "names none of the images; "
                                         "its first is a.gif"), ("0.png,cat\nlabels.csv,dog\n", "line 3"), ("0.png,cat\n\n../outside.png,dog\n", "line 4"),
                                         ("0.png,cat\n{root}/../outside.png,dog\n", "line 3"), ("x" * 9999 + ",cat\n", "line 2")])
 def test_a_labels_csv_that_names_no_images_of_two_classes(tmp_path, text, part):

@@ -2,14 +2,17 @@
 
 Real processes, signals, FIFOs and full devices; where this machine cannot make a case, the lowest call is replaced, and it is said."""
 
+import contextlib
 import csv
 import dataclasses
 import errno
 import fcntl
 import io
 import json
+import multiprocessing.process
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -49,6 +52,16 @@ def train(*args, **more):
     return moco.train(args_of(*args, **more))
 
 
+@contextlib.contextmanager
+def float64():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def in_step(monkeypatch, step, act):
     """Call act() in the step of this number, from 0."""
     watch = common.Run.watch
@@ -73,6 +86,31 @@ def lock_is_free(out):
 
 
 # ---- notebooks and threads -----------------------------------------------------------------------
+
+
+def losses(out):
+    return [(row["loss"], row["std_sqrt_d"], row["knn"]) for row in rows(out)]
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, float64])
+def test_what_a_notebook_has_set_around_a_run_changes_no_number(images, tmp_path, around):  # noqa: F811
+    train(images, tmp_path / "plain")
+    with around():
+        before = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
+        train(images, tmp_path / "run")
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()) == before
+        figures = run_here("eval", [tmp_path / "run", "--device", "cpu", "--precision", "fp32", "--probe-epochs", "2"])
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain") and figures.status == 0, figures.err
+    plain = run_here("eval", [tmp_path / "plain", "--device", "cpu", "--precision", "fp32", "--probe-epochs", "2"])
+    assert plain.out.replace("plain", "run") == figures.out
+
+
+def test_the_folder_of_a_returned_run_is_found_from_anywhere(monkeypatch, images, tmp_path):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    run = train(images, "here")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run.folder == str(tmp_path / "here") and os.path.isfile(os.path.join(run.folder, "last.pt"))
 
 
 def test_train_returns_the_run_and_gives_all_back(images, tmp_path):  # noqa: F811
@@ -423,8 +461,6 @@ def test_a_lock_that_another_holds_is_no_missing_lock(monkeypatch, images, tmp_p
 
 
 def started_processes(monkeypatch):
-    import multiprocessing.process
-
     started = []
     begin = multiprocessing.process.BaseProcess.start
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", lambda process: (started.append(process), begin(process))[1])
@@ -446,6 +482,33 @@ def test_loader_processes_end_with_a_run_that_fails(monkeypatch, images, tmp_pat
     with pytest.raises((KeyboardInterrupt, ZeroDivisionError)) as raised:
         train(images, tmp_path / "run", stream=True, num_workers=2)
     assert started and raised.value and not any(process.is_alive() for process in started)
+
+
+def test_loader_processes_end_with_a_run_whose_file_vanished(monkeypatch, small_folder, tmp_path):
+    """Although the traceback keeps torch's iterator alive: torch itself ends them with it, 20 seconds later."""
+    started = started_processes(monkeypatch)
+    shutil.copytree(small_folder, tmp_path / "images")
+    in_step(monkeypatch, 3, next((tmp_path / "images" / "train").rglob("0007.png")).unlink)
+    with pytest.raises(common.UserError, match="0007.png vanished") as raised:
+        train(tmp_path / "images", tmp_path / "run", stream=True, num_workers=2)
+    assert started and raised.value and not any(process.is_alive() for process in started)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the iterator that torch left half-made
+def test_processes_of_a_loader_that_could_not_start_all_end(monkeypatch, images, tmp_path):  # noqa: F811
+    started, begin = started_processes(monkeypatch), multiprocessing.process.BaseProcess.start
+
+    def begin_two(process):
+        if len(started) == 2:
+            raise OSError(errno.EMFILE, "Too many open files")
+        begin(process)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", begin_two)
+    result = run_here("moco", arguments("moco", images, tmp_path / "run", "--stream", "--num-workers", "3"))
+    assert is_one_line_error(result) and "file descriptors" in result.err
+    for process in started:
+        process.join(60)  # one that got SIGTERM would wait for five seconds, and end by itself
+    assert [process.exitcode for process in started] == [-signal.SIGKILL] * 2
 
 
 def test_the_order_and_the_crops_do_not_depend_on_the_loaders(images, unstopped, tmp_path):  # noqa: F811
@@ -479,14 +542,14 @@ def limited(command, cwd):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("limit", [pytest.param(30, marks=SLOW), pytest.param(60, marks=SLOW)])
+@pytest.mark.parametrize("limit", [30, pytest.param(60, marks=SLOW)])
 def test_too_few_file_descriptors_are_one_line(images, tmp_path, limit):  # noqa: F811
     words = " ".join([sys.executable, "-W", "ignore", str(SCRIPT), *arguments("moco", images, tmp_path / "run", "--stream", "--num-workers", "6")])
     result = limited(f"ulimit -n {limit}; {words}", tmp_path)
     assert is_one_line_error(result) and "file descriptors" in result.err and "ulimit -n" in result.err, result.err
 
 
-@pytest.mark.parametrize("size", [pytest.param("4k", marks=SLOW), pytest.param("100k", marks=SLOW)])
+@pytest.mark.parametrize("size", [pytest.param("4k", marks=SLOW), "100k"])
 def test_a_small_dev_shm_is_one_line(images, tmp_path, size):  # noqa: F811
     """A real one, in a mount namespace of its own; skipped where the system does not allow that."""
     if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", "/dev/shm"], capture_output=True).returncode:
