@@ -13,52 +13,53 @@ folders, torchrun. A default run enters the command line, messages and files the
 #
 # What a method file calls, in this order:
 #
-#    123  Args               the flags that all nine methods share
-#    113  flag               a field of Args: default, help, bounds
-#   1633  main               run train(); print an expected error as one line
-#   1348  parse_args         Args from the command line
-#    206  set_up             device, precision, other processes
-#    244  load_data          read or draw the data set: Data
-#    491  build_backbone     the network whose output is H
-#    535  build_optimizer    Adam, SGD, LARS or Muon
-#    577  gives_back         signal handlers, lock and processes, when train() ends
-#    599  Run                the run's folder, checkpoints, log and checks
-#    845  distribute         the model for several processes, or compiled
-#    619  Run.resume         the step to start from, usually 0
-#    311  Data.batches       the batches of an epoch, uint8
-#    861  step_seed          the seed of a step's random draws
-#    326  Data.augment       the random views of a batch
-#    867  learning_rate      the schedule's factor at a step
-#    632  Run.guard          a failed decomposition becomes a clear error
-#    855  gather             embeddings of all processes, with gradient
-#   1792  mean_over_ranks    the mean of a tensor over the processes (MoCo)
-#    196  world_size         the number of processes (MoCo)
-#    201  rank               this process's number among them (MoCo)
-#    637  Run.watch          note whether loss and gradients are finite
-#    644  Run.progress       stop if they were not; show the status line
-#    655  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    663  Run.mean_loss      the mean loss of the epoch
-#   1141  extract            H of a set of images
-#   1163  project            Z of H
-#   1200  collapse_metrics   how much of its space a set of embeddings fills
-#   1174  knn_accuracy       accuracy of a vote among the nearest training images
-#    672  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    711  Run.save_backbone  write backbone.pt
-#    719  Run.close          print the scores
+#    124  Args               the flags that all nine methods share
+#    114  flag               a field of Args: default, help, bounds
+#   1667  main               run train(); print an expected error as one line
+#   1382  parse_args         Args from the command line
+#    209  set_up             device, precision, other processes
+#    247  load_data          read or draw the data set: Data
+#    495  build_backbone     the network whose output is H
+#    539  build_optimizer    Adam, SGD, LARS or Muon
+#    581  gives_back         signal handlers, lock and processes, when train() ends
+#    603  Run                the run's folder, checkpoints, log and checks
+#    853  distribute         the model for several processes, or compiled
+#    625  Run.resume         the step to start from, usually 0
+#    315  Data.batches       the batches of an epoch, uint8
+#    869  step_seed          the seed of a step's random draws
+#    330  Data.augment       the random views of a batch
+#    875  learning_rate      the schedule's factor at a step
+#    638  Run.guard          a failed decomposition becomes a clear error
+#    863  gather             embeddings of all processes, with gradient
+#   1826  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#    199  world_size         the number of processes (MoCo)
+#    204  rank               this process's number among them (MoCo)
+#    643  Run.watch          note whether loss and gradients are finite
+#    650  Run.progress       stop if they were not; show the status line
+#    661  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    669  Run.mean_loss      the mean loss of the epoch
+#   1149  extract            H of a set of images
+#   1171  project            Z of H
+#   1208  collapse_metrics   how much of its space a set of embeddings fills
+#   1182  knn_accuracy       accuracy of a vote among the nearest training images
+#    678  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    719  Run.save_backbone  write backbone.pt
+#    727  Run.close          print the scores
 #
 # Part II:
 #
-#   1276  Command line: flags from Args, checks, and sizes to propose
-#   1542  Messages and errors
-#   1698  Several processes
-#   1854  Data sets by name
-#   1942  Folders of images
-#   2358  Streaming
-#   2479  Recipes of augmentation
-#   2552  ResNets, LARS, Muon
-#   2682  Run folder and signals
-#   2864  Resume
-#   3110  Files of a run
+#   1310  Command line: flags from Args, checks, and sizes to propose
+#   1576  Messages and errors
+#   1732  Several processes
+#   1888  Data sets by name
+#   1976  Folders of images
+#   2393  Streaming
+#   2514  Recipes of augmentation
+#   2587  ResNets, LARS, Muon
+#   2717  Run folder and signals
+#   2899  Resume
+#   3145  Files of a run
+#   3223  Trained weights
 
 import argparse
 import collections
@@ -141,6 +142,8 @@ class Args:
     views: int = flag(2, "views of each image", least=2, most=16)
 
     backbone: str = flag("tiny", "`tiny`, or a torchvision ResNet by name, such as resnet18")
+    init: str | None = flag(None, "file of weights that the backbone starts from: last.pt or "
+                            "backbone.pt of a run, or torchvision's (default: random weights)")
     proj_hidden: int = flag(1024, "width of the hidden layers of the projector (BYOL: and of the "
                             "predictor)", least=1, most=2**14)
     proj_dim: int = flag(128, "d, channels of the embedding Z, the projector's output", least=2)
@@ -274,6 +277,7 @@ class Data:
     statistics       what the network needs, in plain values: mean, std, scale (see survey), size,
                      class_names
     test_note, notes for the first line on the screen
+    files            the names of the files of training and test images, None if there are none
     fingerprint      a text that tells whether a resumed run has the same images"""
 
     def __init__(self, args, device, train, labels, test, test_labels, class_names,
@@ -300,7 +304,7 @@ class Data:
         self.std = torch.tensor(std, dtype=torch.float32, device=device).view(3, 1, 1)
         self.statistics = {"mean": list(mean), "std": list(std), "scale": None, "size": self.size,
                            "class_names": list(class_names)}
-        self.test_note, self.notes = "", ""
+        self.test_note, self.notes, self.files = "", "", None
         self.steps_per_epoch = len(self.train) // args.batch_size
         in_memory = not isinstance(self.train, Files)
         self.must_be_cropped = in_memory and self.train.shape[2:] != (self.size, self.size)
@@ -612,6 +616,8 @@ class Run:
         self.last_is_good = True  # False after a resume from previous.pt, until the next save
         self.clock = Clock()
         check_model(args, model)
+        if args.init and not (args.resume and holds_run(*candidate_folders(args))):
+            start_from(args.init, model)
         self.signals = StopSignals(args, data.device)
         self.folder, self.lock = open_folder(args)
         self.finite = FiniteWatch(model, data, self.folder)
@@ -675,6 +681,8 @@ class Run:
         images = self.data.steps_per_epoch * self.args.batch_size
         row["images_per_s"] = round(images / self.training_seconds, 1)
         row["seconds"] = round(self.clock.seconds(), 1)
+        if "rank" in row:
+            row["alignment"] = alignment(self.model, self.data, self.args)
         self.rows.append(row)
         self.loss_sum.zero_()
         self.clock.start_epoch()
@@ -1212,13 +1220,17 @@ def collapse_metrics(z, eps=1e-4):
                     arXiv 2210.02885): 1 if constant
     corr            mean absolute correlation of two channels; a constant channel counts as 1
     entropy         1/2 log det(2 pi e (covariance + eps I)), a Gaussian's entropy, in nats
+    uniformity      log of the mean of exp(-2 squared distance) over all pairs of at most 500 of the
+                    l2-normalised rows: 0 if constant, about -4 if spread over a sphere of many
+                    dimensions (Wang and Isola 2020, arXiv 2005.10242)
 
     Raises UserError if z is not finite."""
-    z = z.detach().double().cpu()
+    z = z.detach().cpu().double()
     check(z.isfinite().all(), "the network's output in eval mode is not finite: the weights "
           "diverged; try a smaller --lr (--lr-bias) or a longer --warmup")
     n, d = z.shape
-    std = F.normalize(z, dim=1).std(0, unbiased=False)
+    unit = F.normalize(z, dim=1)
+    std = unit.std(0, unbiased=False)
     centred = z - z.mean(0)
     s = torch.linalg.svdvals(centred)
     p = torch.linalg.svdvals(z)
@@ -1237,8 +1249,30 @@ def collapse_metrics(z, eps=1e-4):
         "rankme": (-(p * p.log()).sum()).exp(),
         "corr": mean_correlation(covariance),
         "entropy": 0.5 * torch.linalg.slogdet(2 * math.pi * math.e * regular)[1],
+        "uniformity": uniformity(unit[::-(-n // 500)]),
     }
     return {name: float(value) for name, value in figures.items()}
+
+
+def uniformity(unit):
+    """log of the mean of exp(-2 squared distance) over all pairs of rows of unit [N, d]."""
+    if len(unit) == 1:
+        return 0.0
+    return torch.pdist(unit).square().mul(-2).exp().mean().log()
+
+
+def alignment(model, data, args):
+    """Mean squared distance of the l2-normalised Z of two views of the same image, a float.
+
+    From at most 256 queries in eval mode; their views are the same at every call (Wang and Isola
+    2020, arXiv 2005.10242)."""
+    images = evenly_spaced(data.queries, None, 256)[0]
+    if isinstance(images, Files):
+        (images,) = images.crops(torch.arange(len(images))[None], args, 0, data.device)
+    views = augment(images, args.augment, 2, data.size, data.mean, data.std, args.seed, step=0)
+    network = nn.Sequential(model.backbone, model.projector)
+    z1, z2 = (F.normalize(project(network, x, args.precision), dim=1).cpu().double() for x in views)
+    return (z1 - z2).square().sum(1).mean().item()
 
 
 def mean_correlation(covariance):
@@ -2175,6 +2209,7 @@ def describe(data, train, test, note, sides, scale, words):
     data.statistics["scale"] = scale
     data.fingerprint = f"{len(train)} files, {crc:08x}"
     data.test_note = note
+    data.files = [[path for path, _ in images] for images in (train, test)]
     if sides[0] < sides[-1]:
         data.notes += f" (median of sides {sides[0]} to {sides[-1]})"
     if scale:
@@ -2686,7 +2721,7 @@ DIGESTED = "model", "optimizer", "step", "rows", "loss_sum", "data", "data_stati
 # Flags that may change on --resume. They do not change the numbers, except for rounding (compile)
 # and the permutations that a GPU draws (device).
 FREE_ON_RESUME = {"epochs", "out", "resume", "device", "num_workers", "log_every", "save_every",
-                  "compile", "data_dir", "given"}
+                  "compile", "data_dir", "given", "init"}
 
 
 STOP_SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"  # of clusters
@@ -2978,13 +3013,13 @@ def check_like(value, like, entry):
         signed = name not in ("step", "exp_avg_sq", "running_var", "num_batches_tracked")
         whole(signed or (value >= 0).all(), f"{entry} is negative")
     elif kind in ("int", "float"):
-        signed = name in ("loss", "entropy")
+        signed = name in ("loss", "entropy", "uniformity")
         whole(abs(value) < math.inf and (signed or value >= 0), f"{entry} is out of range")
 
 
 def check_entries(checkpoint, kind):
     """Raise DamagedError unless a run could have these rows and args. kind: its class of Args."""
-    figures = [*collapse_metrics(torch.eye(3)), "rank_h"]
+    figures = [*collapse_metrics(torch.eye(3)), "rank_h", "alignment"]
     for i, row in enumerate(checkpoint["rows"], 1):
         whole(isinstance(row, dict), f"rows.{i} is {described(row)}")
         names = ["loss", "lr", "images_per_s", "seconds", *(figures if len(row) > 7 else [])]
@@ -3183,3 +3218,91 @@ def git_revision():
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
         return done.stdout.strip()
     return ""
+
+
+# ==== Trained weights ====
+
+
+def load_backbone(run, device="cpu"):
+    """(network, prepare) of a run: `network(prepare(images))` is H, float32 [N, feature_dim].
+
+    run: its folder or last.pt. The network is in eval mode, and its weights need no gradient.
+    prepare: prepare_images with what this run's network expects. Raises UserError."""
+    load = load_last if os.path.isdir(run) else load_checkpoint
+    checkpoint = load(os.fspath(run))
+    check(checkpoint, f"{run}: no last.pt in this folder; try runs/<run>/last.pt")
+    args = checkpoint["args"]
+    network, _ = build_backbone(args["backbone"], args["image_size"])
+    try:
+        network.load_state_dict(backbone_weights(checkpoint["model"]))
+    except RuntimeError as error:
+        raise UserError(f"{run}: its backbone is not --backbone {args['backbone']}; "
+                        "build it yourself and load backbone.pt into it") from error
+    network.requires_grad_(False).eval().to(device)
+    statistics = checkpoint["data_statistics"]
+    return network, functools.partial(prepare_images, statistics=statistics, device=device)
+
+
+def prepare_images(images, statistics, device="cpu"):
+    """Images as the network of a run expects them: float32 [N, 3, size, size], normalised.
+
+    images: a list of file names, or uint8 [N, 3, H, W] (RGB). They are resized and cropped as for
+    the kNN of a run. statistics: Data.statistics of the run. Raises UserError."""
+    size, scale = statistics["size"], statistics["scale"]
+    if torch.is_tensor(images):
+        fits = images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3
+        check(fits, f"images are {described(images)}; try uint8 [N, 3, H, W]")
+        x = centre_view(images.to(device).float() / 255, size)
+    else:
+        views = []
+        for path in map(os.fspath, images):
+            image = read_image(path, scale)
+            check(image is not None, f"{shown(path)} cannot be read as an image; try another file")
+            side = size if min(image.shape[1:]) <= size else math.ceil(size * 8 / 7)
+            views.append(centre_view(to_square(image, side)[None].float() / 255, size))
+        x = torch.cat(views).to(device)
+    mean, std = (torch.tensor(statistics[name], device=device) for name in ("mean", "std"))
+    return (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+
+def backbone_weights(weights):
+    """{name: tensor} of the backbone alone, from those of a model of a method file."""
+    start = "backbone."
+    return {name[len(start):]: weights[name] for name in weights if name.startswith(start)}
+
+
+def start_from(path, model):
+    """Copy the weights in the file of --init into the model's backbones, its slow copy's too, as
+    far as names and shapes are the same, and say what was not. Raises UserError if little fits."""
+    found = read_weights(path)
+    backbones = [part for name, part in model.named_children() if name.endswith("backbone")]
+    own = backbones[0].state_dict()
+    fits = {name: w for name, w in found.items() if name in own and w.shape == own[name].shape}
+    check(len(fits) > len(own) / 2, f"--init {path}: {len(fits)} of the backbone's {len(own)} "
+          "tensors are there; try the --backbone that the file is of")
+    for backbone in backbones:
+        backbone.load_state_dict(fits, strict=False)
+    words = f"--init {path}: {len(fits)} of {len(own)} tensors of the backbone"
+    for what, names in (("random", own), ("not used", found)):
+        others = [name for name in names if name not in fits]
+        words += f"; {what}: {listed(others)}" if others else ""
+    say(words)
+
+
+def read_weights(path):
+    """{name: tensor} of a backbone in a file: a run's last.pt or backbone.pt, or torchvision's.
+
+    Nothing in the file is executed (weights_only). Raises UserError."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        if "format" in weights:
+            weights = backbone_weights(weights["model"])
+        finite = all(w.isfinite().all() for w in weights.values())
+    except OSError as error:
+        raise UserError(f"--init {path} cannot be read ({error.strerror}); try the backbone.pt "
+                        "of a run") from error
+    except Exception as error:  # torch raises many kinds for what is no file of tensors
+        raise UserError(f"--init {path} is no file of weights ({type(error).__name__}); try the "
+                        "backbone.pt of a run") from error
+    check(finite, f"--init {path}: its weights are not finite; try an earlier checkpoint")
+    return weights

@@ -5,14 +5,15 @@
     python eval.py runs/a --label-fraction 0.01            # the probe sees 1 % of the labels
     python eval.py runs/a --dataset folder --data-dir DIR  # other images than the run's own
     python eval.py runs/a --probe-epochs 0 --neighbors near.png --views views.png
+    python eval.py runs/a --probe-epochs 0 --save features.npz --split test
 
 Contents, by line number (`python tests/test_common.py` writes them):
-     65  command line             the flags, and what is refused before measuring
-    162  a run and its data       from a checkpoint to networks; a hash shows that these stay
-    330  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
-    484  report                   what is printed, and written by --json
-    595  pictures                 --views, --neighbors, --plot
-    737  all runs                 one after the other
+     68  command line             the flags, and what is refused before measuring
+    169  a run and its data       from a checkpoint to networks; a hash shows that these stay
+    337  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
+    491  report                   what is printed, and written by --json
+    602  pictures and files       --views, --neighbors, --plot, --save
+    772  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -36,6 +37,7 @@ the W-MSE code (which resizes to 70 pixels and crops 64).
 """
 
 import argparse
+import collections
 import contextlib
 import csv
 import functools
@@ -48,6 +50,7 @@ import os
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -100,6 +103,9 @@ def parse_args(argv=None):
     add("--neighbors", metavar="FILE.png", help="images and the nearest ones by H (of one run)")
     add("--views", metavar="FILE.png", help="random views as in training (of one run)")
     add("--json", metavar="FILE", help="all figures as JSON")
+    add("--save", metavar="FILE.npz", help="H, Z, labels and names (of one run): see write_features")
+    add("--split", choices=("train", "test", "all"), default="all",
+        help="the images of --save (default: all)")
     add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=number(int, least=1, example=500), metavar="N",
         help="images that pass the backbone together (default: 500, fewer above 64 pixels)")
@@ -113,10 +119,10 @@ def parse_args(argv=None):
     common.check(common.world_size() == 1, "eval.py is one process; start it without torchrun")
     common.check(args.dataset != "folder" or args.data_dir,
                  "--dataset folder needs --data-dir DIR, the folder of your images")
-    for flag in ("plot", "neighbors", "views", "json"):
+    for flag in ("plot", "neighbors", "views", "json", "save"):
         check_writable(f"--{flag}", getattr(args, flag))
-    common.check(len(args.runs) == 1 or not (args.neighbors or args.views),
-                 f"--neighbors, --views: of one run; try {args.runs[0]}")
+    common.check(len(args.runs) == 1 or not (args.neighbors or args.views or args.save),
+                 f"--neighbors, --views, --save: of one run; try {args.runs[0]}")
     return args
 
 
@@ -124,8 +130,9 @@ def check_writable(flag, path):
     """Raise UserError if a file that will be written after measuring cannot be written."""
     if path is None:
         return
-    common.check(flag == "--json" or path.lower().endswith(".png"),
-                 f"{flag} {path} is not the name of a PNG file; try {path}.png")
+    kind = {"--json": "", "--save": ".npz"}.get(flag, ".png")
+    common.check(path.lower().endswith(kind),
+                 f"{flag} {path} is not the name of a {kind[1:].upper()} file; try {path}{kind}")
     common.check(not os.path.isdir(path), f"{flag} {path} is a folder; try a file name in it")
     if is_stream(path):
         return common.check(os.access(path, os.W_OK), f"{flag} {path} is read-only; try a file")
@@ -592,7 +599,7 @@ def say_collapse(results, how):
 
 
 # ==============================================================================
-# 5. Pictures
+# 5. Pictures and files
 # ==============================================================================
 
 
@@ -666,6 +673,34 @@ def draw_neighbors(path, data, h):
         border = F.pad(torch.zeros_like(tiles[:, 1:, :1]), (2, 2, 2, 2), value=1.0)
         framed[:, 1:] += border * colour[..., None, None]
     write_sheet(path, framed)
+
+
+def write_features(path, split, run, data):
+    """An .npz file of arrays with a row per image, training images first, in the order of files:
+
+    H, Z         float32 [N, dim]; no Z if only the backbone could be rebuilt
+    labels       int64 [N], -1 where there is none; class_names [classes] has their names
+    split        text [N], "train" or "test"
+    file_names   text [N], below --data-dir; empty for a data set that is not a folder of files
+
+    split: "train", "test" or "all"."""
+    splits = [name for name in ("train", "test") if split in (name, "all")]
+    splits = splits if test_count(data) else ["train"]
+    kept = collections.defaultdict(list)
+    for i, labels in enumerate((data.train_labels, data.test_labels)):
+        name, h = ("train", "test")[i], run.h[i].cpu()
+        if name in splits:
+            kept["H"].append(h)
+            kept["Z"] += [] if run.z is None else [run.z[i].cpu()]
+            kept["labels"].append(torch.full([len(h)], -1) if labels is None else labels.cpu())
+            kept["split"] += [name] * len(h)
+            kept["file_names"] += data.files[i] if data.files else []
+    arrays = {name: torch.cat(kept[name]).numpy() for name in ("H", "Z", "labels") if kept[name]}
+    arrays.update({name: np.array(kept[name], dtype=str) for name in ("split", "file_names")})
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays, class_names=np.array(data.class_names, dtype=str))
+    write_output(path, buffer.getvalue())
+    common.say(f"{path}: {len(kept['split'])} images: {', '.join(arrays)}, class_names")
 
 
 def import_figure():
@@ -750,6 +785,8 @@ def run(args):
     for path in args.runs:
         trained = load_run(path, device)
         data = load_data(trained, args, device)
+        common.check(args.split != "test" or test_count(data),
+                     "--split test: there are no test images; try --split train")
         with unchanged(trained.model) as digest:
             reports.append(evaluate(trained, data, args))
         common.say("  network unchanged: sha256 of all parameters and buffers "
@@ -761,6 +798,8 @@ def run(args):
             draw_neighbors(args.neighbors, data, trained.h)
         if args.views:
             draw_views(args.views, data)
+        if args.save:
+            write_features(args.save, args.split, trained, data)
     if args.plot:
         draw_plot(args.plot, spectra)
     if args.json:

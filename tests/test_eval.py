@@ -313,10 +313,10 @@ def test_report(trained, small_folder, tmp_path):
 
 def test_long_figures_stay_apart(capsys):
     """The entropy of 1024 channels that hardly vary has nine characters."""
-    figures = common.collapse_metrics(torch.randn(50, 8)) | {"corr": -0.234, "entropy": -123456.789}
+    figures = common.collapse_metrics(torch.randn(50, 8)) | {"corr": -0.234, "entropy": -123456.789, "uniformity": -3.25}
     evaluation.say_collapse({"H": {"dim": 8, "collapse": figures}}, "here")
     names, cells = (line.split() for line in capsys.readouterr().out.splitlines()[1:3])
-    assert len(cells) == len(names) and cells[-2:] == ["-0.234", "-123456.789"]
+    assert len(cells) == len(names) and cells[-3:] == ["-0.234", "-123456.789", "-3.250"]
 
 
 def test_folder_and_file_name_the_same_run_and_several_runs_follow_each_other(trained, tmp_path):
@@ -423,6 +423,8 @@ def changed(trained, path, **changes):
     (["--plot", "/nonexistent/p.png"], "--plot /nonexistent/p.png cannot be written"),
     (["--views", "v.jpg"], "not the name of a PNG"),
     (["--json", "/"], "is a folder"),
+    (["--save", "features.npy"], "not the name of a NPZ file; try features.npy.npz"),
+    (["another", "--save", "f.npz"], "of one run"),
     (["another", "--neighbors", "n.png"], "of one run"),
     (["--unknown"], "--unknown"),
 ])

@@ -29,6 +29,7 @@ SHARED = {
     "augment": (str, "w-mse", RECIPES),
     "views": (int, 2, "[2, 16]"),
     "backbone": (str, "tiny", ""),
+    "init": (str, None, ""),
     "proj_hidden": (int, 1024, "[1, 16384]"),
     "proj_dim": (int, 128, "[2, inf)"),
     "proj_layers": (int, 2, "[1, 8]"),
