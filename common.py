@@ -15,51 +15,51 @@ folders, torchrun. A default run enters the command line, messages and files the
 #
 #    124  Args               the flags that all nine methods share
 #    114  flag               a field of Args: default, help, bounds
-#   1667  main               run train(); print an expected error as one line
-#   1382  parse_args         Args from the command line
-#    209  set_up             device, precision, other processes
-#    247  load_data          read or draw the data set: Data
-#    495  build_backbone     the network whose output is H
-#    539  build_optimizer    Adam, SGD, LARS or Muon
-#    581  gives_back         signal handlers, lock and processes, when train() ends
-#    603  Run                the run's folder, checkpoints, log and checks
-#    853  distribute         the model for several processes, or compiled
-#    625  Run.resume         the step to start from, usually 0
-#    315  Data.batches       the batches of an epoch, uint8
-#    869  step_seed          the seed of a step's random draws
-#    330  Data.augment       the random views of a batch
-#    875  learning_rate      the schedule's factor at a step
-#    638  Run.guard          a failed decomposition becomes a clear error
-#    863  gather             embeddings of all processes, with gradient
-#   1826  mean_over_ranks    the mean of a tensor over the processes (MoCo)
-#    199  world_size         the number of processes (MoCo)
-#    204  rank               this process's number among them (MoCo)
-#    643  Run.watch          note whether loss and gradients are finite
-#    650  Run.progress       stop if they were not; show the status line
-#    661  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    669  Run.mean_loss      the mean loss of the epoch
-#   1149  extract            H of a set of images
-#   1171  project            Z of H
-#   1208  collapse_metrics   how much of its space a set of embeddings fills
-#   1182  knn_accuracy       accuracy of a vote among the nearest training images
-#    678  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    719  Run.save_backbone  write backbone.pt
-#    727  Run.close          print the scores
+#   1670  main               run train(); print an expected error as one line
+#   1386  parse_args         Args from the command line
+#    210  set_up             device, precision, other processes
+#    248  load_data          read or draw the data set: Data
+#    496  build_backbone     the network whose output is H
+#    543  build_optimizer    Adam, SGD, LARS or Muon
+#    585  gives_back         signal handlers, lock and processes, when train() ends
+#    607  Run                the run's folder, checkpoints, log and checks
+#    857  distribute         the model for several processes, or compiled
+#    629  Run.resume         the step to start from, usually 0
+#    316  Data.batches       the batches of an epoch, uint8
+#    873  step_seed          the seed of a step's random draws
+#    331  Data.augment       the random views of a batch
+#    879  learning_rate      the schedule's factor at a step
+#    642  Run.guard          a failed decomposition becomes a clear error
+#    867  gather             embeddings of all processes, with gradient
+#   1829  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#    200  world_size         the number of processes (MoCo)
+#    205  rank               this process's number among them (MoCo)
+#    647  Run.watch          note whether loss and gradients are finite
+#    654  Run.progress       stop if they were not; show the status line
+#    665  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    673  Run.mean_loss      the mean loss of the epoch
+#   1153  extract            H of a set of images
+#   1175  project            Z of H
+#   1212  collapse_metrics   how much of its space a set of embeddings fills
+#   1186  knn_accuracy       accuracy of a vote among the nearest training images
+#    682  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    723  Run.save_backbone  write backbone.pt
+#    731  Run.close          print the scores
 #
 # Part II:
 #
-#   1310  Command line: flags from Args, checks, and sizes to propose
-#   1576  Messages and errors
-#   1732  Several processes
-#   1888  Data sets by name
-#   1976  Folders of images
-#   2393  Streaming
-#   2514  Recipes of augmentation
-#   2587  ResNets, LARS, Muon
-#   2717  Run folder and signals
-#   2899  Resume
-#   3145  Files of a run
-#   3223  Trained weights
+#   1314  Command line: flags from Args, checks, and sizes to propose
+#   1579  Messages and errors
+#   1735  Several processes
+#   1891  Data sets by name
+#   1979  Folders of images
+#   2396  Streaming
+#   2517  Recipes of augmentation
+#   2590  ResNets, Vision Transformer, LARS, Muon
+#   2734  Run folder and signals
+#   2916  Resume
+#   3162  Files of a run
+#   3240  Trained weights
 
 import argparse
 import collections
@@ -141,7 +141,8 @@ class Args:
     augment: str = flag("w-mse", "recipe of the random views; common.RECIPES explains them")
     views: int = flag(2, "views of each image", least=2, most=16)
 
-    backbone: str = flag("tiny", "`tiny`, or a torchvision ResNet by name, such as resnet18")
+    backbone: str = flag("tiny", "`tiny`, `vit_tiny` (a small Vision Transformer), or a torchvision "
+                         "ResNet by name, such as resnet18")
     init: str | None = flag(None, "file of weights that the backbone starts from: last.pt or "
                             "backbone.pt of a run, or torchvision's (default: random weights)")
     proj_hidden: int = flag(1024, "width of the hidden layers of the projector (BYOL: and of the "
@@ -493,11 +494,14 @@ def texture(name, u, v):
 
 
 def build_backbone(name, image_size, width=32):
-    """(network, feature_dim). H = network(x) is [N, feature_dim], the output of average pooling.
+    """(network, feature_dim). H = network(x) is [N, feature_dim].
 
-    name: `tiny`, with `width` channels first, or a torchvision ResNet, else raises UserError."""
+    name: `tiny` or `vit_tiny`, whose channels follow from `width`, or a torchvision ResNet. Raises
+    UserError for other names, and for images that do not fit."""
     if name == "tiny":
         return Tiny(width), 32 * width
+    if name == "vit_tiny":
+        return build_vit(image_size, 4 * width), 4 * width
     return build_resnet(name, image_size)
 
 
@@ -1428,9 +1432,8 @@ def check_values(args):
             known = isinstance(text, str) and (words is None or text in words) and "\0" not in text
             check(known, f"{option}: {value!r} is not known; try {default or 'a name'}")
             setattr(args, name, str(text))  # numpy's text would not go into a checkpoint
-    names = resnet_names()
-    check(args.backbone == "tiny" or args.backbone in names,
-          f"--backbone {args.backbone} is unknown; try tiny, {', '.join(names[:5])}")
+    names = ["tiny", "vit_tiny", *resnet_names()]
+    check(args.backbone in names, f"--backbone {args.backbone} is unknown; try {', '.join(names[:6])}")
 
 
 def check_args(args):
@@ -2584,7 +2587,7 @@ def blur(x, sigma):
     return torch.matmul(band[:, None], torch.matmul(x, band.mT[:, None]))
 
 
-# ==== ResNets, LARS, Muon ====
+# ==== ResNets, Vision Transformer, LARS, Muon ====
 
 
 def resnet_names():
@@ -2611,6 +2614,20 @@ def build_resnet(name, image_size):
     feature_dim = network.fc.in_features
     network.fc = nn.Identity()
     return network, feature_dim
+
+
+def build_vit(image_size, width):
+    """torchvision's VisionTransformer of 3 layers without its classifier: H is its class token.
+
+    Patches have 4 x 4 pixels up to 32 pixels, 8 x 8 up to 64 and 16 x 16 above. Raises UserError
+    if the images cannot be cut into such patches."""
+    patch = 4 if image_size <= 32 else 8 if image_size <= 64 else 16
+    check(image_size % patch == 0, f"--backbone vit_tiny: --image-size {image_size} is no multiple "
+          f"of {patch}, its patch; try --image-size {image_size - image_size % patch}")
+    network = torchvision.models.VisionTransformer(
+        image_size, patch, num_layers=3, num_heads=4, hidden_dim=width, mlp_dim=2 * width)
+    network.heads = nn.Identity()
+    return network
 
 
 class LARS(torch.optim.Optimizer):
@@ -3293,14 +3310,12 @@ def read_weights(path):
     """{name: tensor} of a backbone in a file: a run's last.pt or backbone.pt, or torchvision's.
 
     Nothing in the file is executed (weights_only). Raises UserError."""
+    check(os.path.isfile(path), f"--init {path} is no file; try the backbone.pt of a run")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         if "format" in weights:
             weights = backbone_weights(weights["model"])
         finite = all(w.isfinite().all() for w in weights.values())
-    except OSError as error:
-        raise UserError(f"--init {path} cannot be read ({error.strerror}); try the backbone.pt "
-                        "of a run") from error
     except Exception as error:  # torch raises many kinds for what is no file of tensors
         raise UserError(f"--init {path} is no file of weights ({type(error).__name__}); try the "
                         "backbone.pt of a run") from error

@@ -21,7 +21,7 @@ Features:
     W          Z whitened by the method's own layer (wmse, shuffled_dbn, cw_rgp). The layer has no
                running statistics, so Z is cut at random into slices as large as in training.
     raw        the pixels, and
-    untrained  H of the weights with which the run started: the two baselines
+    untrained  H of the random weights of the run's seed, without --init: the two baselines
 
 Figures: all images, without augmentation, in eval mode, at the last checkpoint. An image larger
 than in training is cropped at its centre: 87.5 % of the side of STL-10's are kept here, 91.4 % in
