@@ -501,7 +501,7 @@ def build_backbone(name, image_size, width=32):
     if name == "tiny":
         return Tiny(width), 32 * width
     if name == "vit_tiny":
-        return build_vit(image_size, 4 * width), 4 * width
+        return build_vit(image_size, 3 * width), 3 * width
     return build_resnet(name, image_size)
 
 
@@ -2625,7 +2625,7 @@ def build_vit(image_size, width):
     check(image_size % patch == 0, f"--backbone vit_tiny: --image-size {image_size} is no multiple "
           f"of {patch}, its patch; try --image-size {image_size - image_size % patch}")
     network = torchvision.models.VisionTransformer(
-        image_size, patch, num_layers=3, num_heads=4, hidden_dim=width, mlp_dim=2 * width)
+        image_size, patch, num_layers=3, num_heads=3, hidden_dim=width, mlp_dim=2 * width)
     network.heads = nn.Identity()
     return network
 

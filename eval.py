@@ -6,14 +6,15 @@
     python eval.py runs/a --dataset folder --data-dir DIR  # other images than the run's own
     python eval.py runs/a --probe-epochs 0 --neighbors near.png --views views.png
     python eval.py runs/a --probe-epochs 0 --save features.npz --split test
+    python eval.py runs/a --supervised --finetune 0.1      # trained with labels, for comparison
 
 Contents, by line number (`python tests/test_common.py` writes them):
-     68  command line             the flags, and what is refused before measuring
-    169  a run and its data       from a checkpoint to networks; a hash shows that these stay
-    337  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
-    491  report                   what is printed, and written by --json
-    602  pictures and files       --views, --neighbors, --plot, --save
-    772  all runs                 one after the other
+     79  command line             the flags, and what is refused before measuring
+    184  a run and its data       from a checkpoint to networks; a hash shows that these stay
+    352  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
+    592  report                   what is printed, and written by --json
+    703  pictures and files       --views, --neighbors, --plot, --save
+    873  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -32,6 +33,11 @@ the W-MSE code (which resizes to 70 pixels and crops 64).
                similarity; weight exp(cos / 0.1) (Wu et al., arXiv 1805.01978; 0.1: MoCo's demo)
     linear     accuracy of a linear layer trained on the fixed features (htdt/self-supervised,
                eval/sgd.py); top-5: how often the right class is among its first five
+    fine-tuned (--finetune X) of the whole network, trained further with a share X of the labels, by
+               FINETUNE below. It is not comparable with a probe, which leaves H as it is
+    supervised (--supervised) of the run's backbone, trained from its random start with all labels
+               instead: cross-entropy on the run's views, with its epochs, batches, optimizer and
+               rates. `own layer` is the linear layer that was trained with it
     collapse   how much of its space a set of embeddings fills: common.collapse_metrics of at most
                10,000 evenly spaced test images (training images if there are no others)
 """
@@ -39,6 +45,7 @@ the W-MSE code (which resizes to 70 pixels and crops 64).
 import argparse
 import collections
 import contextlib
+import copy
 import csv
 import functools
 import hashlib
@@ -48,6 +55,7 @@ import json
 import math
 import os
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -63,6 +71,9 @@ import common  # noqa: E402
 
 FEATURES = {"H": "H", "Z": "Z", "W": "W whitened Z", "raw": "raw pixels",
             "untrained": "untrained H"}
+FINETUNE = {"augment": "crop-flip", "views": 1, "optimizer": "adam", "lr": 1e-3, "lr_bias": 1e-3,
+            "weight_decay": 1e-6, "schedule": "cosine", "warmup": None}
+FINETUNE_EPOCHS, FINETUNE_STEPS = 20, 400  # at least so many of each
 
 # ==============================================================================
 # 1. Command line
@@ -92,6 +103,10 @@ def parse_args(argv=None):
         help="epochs of the linear probe, a layer trained on the features (default: 500); 0: none")
     add("--label-fraction", type=number(float, above=0, most=1, example=0.1), default=1.0,
         metavar="X", help="share of each class's labels that the probe sees (default: 1)")
+    add("--finetune", type=number(float, above=0, most=1, example=0.1), metavar="X",
+        help="also train the whole network further, with this share of each class's labels")
+    add("--supervised", action="store_true", help="also train the run's backbone with all labels "
+        "from its random start, as the run was trained without")
     add("--seed", type=number(int, least=0, most=2**31 - 1, example=0), default=0, metavar="N",
         help="of the probe, its labels, the slices of W and the views (default: 0)")
     add = parser.add_argument_group("images").add_argument
@@ -103,7 +118,7 @@ def parse_args(argv=None):
     add("--neighbors", metavar="FILE.png", help="images and the nearest ones by H (of one run)")
     add("--views", metavar="FILE.png", help="random views as in training (of one run)")
     add("--json", metavar="FILE", help="all figures as JSON")
-    add("--save", metavar="FILE.npz", help="H, Z, labels and names (of one run): see write_features")
+    add("--save", metavar="FILE.npz", help="H, Z, labels, file names of images (of one run)")
     add("--split", choices=("train", "test", "all"), default="all",
         help="the images of --save (default: all)")
     add = parser.add_argument_group("machine").add_argument
@@ -453,6 +468,92 @@ def linear_probe(x, y, rows, x_test, y_test, epochs=500, seed=0, what="linear pr
     return hits[:, 0].mean().item(), top5
 
 
+def train_classifier(backbone, dim, data, rows, recipe, what):
+    """Train a backbone and a linear layer on its H [n, dim] by cross-entropy. Returns the layer.
+
+    rows: of the training images whose labels it may see. recipe: flags as those of a run; the loss
+    is the mean over the views. what: heads the status line. Raises UserError if it diverges."""
+    torch.manual_seed(recipe.seed)
+    classes = int(max(data.train_labels.max(), data.test_labels.max())) + 1
+    layer = nn.Linear(dim, classes).to(data.device)
+    optimizer = common.build_optimizer(nn.ModuleList([backbone.train(), layer]), recipe)
+    bf16 = dict(dtype=torch.bfloat16, enabled=recipe.precision == "bf16")
+    steps, step = len(rows) // recipe.batch_size, 0
+    for _ in common.said(range(recipe.epochs), recipe.epochs, f"{what}, epoch"):
+        order = rows[torch.randperm(len(rows))][: steps * recipe.batch_size].view(steps, -1)
+        if isinstance(data.labelled_train, common.Files):
+            batches = data.labelled_train.crops(order, recipe, step, data.device)
+        else:
+            batches = (data.labelled_train[index] for index in order.to(data.device))
+        for index, batch in zip(order.to(data.device), batches):
+            views = common.augment(batch, recipe.augment, recipe.views, data.size, data.mean,
+                                   data.std, seed=recipe.seed, step=step)
+            factor = common.learning_rate(recipe, step, recipe.epochs * steps, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+            with torch.autocast(data.device.type, **bf16):
+                logits = [layer(backbone(x)).float() for x in views]
+            loss = sum(F.cross_entropy(y, data.train_labels[index]) for y in logits) / len(logits)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+    common.check(loss.isfinite(), f"{what}: the loss is not finite; try --precision fp32")
+    return layer
+
+
+def finetuned(run, data, args):
+    """Train a copy of the run's network further with --finetune of the labels (FINETUNE).
+
+    Prints and returns the figures."""
+    rows = labelled_rows(data.train_labels, args.finetune, args.seed)
+    recipe = SimpleNamespace(**FINETUNE, seed=args.seed, precision=args.precision)
+    recipe.batch_size, recipe.num_workers = min(256, len(rows)), args.num_workers
+    recipe.epochs = max(FINETUNE_EPOCHS,
+                        math.ceil(FINETUNE_STEPS / (len(rows) // recipe.batch_size)))
+    backbone = copy.deepcopy(run.model.backbone)
+    layer = train_classifier(backbone, run.h[0].shape[1], data, rows, recipe, "fine-tuning")
+    h = extract(backbone, data, args, "fine-tuned H")[1]
+    figures = {"labels": len(rows), "accuracy": own_accuracy(layer, h, data)}
+    common.say(f"\nfine-tuned with {len(rows)} of {len(data.train_labels)} labels: "
+               f"{100 * figures['accuracy']:.2f} %")
+    common.say(f"  whole network and a new linear layer; {recipe.epochs} epochs, batches of "
+               f"{recipe.batch_size}, Adam, lr 1e-3 -> 0 cosine, crops and flips, seed {args.seed}")
+    return figures
+
+
+def supervised(run, data, args):
+    """Train the run's backbone from its random start with all labels, as the run was without.
+
+    Prints and returns the accuracies of its H, by the layer that was trained with it too."""
+    recipe = SimpleNamespace(**vars(run.args))
+    recipe.precision, recipe.num_workers = args.precision, args.num_workers
+    rows, started = torch.arange(len(data.train_labels)), time.monotonic()
+    common.check(len(rows) >= recipe.batch_size, f"--supervised: {len(rows)} training images are "
+                 f"fewer than the run's batch of {recipe.batch_size}; try it on more images")
+    backbone = copy.deepcopy(run.untrained.backbone)
+    layer = train_classifier(backbone, run.h[0].shape[1], data, rows, recipe, "supervised")
+    minutes = common.format_seconds(time.monotonic() - started)
+    h, queries = extract(backbone, data, args, "supervised H")
+    labels = data.train_labels, data.test_labels
+    figures = {"own layer": own_accuracy(layer, queries, data),
+               "20-NN": common.knn_accuracy(h, labels[0], queries, labels[1])}
+    if args.probe_epochs:
+        figures["linear"], _ = linear_probe(h, labels[0], rows, queries, labels[1],
+                                            epochs=args.probe_epochs, seed=args.seed)
+    words = [f"{name} {100 * accuracy:.2f} %" for name, accuracy in figures.items()]
+    common.say(f"\nsupervised, in {minutes}: {', '.join(words)}")
+    common.say(f"  {run.args.backbone} from its random start with all {len(rows)} labels; the "
+               f"run's views, {recipe.epochs} epochs, batches, optimizer and rates")
+    return figures
+
+
+def own_accuracy(layer, h, data):
+    """Accuracy (0 ... 1) of a linear layer on H of the test images [M, dim]."""
+    with torch.no_grad():
+        return (layer(h).argmax(1) == data.test_labels).double().mean().item()
+
+
 def accuracies(x, data, rows, args, name):
     """{"5-NN", "200-NN", "linear", "top-5"}, 0 ... 1; without a probe only the first two.
 
@@ -787,8 +888,14 @@ def run(args):
         data = load_data(trained, args, device)
         common.check(args.split != "test" or test_count(data),
                      "--split test: there are no test images; try --split train")
+        common.check(data.labelled or not (args.finetune or args.supervised), "--finetune, "
+                     "--supervised need labelled training and test images; try it without")
         with unchanged(trained.model) as digest:
             reports.append(evaluate(trained, data, args))
+            if args.finetune:
+                reports[-1]["fine-tuned"] = finetuned(trained, data, args)
+            if args.supervised:
+                reports[-1]["supervised"] = supervised(trained, data, args)
         common.say("  network unchanged: sha256 of all parameters and buffers "
                    f"{digest[:12]} before and after")
         if args.plot:

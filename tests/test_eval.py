@@ -495,3 +495,87 @@ def test_the_file_fits_on_a_screen():
     sections = re.findall(r"^# (\d)\. ([A-Za-z ]+)", text, re.MULTILINE)
     assert [number for number, _ in sections] == list("123456") and len(contents) == 6
     assert all(name in title.lower() for (_, name), (_, title) in zip(contents, sections))
+
+
+# ------------------------------------------------------------------------------
+# Training with labels
+# ------------------------------------------------------------------------------
+
+
+def test_the_labels_decide_what_a_classifier_learns(trained):
+    """Right labels on the test images where they are right; with the rows of two classes alone it never names the others."""
+    run = evaluation.load_run(str(trained), torch.device("cpu"))
+    args = evaluation.parse_args([str(trained), "--precision", "fp32"])
+    data = evaluation.load_data(run, args, torch.device("cpu"))
+    recipe = SimpleNamespace(**{**evaluation.FINETUNE, "augment": "none"}, seed=0, precision="fp32", batch_size=16, epochs=8, num_workers=0)
+
+    def accuracy(rows):
+        backbone = evaluation.copy.deepcopy(run.model.backbone)
+        layer = evaluation.train_classifier(backbone, 1024, data, rows, recipe, "test")
+        h = common.extract(backbone, data, data.test)
+        with torch.no_grad():
+            guesses = layer(h).argmax(1)
+        assert evaluation.own_accuracy(layer, h, data) == (guesses == data.test_labels).double().mean().item()
+        return guesses, (guesses == data.test_labels).double().mean().item()
+
+    assert accuracy(torch.arange(64))[1] > 0.8
+    guesses, share = accuracy((data.train_labels < 2).nonzero().flatten())
+    assert set(guesses.tolist()) == {0, 1} and 0.3 < share <= 0.5
+    data.train_labels = 3 - data.train_labels
+    assert accuracy(torch.arange(64))[1] < 0.2
+
+
+@pytest.mark.parametrize("epochs, steps, trained_for", [(5, 3, 5), (2, 6, 6)])
+def test_fine_tuning_and_supervised_training(trained, tmp_path, monkeypatch, epochs, steps, trained_for):
+    """Each beside the table with its protocol, the share of labels of each class, and the run's network as it was."""
+    monkeypatch.setattr(evaluation, "FINETUNE_EPOCHS", epochs)
+    monkeypatch.setattr(evaluation, "FINETUNE_STEPS", steps)  # one a step here
+    result, (report,) = evaluate(tmp_path, trained, "--features", "H", "--finetune", "0.25", "--supervised")
+    _, (plain,) = evaluate(tmp_path, trained, "--features", "H")
+    assert report["features"] == plain["features"] and "network unchanged" in result.out
+    assert report["fine-tuned"]["labels"] == 16 and 0 <= report["fine-tuned"]["accuracy"] <= 1
+    assert "fine-tuned with 16 of 64 labels: " in result.out and f"{trained_for} epochs, batches of 16, Adam, lr 1e-3 -> 0 cosine" in result.out
+    assert set(report["supervised"]) == {"own layer", "20-NN", "linear"} and all(0 <= x <= 1 for x in report["supervised"].values())
+    assert "all 64 labels; the run's views, 1 epochs" in result.out
+    line = next(line for line in result.out.splitlines() if line.startswith("supervised, in "))
+    assert line.count(" %") == 3
+    if epochs == 2:
+        _, (repeated,) = evaluate(tmp_path, trained, "--features", "H", "--finetune", "0.25", "--supervised")
+        assert repeated == report  # the seed decides
+
+
+def test_supervised_training_is_that_of_the_run_but_for_the_loss(trained, monkeypatch):
+    """Its random start, views, batches, steps and rates."""
+    run = evaluation.load_run(str(trained), torch.device("cpu"))
+    args = evaluation.parse_args([str(trained), "--precision", "fp32", "--probe-epochs", "0"])
+    data = evaluation.load_data(run, args, torch.device("cpu"))
+    run.h = [torch.zeros(1, 1024)]
+    calls, rates, augment, build = [], [], common.augment, common.build_optimizer
+    monkeypatch.setattr(common, "augment", lambda batch, *more, **named: calls.append((len(batch), *more[:3], *named.values())) or augment(
+        batch, *more, **named))
+    monkeypatch.setattr(common, "build_optimizer", lambda model, args: rates.append((args.optimizer, args.lr, args.lr_bias)) or build(model, args))
+    start = evaluation.checksum(run.untrained)
+    evaluation.supervised(run, data, args)
+    flags = run.args
+    assert calls == [(32, flags.augment, flags.views, 32, flags.seed, step) for step in (0, 1)]
+    assert rates == [(flags.optimizer, flags.lr, flags.lr_bias)]
+    assert evaluation.checksum(run.untrained) == start
+
+
+def test_streamed_images_train_a_classifier_too(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "MEMORY_LIMIT", 0)
+    _, (report,) = evaluate(tmp_path, trained, "--features", "H", "--supervised", "--probe-epochs", "0", "--num-workers", "0")
+    assert set(report["supervised"]) == {"own layer", "20-NN"}
+
+
+def test_training_with_labels_needs_labels_and_a_batch_of_images(trained, small_folder, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in sorted((small_folder / "train").rglob("*.png")):
+        shutil.copy(path, flat)
+    for flag in (["--supervised"], ["--finetune", "0.1"]):
+        result = run_here("eval", [*QUICK, trained, "--data-dir", flat, *flag])
+        assert is_one_line_error(result) and "need labelled training and test images" in result.err
+    few = make_folder(tmp_path / "few", train=20, test=8)
+    result = run_here("eval", [*QUICK, trained, "--data-dir", few, "--supervised"])
+    assert is_one_line_error(result) and "fewer than the run's batch of 32" in result.err
