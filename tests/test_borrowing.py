@@ -1,5 +1,6 @@
 """What a borrower takes out of a run and brings into one: features, a network with its preparation, weights, other backbones."""
 
+import functools
 import json
 import os
 import re
@@ -261,3 +262,75 @@ def test_a_file_that_does_not_fit_is_one_line_and_leaves_no_folder(trained, flag
     result = run_here("cw_rgp", flags("cw_rgp", "--init", file))
     assert is_one_line_error(result) and f"--init {file}" in result.err and words in result.err and "try " in result.err
     assert not (tmp_path / "run").exists() and not (tmp_path / "executed").exists()
+
+
+# ---- a small Vision Transformer, and any other backbone ------------------------------------------
+
+
+@pytest.mark.parametrize("size, patch", [(8, 4), (12, 4), (32, 4), (40, 8), (64, 8), (80, 16), (224, 16)])
+def test_vit_tiny_is_torchvisions_transformer_and_h_its_class_token(size, patch):
+    network, width = common.build_backbone("vit_tiny", size)
+    assert isinstance(network, torchvision.models.VisionTransformer) and width == network.hidden_dim == 12  # narrow: 3 times 4
+    tokens = (size // patch) ** 2 + 1
+    assert network.conv_proj.kernel_size == (patch, patch) and network.encoder.pos_embedding.shape == (1, tokens, 12)
+    seen = []
+    network.encoder.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    h = network.eval()(torch.randn(2, 3, size, size))
+    assert seen[0].shape == (2, tokens, 12) and torch.equal(h, seen[0][:, 0])
+
+
+@pytest.mark.parametrize("size, better", [(33, 32), (30, 28), (9, 8), (63, 56), (100, 96), (65, 64)])
+def test_a_size_that_the_patch_does_not_divide_is_one_line_with_one_that_fits(flags, tmp_path, size, better):
+    result = run_here("vicreg", flags("vicreg", "--backbone", "vit_tiny", "--image-size", size))
+    assert is_one_line_error(result) and f"--image-size {size} is no multiple of" in result.err and not (tmp_path / "run").exists()
+    assert result.err.strip().endswith(f"try --image-size {better}")
+    common.build_backbone("vit_tiny", better)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_a_transformer_and_eval_reads_it(method, flags, tmp_path):
+    result = run_here(method, flags(method, "--backbone", "vit_tiny", "--epochs", 1))
+    assert result.status == 0 and result.err == "", result.err
+    start = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    torch.manual_seed(0)
+    drawn = common.build_backbone("vit_tiny", 32)[0].state_dict()
+    moved = {name for name, w in drawn.items() if not torch.equal(w, start["model"][f"backbone.{name}"])}
+    assert moved >= set(drawn) - {name for name in drawn if "in_proj_bias" in name}  # the bias of the keys has no gradient
+    report = run_here("eval", ["--probe-epochs", "5", "--precision", "fp32", tmp_path / "run"])
+    assert report.status == 0, report.err
+    network, prepare = common.load_backbone(tmp_path / "run")
+    assert network(prepare(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))).shape == (1, 12)
+
+
+@pytest.mark.parametrize("method", ["moco", "cw_rgp"])  # BYOL's momentum follows the length of the run
+def test_a_resumed_transformer_ends_like_one_that_was_not_stopped(method, flags, tmp_path):
+    ends = []
+    for out, stops in (("whole", [2]), ("parts", [1, 2])):
+        for epochs in stops:
+            argv = flags(method, "--backbone", "vit_tiny", "--epochs", epochs, "--schedule", "constant", "--warmup", 0, "--resume", "--out", tmp_path / out)
+            assert run_here(method, argv).status == 0
+        ends.append(torch.load(tmp_path / out / "last.pt", weights_only=True)["model"])
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.fixture
+def few_patterns(monkeypatch):
+    """`patterns` has 512 training and 128 test images in place of 12,000, so that a page runs in seconds."""
+    monkeypatch.setattr(common, "make_patterns", functools.partial(common.make_patterns, train=512, test=128))
+
+
+def test_the_page_on_another_backbone_runs(few_patterns, tmp_path, monkeypatch, capsys):
+    """The very text: a network from outside trains, its weights come back, and what cannot rebuild it says so."""
+    monkeypatch.chdir(tmp_path)
+    (text,) = blocks("methods/README.md", "Another backbone")
+    names = {}
+    exec(compile(text, "page", "exec"), names)
+    run = names["run"]
+    assert run.rows[-1]["knn"] > 0 and len(run.rows) == run.args.epochs
+    weights = torch.load(f"{run.folder}/backbone.pt", weights_only=True)
+    network = names["build"](run.args).backbone
+    network.load_state_dict(weights)
+    assert all(torch.equal(value, run.model.backbone.state_dict()[name]) for name, value in network.state_dict().items())
+    with pytest.raises(common.UserError, match="its backbone is not --backbone tiny; build it yourself"):
+        common.load_backbone(run.folder)
+    assert is_one_line_error(run_here("eval", [*QUICK, run.folder]))
