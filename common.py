@@ -15,7 +15,7 @@ folders, torchrun. A default run enters the command line, messages and files the
 #
 #    124  Args               the flags that all nine methods share
 #    114  flag               a field of Args: default, help, bounds
-#   1670  main               run train(); print an expected error as one line
+#   1677  main               run train(); print an expected error as one line
 #   1386  parse_args         Args from the command line
 #    210  set_up             device, precision, other processes
 #    248  load_data          read or draw the data set: Data
@@ -31,7 +31,7 @@ folders, torchrun. A default run enters the command line, messages and files the
 #    879  learning_rate      the schedule's factor at a step
 #    642  Run.guard          a failed decomposition becomes a clear error
 #    867  gather             embeddings of all processes, with gradient
-#   1829  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1836  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #    200  world_size         the number of processes (MoCo)
 #    205  rank               this process's number among them (MoCo)
 #    647  Run.watch          note whether loss and gradients are finite
@@ -50,16 +50,16 @@ folders, torchrun. A default run enters the command line, messages and files the
 #
 #   1314  Command line: flags from Args, checks, and sizes to propose
 #   1579  Messages and errors
-#   1735  Several processes
-#   1891  Data sets by name
-#   1979  Folders of images
-#   2396  Streaming
-#   2517  Recipes of augmentation
-#   2590  ResNets, Vision Transformer, LARS, Muon
-#   2734  Run folder and signals
-#   2916  Resume
-#   3162  Files of a run
-#   3240  Trained weights
+#   1742  Several processes
+#   1898  Data sets by name
+#   1986  Folders of images
+#   2403  Streaming
+#   2524  Recipes of augmentation
+#   2597  ResNets, Vision Transformer, LARS, Muon
+#   2741  Run folder and signals
+#   2923  Resume
+#   3169  Files of a run
+#   3247  Trained weights
 
 import argparse
 import collections
@@ -1629,8 +1629,15 @@ def to_nowhere(number_):
         os.close(nowhere)
 
 
+def in_notebook():
+    """True if words go to a cell of a notebook. It goes back to the start of a line, as a terminal
+    does, but erases nothing, so blanks have to follow."""
+    return type(sys.stdout).__module__.startswith("ipykernel")
+
+
 class StatusLine:
-    """How far something is: a line that moves on a terminal, elsewhere one every 30 seconds."""
+    """How far something is: a line that moves on a terminal or in a cell of a notebook, elsewhere
+    one every 30 seconds."""
 
     seconds, last, visible = 30, time.monotonic(), False
 
@@ -1639,11 +1646,11 @@ class StatusLine:
         return rank() == 0 and time.monotonic() - self.last >= self.seconds
 
     def show(self, text):
-        """Show a text in the status line, off a terminal at most every 30 seconds."""
+        """Show a text in the status line, in a log at most every 30 seconds."""
         with contextlib.suppress(AttributeError, ValueError):  # no terminal, but closed or a Tee
-            if rank() == 0 and sys.stdout.isatty():
+            if rank() == 0 and (in_notebook() or sys.stdout.isatty()):
                 text = text[:shutil.get_terminal_size().columns - 1]
-                write_words(sys.stdout, f"\r{text}\033[K")
+                write_words(sys.stdout, f"\r{text:79}" if in_notebook() else f"\r{text}\033[K")
                 self.visible, self.last = True, time.monotonic()
         if self.overdue():
             say(text)
@@ -1651,7 +1658,7 @@ class StatusLine:
     def clear(self):
         """Make room for other words."""
         if self.visible:
-            write_words(sys.stdout, "\r\033[K")
+            write_words(sys.stdout, f"\r{'':79}\r" if in_notebook() else "\r\033[K")
         self.visible, self.last = False, time.monotonic()
 
 

@@ -1,10 +1,13 @@
 """What a borrower takes out of a run and brings into one: features, a network with its preparation, weights, other backbones."""
 
+import contextlib
 import functools
+import io
 import json
 import os
 import re
 import shutil
+import sys
 
 import common
 import numpy as np
@@ -334,3 +337,57 @@ def test_the_page_on_another_backbone_runs(few_patterns, tmp_path, monkeypatch, 
     with pytest.raises(common.UserError, match="its backbone is not --backbone tiny; build it yourself"):
         common.load_backbone(run.folder)
     assert is_one_line_error(run_here("eval", [*QUICK, run.folder]))
+
+
+@pytest.mark.slow
+def test_the_loop_of_the_readme_runs(few_patterns, capsys):
+    """The very text: a torchvision network, a loop and an optimizer of one's own."""
+    (text,) = [text for text in blocks("README.md", "Copy a method") if "BYOL" in text]
+    names = {}
+    exec(compile(text, "page", "exec"), names)
+    assert names["step"] == 2 and names["loss"].isfinite() and 0 < float(names["loss"].detach()) < 8
+
+
+# ---- a notebook ----------------------------------------------------------------------------------
+
+Cell = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})  # what a kernel puts in the place of stdout
+
+
+def shown(text):
+    """The lines that a cell shows: after \\r, characters take the place of those before them, and the rest stays."""
+    lines = []
+    for line in text.split("\n"):
+        found = ""
+        for part in line.split("\r"):
+            found = part + found[len(part):]
+        lines.append(found.rstrip())
+    return lines
+
+
+def test_the_cells_of_the_page_run_and_progress_is_one_line(few_patterns, tmp_path, monkeypatch):
+    """Every cell in its order; a cell ends with a line an epoch and nothing of the line that moved."""
+    pytest.importorskip("matplotlib", reason="the last cell draws").use("agg")
+    monkeypatch.chdir(tmp_path)
+    cells, names, outputs = blocks("methods/README.md", "In a notebook"), {}, []
+    assert len(cells) == 5
+    for cell in cells:
+        output = Cell()
+        with contextlib.redirect_stdout(output):
+            exec(compile(cell, "cell", "exec"), names)
+        outputs.append(output.getvalue())
+    assert outputs[1].count("\r") > 4 and "\033" not in outputs[1]
+    first, *epochs, scores, folder, end = shown(outputs[1])
+    assert first.startswith("512 training images") and end == "" and scores.startswith("kNN ") and folder.startswith("runs/notebook: ")
+    assert [line.split("  step")[0] for line in epochs if "COLLAPSE" not in line] == ["epoch 1/2", "epoch 2/2"]
+    assert 0 < float(outputs[2].split()[0]) <= 1
+    assert "going on with runs/notebook after step 4 of 6" in outputs[3] and len(names["run"].rows) == 3
+    assert names["h"].shape == (100, 128) and names["h"].norm(dim=1).allclose(torch.ones(100))
+
+
+def test_a_shorter_line_leaves_nothing_of_a_longer_one_in_a_cell(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Cell())
+    common.STATUS.show("x" * 200)
+    common.STATUS.show("step 1")
+    assert shown(sys.stdout.getvalue()) == ["step 1"]
+    common.say("done")
+    assert shown(sys.stdout.getvalue()) == ["done", ""]
