@@ -9,12 +9,12 @@
     python eval.py runs/a --supervised --finetune 0.1      # trained with labels, for comparison
 
 Contents, by line number (`python tests/test_common.py` writes them):
-     79  command line             the flags, and what is refused before measuring
-    184  a run and its data       from a checkpoint to networks; a hash shows that these stay
-    352  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
-    592  report                   what is printed, and written by --json
-    703  pictures and files       --views, --neighbors, --plot, --save
-    873  all runs                 one after the other
+     80  command line             the flags, and what is refused before measuring
+    185  a run and its data       from a checkpoint to networks; a hash shows that these stay
+    353  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
+    593  report                   what is printed, and written by --json
+    704  pictures and files       --views, --neighbors, --plot, --save
+    896  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -66,6 +66,7 @@ from torchvision.utils import make_grid, save_image
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 METHOD_FOLDERS = [os.path.join(HERE, "methods"), HERE]
+CURVES = os.path.join(HERE, "tests", "curves")  # <method>.csv: metrics.csv of its default run
 sys.path[1:1] = [*METHOD_FOLDERS, os.path.join(HERE, "tests")]  # tests: for experiments.py
 import common  # noqa: E402
 
@@ -814,15 +815,15 @@ def import_figure():
     return Figure
 
 
-def read_curves(folder):
-    """metrics.csv of a run folder as {column: [number or nan]}, {} if it cannot be read."""
+def read_curves(path):
+    """The metrics.csv of a run as {column: [number or nan]}, {} if it cannot be read."""
     try:
-        with open(os.path.join(folder, "metrics.csv"), newline="") as file:
+        with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
         return {name: [float(row[name] or "nan") for row in rows] for name in rows[0]}
     except (OSError, ValueError, TypeError, LookupError):
-        common.warn(f"{folder or '.'}: no readable metrics.csv, "
-                    "so no training curves of this run")
+        folder, name = os.path.split(path)
+        common.warn(f"{folder or '.'}: no readable {name}, so no training curves of this run")
         return {}
 
 
@@ -832,16 +833,40 @@ def singular_values(x):
     return torch.linalg.svdvals(x - x.mean(0))
 
 
-def draw_curve(panel, x, y, label, marker="."):
+def draw_curve(panel, x, y, label, **style):
     """y over x without the points that were not measured (nan)."""
     points = [(a, b) for a, b in zip(x, y) if not math.isnan(b)]
-    panel.plot([a for a, _ in points], [b for _, b in points], marker=marker, label=label)
+    panel.plot([a for a, _ in points], [b for _, b in points], label=label, **style)
 
 
-def draw_plot(path, spectra):
-    """Spectra and training curves. spectra: (folder, singular values of H, of Z) of each run."""
-    figure = import_figure()(figsize=(14, 8), layout="constrained")
-    panels = list(figure.subplots(2, 3).flat)
+def draw_training(panels, found, label, **style):
+    """The curves of read_curves in five panels: kNN, loss, spread, rank, alignment."""
+    minutes = [seconds / 60 for seconds in found.get("seconds", [])]
+    knn = [100 * accuracy for accuracy in found.get("knn", [])]
+    draw_curve(panels[0], minutes, knn, label, **style)
+    for panel, column in zip(panels[1:], ("loss", "std_sqrt_d", "rank_1pct")):
+        draw_curve(panel, found.get("epoch", []), found.get(column, []), label, **style)
+    pairs = found.get("uniformity", []), found.get("alignment", [])
+    draw_curve(panels[4], *pairs, label, **style)
+
+
+def draw_references(panels, methods):
+    """Dashed: the default runs of these methods on `patterns`, as far as CURVES has them."""
+    paths = {method: os.path.join(CURVES, f"{method}.csv") for method in methods}
+    for method in [method for method in methods if os.path.isfile(paths[method])]:
+        found = read_curves(paths.pop(method))
+        draw_training(panels, found, f"{method}, reference", ls="--", color="grey")
+    if paths:
+        common.say(f"no reference curves of {', '.join(paths)} in {CURVES}")
+
+
+def draw_plot(path, spectra, methods=()):
+    """Spectra and training curves. spectra: (folder, singular values of H, of Z) of each run.
+
+    methods: whose reference curves are drawn beside them."""
+    figure = import_figure()(figsize=(18, 8), layout="constrained")
+    panels = list(figure.subplots(2, 4).flat)
+    panels[7].set_axis_off()
     for panel, name in zip(panels, "HZ"):
         panel.set(title=f"singular values of centred {name}", xlabel="k", ylabel="log10 sigma_k")
     panels[2].set(title="kNN while training, %", xlabel="minutes")
@@ -849,20 +874,18 @@ def draw_plot(path, spectra):
     panels[3].set(yscale="symlog")  # -1 for SimSiam, thousands for Barlow Twins
     panels[4].set(title="std sqrt(d) of Z", xlabel="epoch")
     panels[5].set(title="rank of Z (above 1 % of the largest)", xlabel="epoch")
+    panels[6].set(title="alignment (down is better)", xlabel="uniformity (left is better)")
+    draw_references(panels[2:], methods)
     for folder, *sigmas in spectra:
         label = os.path.basename(os.path.abspath(folder))
         for panel, sigma in zip(panels, sigmas):
             sigma = sigma.clamp_min(max(1e-12, 1e-8 * sigma[0].item()))  # no log of 0
-            draw_curve(panel, range(1, len(sigma) + 1), sigma.log10().tolist(), label, marker="")
-        found = read_curves(folder)
-        minutes = [seconds / 60 for seconds in found.get("seconds", [])]
-        knn = [100 * accuracy for accuracy in found.get("knn", [])]
-        draw_curve(panels[2], minutes, knn, label)
-        for panel, column in zip(panels[3:], ("loss", "std_sqrt_d", "rank_1pct")):
-            draw_curve(panel, found.get("epoch", []), found.get(column, []), label)
-    for panel in panels:
+            draw_curve(panel, range(1, len(sigma) + 1), sigma.log10().tolist(), label)
+        found = read_curves(os.path.join(folder, "metrics.csv"))
+        draw_training(panels[2:], found, label, marker=".")
+    for panel in panels[:7]:
         panel.grid(alpha=0.3)
-    panels[0].legend(fontsize="small")
+    panels[7].legend(*panels[3].get_legend_handles_labels(), loc="center")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     write_output(path, buffer.getvalue())
@@ -882,7 +905,7 @@ def run(args):
     settings = common.Args(device=args.device, precision=args.precision)
     settings, device = common.set_up(settings)
     args.precision = settings.precision  # fp32 or bf16
-    reports, spectra = [], []
+    reports, spectra, methods = [], [], {}
     for path in args.runs:
         trained = load_run(path, device)
         data = load_data(trained, args, device)
@@ -901,6 +924,8 @@ def run(args):
         if args.plot:
             sigmas = [singular_values(x[1]) for x in (trained.h, trained.z) if x is not None]
             spectra.append((trained.folder, *sigmas))
+            if trained.args.dataset == "patterns":
+                methods.setdefault(trained.name)
         if args.neighbors:
             draw_neighbors(args.neighbors, data, trained.h)
         if args.views:
@@ -908,7 +933,7 @@ def run(args):
         if args.save:
             write_features(args.save, args.split, trained, data)
     if args.plot:
-        draw_plot(args.plot, spectra)
+        draw_plot(args.plot, spectra, methods)
     if args.json:
         write_output(args.json, (json.dumps(reports, indent=1) + "\n").encode())
 

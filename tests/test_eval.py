@@ -198,7 +198,7 @@ def test_the_plot_of_an_unknown_experiment_has_no_z(trained, tmp_path):
     pytest.importorskip("matplotlib", reason="the plot is the one thing that needs it")
     path = as_experiment(trained, tmp_path / "last.pt", "no-such-experiment")
     evaluate(tmp_path, path, "--features", "Z,W", "--plot", tmp_path / "p.png")
-    assert sheet_size(tmp_path / "p.png") == (1400, 800)
+    assert sheet_size(tmp_path / "p.png") == (1800, 800)
 
 
 def test_a_backbone_that_does_not_fit_is_one_line(trained, tmp_path):
@@ -390,8 +390,40 @@ def test_plot(trained, tmp_path):
     bare.mkdir()
     shutil.copy(trained / "last.pt", bare)  # a run without metrics.csv: its spectra are drawn, its curves are not
     result, _ = evaluate(tmp_path, trained, bare, "--features", "H", "--plot", tmp_path / "p.png")
-    assert sheet_size(tmp_path / "p.png") == (1400, 800)
-    assert "no readable metrics.csv" in result.err
+    assert sheet_size(tmp_path / "p.png") == (1800, 800)
+    assert "no readable metrics.csv" in result.err and "reference" not in result.out  # which are of `patterns`
+
+
+def test_reference_curves_stand_beside_the_runs_of_their_method(tmp_path, monkeypatch):
+    """Dashed, from tests/curves; the methods without a file are named. A point that was not measured is left out."""
+    pytest.importorskip("matplotlib", reason="the plot is the one thing that needs it")
+    curves = tmp_path / "curves"
+    curves.mkdir()
+    header = "epoch,step,loss,lr,knn,dim,std_sqrt_d,rank_1pct,uniformity,alignment,images_per_s,seconds"
+    (curves / "byol.csv").write_text(f"{header}\n1,39,3.5,1e-3,,64,0.5,7,-1.5,0.75,900,60\n2,78,2.5,0,0.5,64,0.75,9,-2.5,0.25,900,120\n")
+    monkeypatch.setattr(evaluation, "CURVES", str(curves))
+    figures, kind = [], evaluation.import_figure()
+    monkeypatch.setattr(evaluation, "import_figure", lambda: lambda **more: figures.append(kind(**more)) or figures[-1])
+    said = []
+    monkeypatch.setattr(common, "say", said.append)
+    evaluation.draw_plot(str(tmp_path / "p.png"), [], ["byol", "moco"])
+    lines = [axes.get_lines() for axes in figures[0].axes]
+    drawn = [[list(zip(*line.get_data())) for line in panel] for panel in lines]
+    assert drawn == [[], [], [[(2.0, 50.0)]], [[(1, 3.5), (2, 2.5)]], [[(1, 0.5), (2, 0.75)]], [[(1, 7), (2, 9)]],
+                     [[(-1.5, 0.75), (-2.5, 0.25)]], []]
+    assert {(line.get_label(), line.get_linestyle()) for panel in lines for line in panel} == {("byol, reference", "--")}
+    assert said[0] == f"no reference curves of moco in {curves}" and sheet_size(tmp_path / "p.png") == (1800, 800)
+
+
+def test_a_run_on_patterns_asks_for_its_reference(trained, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the plot is the one thing that needs it")
+    draw = common.make_patterns
+    monkeypatch.setattr(common, "make_patterns", lambda: draw(0, 64, 20))
+    argv = [*SMALL, *SMALL_OF["vicreg"], "--epochs", "1", "--out", tmp_path / "run"]
+    assert run_here("vicreg", argv).status == 0
+    monkeypatch.setattr(evaluation, "CURVES", "nowhere")
+    result, _ = evaluate(tmp_path, tmp_path / "run", trained, "--features", "H", "--plot", tmp_path / "p.png")
+    assert "no reference curves of vicreg in nowhere" in result.out
 
 
 def test_without_matplotlib_one_line(trained, tmp_path, monkeypatch):
