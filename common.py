@@ -15,51 +15,51 @@ folders, torchrun. A default run enters the command line, messages and files the
 #
 #    124  Args               the flags that all nine methods share
 #    114  flag               a field of Args: default, help, bounds
-#   1677  main               run train(); print an expected error as one line
-#   1386  parse_args         Args from the command line
+#   1666  main               run train(); print an expected error as one line
+#   1377  parse_args         Args from the command line
 #    210  set_up             device, precision, other processes
 #    248  load_data          read or draw the data set: Data
-#    496  build_backbone     the network whose output is H
-#    543  build_optimizer    Adam, SGD, LARS or Muon
-#    585  gives_back         signal handlers, lock and processes, when train() ends
-#    607  Run                the run's folder, checkpoints, log and checks
-#    857  distribute         the model for several processes, or compiled
-#    629  Run.resume         the step to start from, usually 0
+#    495  build_backbone     the network whose output is H
+#    542  build_optimizer    Adam, SGD, LARS or Muon
+#    584  gives_back         signal handlers, lock and processes, when train() ends
+#    606  Run                the run's folder, checkpoints, log and checks
+#    856  distribute         the model for several processes, or compiled
+#    628  Run.resume         the step to start from, usually 0
 #    316  Data.batches       the batches of an epoch, uint8
-#    873  step_seed          the seed of a step's random draws
+#    872  step_seed          the seed of a step's random draws
 #    331  Data.augment       the random views of a batch
-#    879  learning_rate      the schedule's factor at a step
-#    642  Run.guard          a failed decomposition becomes a clear error
-#    867  gather             embeddings of all processes, with gradient
-#   1836  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#    878  learning_rate      the schedule's factor at a step
+#    641  Run.guard          a failed decomposition becomes a clear error
+#    866  gather             embeddings of all processes, with gradient
+#   1825  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #    200  world_size         the number of processes (MoCo)
 #    205  rank               this process's number among them (MoCo)
-#    647  Run.watch          note whether loss and gradients are finite
-#    654  Run.progress       stop if they were not; show the status line
-#    665  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    673  Run.mean_loss      the mean loss of the epoch
-#   1153  extract            H of a set of images
-#   1175  project            Z of H
-#   1212  collapse_metrics   how much of its space a set of embeddings fills
-#   1186  knn_accuracy       accuracy of a vote among the nearest training images
-#    682  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    723  Run.save_backbone  write backbone.pt
-#    731  Run.close          print the scores
+#    646  Run.watch          note whether loss and gradients are finite
+#    653  Run.progress       stop if they were not; show the status line
+#    664  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    672  Run.mean_loss      the mean loss of the epoch
+#   1152  extract            H of a set of images
+#   1174  project            Z of H
+#   1211  collapse_metrics   how much of its space a set of embeddings fills
+#   1185  knn_accuracy       accuracy of a vote among the nearest training images
+#    681  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    722  Run.save_backbone  write backbone.pt
+#    730  Run.close          print the scores
 #
 # Part II:
 #
-#   1314  Command line: flags from Args, checks, and sizes to propose
-#   1579  Messages and errors
-#   1742  Several processes
-#   1898  Data sets by name
-#   1986  Folders of images
-#   2403  Streaming
-#   2524  Recipes of augmentation
-#   2597  ResNets, Vision Transformer, LARS, Muon
-#   2741  Run folder and signals
-#   2923  Resume
-#   3169  Files of a run
-#   3247  Trained weights
+#   1305  Command line: flags from Args, checks, and sizes to propose
+#   1569  Messages and errors
+#   1731  Several processes
+#   1880  Data sets by name
+#   1968  Folders of images
+#   2385  Streaming
+#   2506  Recipes of augmentation
+#   2579  ResNets, Vision Transformer, LARS, Muon
+#   2722  Run folder and signals
+#   2904  Resume
+#   3150  Files of a run
+#   3228  Trained weights
 
 import argparse
 import collections
@@ -143,8 +143,8 @@ class Args:
 
     backbone: str = flag("tiny", "`tiny`, `vit_tiny` (a small Vision Transformer), or a torchvision "
                          "ResNet by name, such as resnet18")
-    init: str | None = flag(None, "file of weights that the backbone starts from: last.pt or "
-                            "backbone.pt of a run, or torchvision's (default: random weights)")
+    init: str | None = flag(None, "weights to start the backbone from: last.pt or backbone.pt of a "
+                            "run, or torchvision's file")
     proj_hidden: int = flag(1024, "width of the hidden layers of the projector (BYOL: and of the "
                             "predictor)", least=1, most=2**14)
     proj_dim: int = flag(128, "d, channels of the embedding Z, the projector's output", least=2)
@@ -336,11 +336,7 @@ class Data:
 
     def eval_views(self, images, index, batch_size):
         """images[index] without randomness, normalised: yields float32 [n, 3, size, size]."""
-        if isinstance(images, Files):
-            parts = images.centres(index, batch_size, self.args.num_workers)
-        else:
-            parts = (images[i] for i in index.split(batch_size))
-        for x in parts:
+        for x in parts_of(images, index, batch_size, self.args.num_workers):
             x = centre_view(x.to(self.device).float() / 255, self.size)
             yield ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
@@ -370,6 +366,13 @@ def evenly_spaced(images, labels, count):
     return part, None if labels is None else labels[index.to(labels.device)]
 
 
+def parts_of(images, index, batch_size, num_workers):
+    """images[index] in batches, uint8 [n, 3, H, W], of Files their centres."""
+    if isinstance(images, Files):
+        return images.centres(index, batch_size, num_workers)
+    return (images[i.to(images.device)] for i in index.split(batch_size))
+
+
 def centre_view(x, size):
     """The centre of images, resized with antialiasing: [n, 3, H, W] -> [n, 3, size, size].
 
@@ -390,13 +393,9 @@ def colour_statistics(images, num_workers=0):
 
     images: uint8 [N, 3, H, W] or Files. Returns two lists of three floats."""
     index = torch.arange(0, len(images), -(-len(images) // 5000))
-    if isinstance(images, Files):
-        parts = images.centres(index, 100, num_workers)
-    else:
-        parts = (images[i.to(images.device)] for i in index.split(100))
     mean, square = 0, 0
-    for part in parts:
-        x = part.double() / 255
+    for part in parts_of(images, index, 100, num_workers):
+        x = part.cpu().double() / 255
         mean = mean + x.mean((0, 2, 3)) * len(x)
         square = square + x.square().mean((0, 2, 3)) * len(x)
     mean, square = mean / len(index), square / len(index)
@@ -1225,8 +1224,8 @@ def collapse_metrics(z, eps=1e-4):
     corr            mean absolute correlation of two channels; a constant channel counts as 1
     entropy         1/2 log det(2 pi e (covariance + eps I)), a Gaussian's entropy, in nats
     uniformity      log of the mean of exp(-2 squared distance) over all pairs of at most 500 of the
-                    l2-normalised rows: 0 if constant, about -4 if spread over a sphere of many
-                    dimensions (Wang and Isola 2020, arXiv 2005.10242)
+                    l2-normalised rows (Wang and Isola 2020, arXiv 2005.10242): 0 if constant, near
+                    -4 at best
 
     Raises UserError if z is not finite."""
     z = z.detach().cpu().double()
@@ -1243,6 +1242,7 @@ def collapse_metrics(z, eps=1e-4):
     p = p / p.sum().clamp_min(1e-300) + 1e-7
     covariance = centred.T @ centred / max(1, n - 1)
     regular = covariance + eps * torch.eye(d, dtype=z.dtype)
+    pair_kernels = torch.pdist(unit[::-(-n // 500)]).square().mul(-2).exp()
     figures = {
         "dim": min(d, max(1, n - 1)),
         "std_sqrt_d": std.mean() * math.sqrt(d),
@@ -1253,23 +1253,14 @@ def collapse_metrics(z, eps=1e-4):
         "rankme": (-(p * p.log()).sum()).exp(),
         "corr": mean_correlation(covariance),
         "entropy": 0.5 * torch.linalg.slogdet(2 * math.pi * math.e * regular)[1],
-        "uniformity": uniformity(unit[::-(-n // 500)]),
+        "uniformity": pair_kernels.mean().log() if n > 1 else 0,
     }
     return {name: float(value) for name, value in figures.items()}
 
 
-def uniformity(unit):
-    """log of the mean of exp(-2 squared distance) over all pairs of rows of unit [N, d]."""
-    if len(unit) == 1:
-        return 0.0
-    return torch.pdist(unit).square().mul(-2).exp().mean().log()
-
-
 def alignment(model, data, args):
-    """Mean squared distance of the l2-normalised Z of two views of the same image, a float.
-
-    From at most 256 queries in eval mode; their views are the same at every call (Wang and Isola
-    2020, arXiv 2005.10242)."""
+    """Mean squared distance of the l2-normalised Z of two views of an image, a float (Wang and
+    Isola 2020), in eval mode, over at most 256 queries. Their views are the same at every call."""
     images = evenly_spaced(data.queries, None, 256)[0]
     if isinstance(images, Files):
         (images,) = images.crops(torch.arange(len(images))[None], args, 0, data.device)
@@ -1432,8 +1423,7 @@ def check_values(args):
             known = isinstance(text, str) and (words is None or text in words) and "\0" not in text
             check(known, f"{option}: {value!r} is not known; try {default or 'a name'}")
             setattr(args, name, str(text))  # numpy's text would not go into a checkpoint
-    names = ["tiny", "vit_tiny", *resnet_names()]
-    check(args.backbone in names, f"--backbone {args.backbone} is unknown; try {', '.join(names[:6])}")
+    check_backbone(args.backbone)
 
 
 def check_args(args):
@@ -1630,8 +1620,7 @@ def to_nowhere(number_):
 
 
 def in_notebook():
-    """True if words go to a cell of a notebook. It goes back to the start of a line, as a terminal
-    does, but erases nothing, so blanks have to follow."""
+    """True in a cell of a notebook, which goes back at \\r but erases nothing."""
     return type(sys.stdout).__module__.startswith("ipykernel")
 
 
@@ -1866,18 +1855,11 @@ class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def synchronise_batch_norm(model):
-    """Replace plain batch norms, in place, by those of the global batch; the parameters stay."""
-    for name, child in model.named_children():
-        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            kind = nn.SyncBatchNorm if next(model.parameters()).is_cuda else CPUSyncBatchNorm
-            new = kind(child.num_features, child.eps, child.momentum, child.affine,
-                       child.track_running_stats)
-            new.weight, new.bias = child.weight, child.bias
-            new.running_mean, new.running_var = child.running_mean, child.running_var
-            new.num_batches_tracked = child.num_batches_tracked
-            setattr(model, name, new)
-        else:
-            synchronise_batch_norm(child)
+    """Turn plain batch norms, in place, into those of the global batch; the parameters stay."""
+    kind = nn.SyncBatchNorm if next(model.parameters()).is_cuda else CPUSyncBatchNorm
+    for module in model.modules():
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            module.__class__, module.process_group = kind, None  # None: all processes
 
 
 def compile_backbones(model):
@@ -2597,10 +2579,12 @@ def blur(x, sigma):
 # ==== ResNets, Vision Transformer, LARS, Muon ====
 
 
-def resnet_names():
-    """torchvision's ResNets by name."""
+def check_backbone(name):
+    """Raise UserError if there is no such backbone."""
     models = torchvision.models.list_models()
-    return [name for name in models if name.startswith("resnet") and name[6:].isdigit()]
+    names = [model for model in models if model.startswith("resnet") and model[6:].isdigit()]
+    names = ["tiny", "vit_tiny", *names]
+    check(name in names, f"--backbone {name} is unknown; try {', '.join(names[:6])}")
 
 
 def build_resnet(name, image_size):
@@ -2610,8 +2594,7 @@ def build_resnet(name, image_size):
     Barlow Twins, VICReg, CW-RGP code). The stem is SimCLR's (appendix B.9) and the W-MSE code's: up
     to 32 pixels 3x3 with stride 1 without pooling, up to 64 with pooling. Its weights are drawn as
     those of the other convolutions (W-MSE code: PyTorch's default)."""
-    check(name in resnet_names(),
-          f"--backbone {name} is unknown; try tiny, {', '.join(resnet_names()[:5])}")
+    check_backbone(name)
     network = torchvision.models.get_model(name, weights=None, zero_init_residual=True)
     if image_size <= 64:
         network.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
@@ -2624,13 +2607,11 @@ def build_resnet(name, image_size):
 
 
 def build_vit(image_size, width):
-    """torchvision's VisionTransformer of 3 layers without its classifier: H is its class token.
-
-    Patches have 4 x 4 pixels up to 32 pixels, 8 x 8 up to 64 and 16 x 16 above. Raises UserError
-    if the images cannot be cut into such patches."""
+    """torchvision's VisionTransformer of 3 layers; H is its class token. Patches have 4 x 4 pixels
+    up to 32 pixels, 8 x 8 up to 64, else 16 x 16. Raises UserError if they do not fit."""
     patch = 4 if image_size <= 32 else 8 if image_size <= 64 else 16
-    check(image_size % patch == 0, f"--backbone vit_tiny: --image-size {image_size} is no multiple "
-          f"of {patch}, its patch; try --image-size {image_size - image_size % patch}")
+    check(image_size % patch == 0, f"--image-size {image_size} is no multiple of vit_tiny's patch, "
+          f"{patch}; try --image-size {image_size - image_size % patch}")
     network = torchvision.models.VisionTransformer(
         image_size, patch, num_layers=3, num_heads=3, hidden_dim=width, mlp_dim=2 * width)
     network.heads = nn.Identity()
@@ -3248,83 +3229,64 @@ def git_revision():
 
 
 def load_backbone(run, device="cpu"):
-    """(network, prepare) of a run: `network(prepare(images))` is H, float32 [N, feature_dim].
+    """(network, prepare) of a run's folder or last.pt; network(prepare(images)) is H [N, features].
 
-    run: its folder or last.pt. The network is in eval mode, and its weights need no gradient.
-    prepare: prepare_images with what this run's network expects. Raises UserError."""
+    The network is in eval mode, without gradients. prepare makes float32 [N, 3, size, size] of a
+    list of image files or of uint8 [N, 3, H, W] (RGB), as for the run's kNN. Raises UserError."""
     load = load_last if os.path.isdir(run) else load_checkpoint
     checkpoint = load(os.fspath(run))
     check(checkpoint, f"{run}: no last.pt in this folder; try runs/<run>/last.pt")
-    args = checkpoint["args"]
-    network, _ = build_backbone(args["backbone"], args["image_size"])
-    try:
-        network.load_state_dict(backbone_weights(checkpoint["model"]))
-    except RuntimeError as error:
-        raise UserError(f"{run}: its backbone is not --backbone {args['backbone']}; "
-                        "build it yourself and load backbone.pt into it") from error
-    network.requires_grad_(False).eval().to(device)
-    statistics = checkpoint["data_statistics"]
-    return network, functools.partial(prepare_images, statistics=statistics, device=device)
+    name, statistics = checkpoint["args"]["backbone"], checkpoint["data_statistics"]
+    network, _ = build_backbone(name, statistics["size"])
+    weights = backbone_weights(checkpoint)
+    check(weights.keys() == network.state_dict().keys(), f"{run}: its backbone is not --backbone "
+          f"{name}; load backbone.pt into your own")
+    network.load_state_dict(weights)
+
+    def prepare(images):
+        if torch.is_tensor(images):
+            check(images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3,
+                  f"images are {described(images)}; try uint8 [N, 3, H, W]")
+            x = centre_view(images.float() / 255, statistics["size"])
+        else:
+            x = torch.cat([prepare_file(os.fspath(path), statistics) for path in images])
+        mean, std = (torch.tensor(statistics[name]).view(3, 1, 1) for name in ("mean", "std"))
+        return ((x.cpu() - mean) / std).to(device)
+
+    return network.requires_grad_(False).eval().to(device), prepare
 
 
-def prepare_images(images, statistics, device="cpu"):
-    """Images as the network of a run expects them: float32 [N, 3, size, size], normalised.
-
-    images: a list of file names, or uint8 [N, 3, H, W] (RGB). They are resized and cropped as for
-    the kNN of a run. statistics: Data.statistics of the run. Raises UserError."""
-    size, scale = statistics["size"], statistics["scale"]
-    if torch.is_tensor(images):
-        fits = images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3
-        check(fits, f"images are {described(images)}; try uint8 [N, 3, H, W]")
-        x = centre_view(images.to(device).float() / 255, size)
-    else:
-        views = []
-        for path in map(os.fspath, images):
-            image = read_image(path, scale)
-            check(image is not None, f"{shown(path)} cannot be read as an image; try another file")
-            side = size if min(image.shape[1:]) <= size else math.ceil(size * 8 / 7)
-            views.append(centre_view(to_square(image, side)[None].float() / 255, size))
-        x = torch.cat(views).to(device)
-    mean, std = (torch.tensor(statistics[name], device=device) for name in ("mean", "std"))
-    return (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+def prepare_file(path, statistics):
+    """The centre of an image file for a run with these Data.statistics: [1, 3, size, size]."""
+    image, size = read_image(path, statistics["scale"]), statistics["size"]
+    check(image is not None, f"{shown(path)} cannot be read as an image; try another file")
+    side = size if min(image.shape[1:]) <= size else math.ceil(size * 8 / 7)
+    return centre_view(to_square(image, side)[None].float() / 255, size)
 
 
-def backbone_weights(weights):
-    """{name: tensor} of the backbone alone, from those of a model of a method file."""
-    start = "backbone."
+def backbone_weights(checkpoint):
+    """{name: tensor} of the backbone alone."""
+    weights, start = checkpoint["model"], "backbone."
     return {name[len(start):]: weights[name] for name in weights if name.startswith(start)}
 
 
 def start_from(path, model):
-    """Copy the weights in the file of --init into the model's backbones, its slow copy's too, as
-    far as names and shapes are the same, and say what was not. Raises UserError if little fits."""
-    found = read_weights(path)
+    """Copy the weights in the file of --init into the model's backbones (the slow copy's too) where
+    name and shape fit, and say what did not. Raises UserError if less than half fits."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = backbone_weights(found) if "format" in found else found
+        finite = all(w.isfinite().all() for w in found.values())
+    except Exception as error:  # torch raises many kinds for what is no file of tensors
+        raise UserError(f"--init {path} is no file of weights ({type(error).__name__}); "
+                        "try runs/<run>/backbone.pt") from error
+    check(finite, f"--init {path}: not finite; try an earlier checkpoint")
     backbones = [part for name, part in model.named_children() if name.endswith("backbone")]
     own = backbones[0].state_dict()
     fits = {name: w for name, w in found.items() if name in own and w.shape == own[name].shape}
-    check(len(fits) > len(own) / 2, f"--init {path}: {len(fits)} of the backbone's {len(own)} "
-          "tensors are there; try the --backbone that the file is of")
+    words = f"--init {path}: {len(fits)} of the backbone's {len(own)} tensors"
+    check(len(fits) > len(own) / 2, f"{words} fit; try the --backbone that the file is of")
     for backbone in backbones:
         backbone.load_state_dict(fits, strict=False)
-    words = f"--init {path}: {len(fits)} of {len(own)} tensors of the backbone"
-    for what, names in (("random", own), ("not used", found)):
-        others = [name for name in names if name not in fits]
-        words += f"; {what}: {listed(others)}" if others else ""
-    say(words)
-
-
-def read_weights(path):
-    """{name: tensor} of a backbone in a file: a run's last.pt or backbone.pt, or torchvision's.
-
-    Nothing in the file is executed (weights_only). Raises UserError."""
-    check(os.path.isfile(path), f"--init {path} is no file; try the backbone.pt of a run")
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        if "format" in weights:
-            weights = backbone_weights(weights["model"])
-        finite = all(w.isfinite().all() for w in weights.values())
-    except Exception as error:  # torch raises many kinds for what is no file of tensors
-        raise UserError(f"--init {path} is no file of weights ({type(error).__name__}); try the "
-                        "backbone.pt of a run") from error
-    check(finite, f"--init {path}: its weights are not finite; try an earlier checkpoint")
-    return weights
+    rest = [name for name in {**own, **found} if name not in fits]
+    say(words + (f"; left out: {listed(rest)}" if rest else ""))
