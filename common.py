@@ -13,53 +13,53 @@ folders, torchrun. A default run enters the command line, messages and files the
 #
 # What a method file calls, in this order:
 #
-#    124  Args               the flags that all nine methods share
-#    114  flag               a field of Args: default, help, bounds
-#   1666  main               run train(); print an expected error as one line
-#   1377  parse_args         Args from the command line
-#    210  set_up             device, precision, other processes
-#    248  load_data          read or draw the data set: Data
-#    495  build_backbone     the network whose output is H
-#    542  build_optimizer    Adam, SGD, LARS or Muon
-#    584  gives_back         signal handlers, lock and processes, when train() ends
-#    606  Run                the run's folder, checkpoints, log and checks
-#    856  distribute         the model for several processes, or compiled
-#    628  Run.resume         the step to start from, usually 0
-#    316  Data.batches       the batches of an epoch, uint8
-#    872  step_seed          the seed of a step's random draws
-#    331  Data.augment       the random views of a batch
-#    878  learning_rate      the schedule's factor at a step
-#    641  Run.guard          a failed decomposition becomes a clear error
-#    866  gather             embeddings of all processes, with gradient
-#   1825  mean_over_ranks    the mean of a tensor over the processes (MoCo)
-#    200  world_size         the number of processes (MoCo)
-#    205  rank               this process's number among them (MoCo)
-#    646  Run.watch          note whether loss and gradients are finite
-#    653  Run.progress       stop if they were not; show the status line
-#    664  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    672  Run.mean_loss      the mean loss of the epoch
-#   1152  extract            H of a set of images
-#   1174  project            Z of H
-#   1211  collapse_metrics   how much of its space a set of embeddings fills
-#   1185  knn_accuracy       accuracy of a vote among the nearest training images
-#    681  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    722  Run.save_backbone  write backbone.pt
-#    730  Run.close          print the scores
+#    126  Args               the flags that all nine methods share
+#    116  flag               a field of Args: default, help, bounds
+#   1673  main               run train(); print an expected error as one line
+#   1384  parse_args         Args from the command line
+#    213  set_up             device, precision, other processes
+#    254  load_data          read or draw the data set: Data
+#    501  build_backbone     the network whose output is H
+#    548  build_optimizer    Adam, SGD, LARS or Muon
+#    590  gives_back         signal handlers, lock and processes, when train() ends
+#    612  Run                the run's folder, checkpoints, log and checks
+#    863  distribute         the model for several processes, or compiled
+#    635  Run.resume         the step to start from, usually 0
+#    322  Data.batches       the batches of an epoch, uint8
+#    879  step_seed          the seed of a step's random draws
+#    337  Data.augment       the random views of a batch
+#    885  learning_rate      the schedule's factor at a step
+#    648  Run.guard          a failed decomposition becomes a clear error
+#    873  gather             embeddings of all processes, with gradient
+#   1859  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#    203  world_size         the number of processes (MoCo)
+#    208  rank               this process's number among them (MoCo)
+#    653  Run.watch          note whether loss and gradients are finite
+#    660  Run.progress       stop if they were not; show the status line
+#    671  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    679  Run.mean_loss      the mean loss of the epoch
+#   1159  extract            H of a set of images
+#   1181  project            Z of H
+#   1218  collapse_metrics   how much of its space a set of embeddings fills
+#   1192  knn_accuracy       accuracy of a vote among the nearest training images
+#    688  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    729  Run.save_backbone  write backbone.pt
+#    737  Run.close          print the scores
 #
 # Part II:
 #
-#   1305  Command line: flags from Args, checks, and sizes to propose
-#   1569  Messages and errors
-#   1731  Several processes
-#   1880  Data sets by name
-#   1968  Folders of images
-#   2385  Streaming
-#   2506  Recipes of augmentation
-#   2579  ResNets, Vision Transformer, LARS, Muon
-#   2722  Run folder and signals
-#   2904  Resume
-#   3150  Files of a run
-#   3228  Trained weights
+#   1312  Command line: flags from Args, checks, and sizes to propose
+#   1576  Messages and errors
+#   1738  Several processes
+#   1914  Data sets by name
+#   2002  Folders of images
+#   2419  Streaming
+#   2540  Recipes of augmentation
+#   2613  ResNets, Vision Transformer, LARS, Muon
+#   2756  Run folder and signals
+#   2938  Resume
+#   3184  Files of a run
+#   3262  Trained weights
 
 import argparse
 import collections
@@ -100,6 +100,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps  # come with torchvision
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torchvision.transforms.v2 import functional
 
 # ==============================================================================
@@ -179,7 +181,8 @@ class Args:
     log_every: int = flag(10, "steps between two looks at the loss, which wait for the device",
                           least=1)
 
-    device: str = flag("auto", "`auto` takes a GPU if there is one", choices="auto cpu cuda")
+    device: str = flag("auto", "`auto` takes a GPU if there is one",
+                       choices="auto cpu cuda mps xpu")
     precision: str = flag("auto", "precision of the networks; `auto` takes bf16 if the processor "
                           "has it. The loss is always computed in fp32", choices="auto fp32 bf16")
     compile: bool = flag(False, "compile the backbones with torch.compile")
@@ -217,9 +220,10 @@ def set_up(args):
         check_args(args)  # a program may have changed them
     check(args.device != "cuda" or torch.cuda.is_available(),
           "--device cuda: torch finds no GPU that it can use; try --device cpu")
-    device = torch.device("cpu")
-    if args.device != "cpu" and torch.cuda.is_available():
+    if args.device in ("auto", "cuda") and torch.cuda.is_available():
         device = set_up_gpu()
+    else:
+        device = other_device(args.device)
     if world_size() > 1 and not dist.is_initialized():
         join_processes(device)
     return completed(args, device), device
@@ -228,9 +232,11 @@ def set_up(args):
 def has_fast_bf16(device):
     """True if the processor computes in bf16 instead of emulating it.
 
-    CUDA from Ampere on, x86 with AVX512-BF16 or AMX (known on Linux only)."""
+    CUDA from Ampere on, x86 with AVX512-BF16 or AMX (known on Linux only); of others we assume no."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
     try:
         with open("/proc/cpuinfo") as file:
             flags = file.read()
@@ -615,7 +621,8 @@ class Run:
         check_crops(args, data)
         self.total_steps = args.epochs * data.steps_per_epoch
         self.rows, self.scores = [], {}
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=data.device)  # this epoch's
+        exact = torch.float64 if data.device.type in ("cpu", "cuda") else torch.float32
+        self.loss_sum = torch.zeros((), dtype=exact, device=data.device)  # this epoch's
         self.last_is_good = True  # False after a resume from previous.pt, until the next save
         self.clock = Clock()
         check_model(args, model)
@@ -710,7 +717,7 @@ class Run:
             return
         content = {"format": CHECKPOINT_FORMAT, "args": vars(self.args), "step": step,
                    "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                   "loss_sum": self.loss_sum.cpu(), "rows": self.rows,
+                   "loss_sum": self.loss_sum.cpu().double(), "rows": self.rows,
                    "seconds": self.clock.seconds(), "epoch_seconds": self.clock.epoch_seconds(),
                    "data": self.data.fingerprint, "data_statistics": self.data.statistics}
         buffer = io.BytesIO()
@@ -1764,6 +1771,33 @@ def set_up_gpu():
     # Whitening in full fp32, whatever the environment says. Convolutions may use TF32.
     torch.set_float32_matmul_precision("highest")
     return device
+
+
+def other_device(wanted):
+    """The CPU, or for one process an accelerator that is not CUDA, such as mps. Raises UserError if
+    --device names another one. What the accelerator lacks is done by the CPU until train() ends."""
+    found = "cpu"
+    if wanted != "cpu" and world_size() == 1 and hasattr(torch, "accelerator"):  # from torch 2.6 on
+        if torch.accelerator.is_available():
+            found = torch.accelerator.current_accelerator().type
+            for ending in ENDINGS[-1:]:
+                ending.enter_context(LackingOnCPU())
+    check(wanted in ("auto", found), f"--device {wanted}: torch finds none that one process can "
+          f"use; try --device {found}")
+    return torch.device(found)
+
+
+class LackingOnCPU(TorchDispatchMode):
+    """A context in which the CPU does what a device has not implemented, such as eigh."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        try:
+            return function(*args, **kwargs or {})
+        except NotImplementedError:
+            device = next(x.device for x in args if torch.is_tensor(x))
+            args = tree_map_only(torch.Tensor, torch.Tensor.cpu, args)
+            found = function(*args, **kwargs or {})
+            return tree_map_only(torch.Tensor, lambda x: x.to(device), found)
 
 
 def join_processes(device):

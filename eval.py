@@ -125,7 +125,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=number(int, least=1, example=500), metavar="N",
         help="images that pass the backbone together (default: 500, fewer above 64 pixels)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
+    add("--device", choices=("auto", "cpu", "cuda", "mps", "xpu"), default="auto",
         help="`auto`, the default, takes a GPU if there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the networks; "
         "`auto`, the default, takes bf16 if the processor has it. kNN and probe have fp32")
@@ -420,8 +420,8 @@ def whitened(run, z, seed):
 def sample(x, limit=10_000):
     """At most `limit` evenly spaced rows of x [N, d]."""
     count = min(limit, len(x))
-    rows = torch.linspace(0, len(x) - 1, count, device=x.device, dtype=torch.float64)
-    return x[rows.long()]
+    rows = torch.linspace(0, len(x) - 1, count, dtype=torch.float64)
+    return x[rows.long().to(x.device)]
 
 
 def labelled_rows(labels, fraction, seed=0):
@@ -464,7 +464,7 @@ def linear_probe(x, y, rows, x_test, y_test, epochs=500, seed=0, what="linear pr
     torch.set_num_threads(threads)
     with torch.no_grad():
         best = [layer(part).topk(min(5, classes)).indices for part in x_test.split(1000)]
-    hits = (torch.cat(best) == y_test[:, None]).double()  # [M, 5], the best guess first
+    hits = (torch.cat(best) == y_test[:, None]).cpu().double()  # [M, 5], the best guess first
     top5 = hits.sum(1).mean().item() if classes > 5 else None
     return hits[:, 0].mean().item(), top5
 
@@ -552,7 +552,7 @@ def supervised(run, data, args):
 def own_accuracy(layer, h, data):
     """Accuracy (0 ... 1) of a linear layer on H of the test images [M, dim]."""
     with torch.no_grad():
-        return (layer(h).argmax(1) == data.test_labels).double().mean().item()
+        return (layer(h).argmax(1) == data.test_labels).cpu().double().mean().item()
 
 
 def accuracies(x, data, rows, args, name):
@@ -829,7 +829,7 @@ def read_curves(path):
 
 def singular_values(x):
     """Singular values of the centred rows x [N, d] (at most 10,000 of them), in falling order."""
-    x = sample(x).double().cpu()
+    x = sample(x).cpu().double()
     return torch.linalg.svdvals(x - x.mean(0))
 
 

@@ -48,7 +48,7 @@ SHARED = {
     "eval_every": (int, 1, "[0, inf)"),
     "save_every": (int, 0, "[0, inf)"),
     "log_every": (int, 10, "[1, inf)"),
-    "device": (str, "auto", "auto cpu cuda"),
+    "device": (str, "auto", "auto cpu cuda mps xpu"),
     "precision": (str, "auto", "auto fp32 bf16"),
     "compile": (bool, False, ""),
     "stream": (bool, False, ""),
