@@ -15,8 +15,8 @@ folders, torchrun. A default run enters the command line, messages and files the
 #
 #    126  Args               the flags that all nine methods share
 #    116  flag               a field of Args: default, help, bounds
-#   1673  main               run train(); print an expected error as one line
-#   1384  parse_args         Args from the command line
+#   1671  main               run train(); print an expected error as one line
+#   1383  parse_args         Args from the command line
 #    213  set_up             device, precision, other processes
 #    254  load_data          read or draw the data set: Data
 #    501  build_backbone     the network whose output is H
@@ -31,7 +31,7 @@ folders, torchrun. A default run enters the command line, messages and files the
 #    885  learning_rate      the schedule's factor at a step
 #    648  Run.guard          a failed decomposition becomes a clear error
 #    873  gather             embeddings of all processes, with gradient
-#   1859  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1857  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #    203  world_size         the number of processes (MoCo)
 #    208  rank               this process's number among them (MoCo)
 #    653  Run.watch          note whether loss and gradients are finite
@@ -48,18 +48,18 @@ folders, torchrun. A default run enters the command line, messages and files the
 #
 # Part II:
 #
-#   1312  Command line: flags from Args, checks, and sizes to propose
-#   1576  Messages and errors
-#   1738  Several processes
-#   1914  Data sets by name
-#   2002  Folders of images
-#   2419  Streaming
-#   2540  Recipes of augmentation
-#   2613  ResNets, Vision Transformer, LARS, Muon
-#   2756  Run folder and signals
-#   2938  Resume
-#   3184  Files of a run
-#   3262  Trained weights
+#   1311  Command line: flags from Args, checks, and sizes to propose
+#   1575  Messages and errors
+#   1736  Several processes
+#   1912  Data sets by name
+#   2000  Folders of images
+#   2417  Streaming
+#   2538  Recipes of augmentation
+#   2611  ResNets, Vision Transformer, LARS, Muon
+#   2754  Run folder and signals
+#   2936  Resume
+#   3182  Files of a run
+#   3260  Trained weights
 
 import argparse
 import collections
@@ -1230,9 +1230,8 @@ def collapse_metrics(z, eps=1e-4):
                     arXiv 2210.02885): 1 if constant
     corr            mean absolute correlation of two channels; a constant channel counts as 1
     entropy         1/2 log det(2 pi e (covariance + eps I)), a Gaussian's entropy, in nats
-    uniformity      log of the mean of exp(-2 squared distance) over all pairs of at most 500 of the
-                    l2-normalised rows (Wang and Isola 2020, arXiv 2005.10242): 0 if constant, near
-                    -4 at best
+    uniformity      log of the mean of exp(-2 squared distance) over the pairs of at most 500
+                    l2-normalised rows (Wang and Isola 2020, arXiv 2005.10242): 0 if constant
 
     Raises UserError if z is not finite."""
     z = z.detach().cpu().double()
@@ -1266,8 +1265,8 @@ def collapse_metrics(z, eps=1e-4):
 
 
 def alignment(model, data, args):
-    """Mean squared distance of the l2-normalised Z of two views of an image, a float (Wang and
-    Isola 2020), in eval mode, over at most 256 queries. Their views are the same at every call."""
+    """Mean squared distance of the l2-normalised Z of two views, the same at every call, of at most
+    256 queries in eval mode (Wang and Isola 2020), a float."""
     images = evenly_spaced(data.queries, None, 256)[0]
     if isinstance(images, Files):
         (images,) = images.crops(torch.arange(len(images))[None], args, 0, data.device)
@@ -1632,8 +1631,7 @@ def in_notebook():
 
 
 class StatusLine:
-    """How far something is: a line that moves on a terminal or in a cell of a notebook, elsewhere
-    one every 30 seconds."""
+    """How far something is: a line that moves (in a log: one every 30 seconds)."""
 
     seconds, last, visible = 30, time.monotonic(), False
 
@@ -1645,7 +1643,7 @@ class StatusLine:
         """Show a text in the status line, in a log at most every 30 seconds."""
         with contextlib.suppress(AttributeError, ValueError):  # no terminal, but closed or a Tee
             if rank() == 0 and (in_notebook() or sys.stdout.isatty()):
-                text = text[:shutil.get_terminal_size().columns - 1]
+                text = text[:79 if in_notebook() else shutil.get_terminal_size().columns - 1]
                 write_words(sys.stdout, f"\r{text:79}" if in_notebook() else f"\r{text}\033[K")
                 self.visible, self.last = True, time.monotonic()
         if self.overdue():
@@ -1774,16 +1772,16 @@ def set_up_gpu():
 
 
 def other_device(wanted):
-    """The CPU, or for one process an accelerator that is not CUDA, such as mps. Raises UserError if
-    --device names another one. What the accelerator lacks is done by the CPU until train() ends."""
+    """The CPU, or for one process an accelerator that is not CUDA. Raises UserError if --device
+    names another one. What it lacks is done by the CPU until train() ends."""
     found = "cpu"
     if wanted != "cpu" and world_size() == 1 and hasattr(torch, "accelerator"):  # from torch 2.6 on
         if torch.accelerator.is_available():
             found = torch.accelerator.current_accelerator().type
             for ending in ENDINGS[-1:]:
                 ending.enter_context(LackingOnCPU())
-    check(wanted in ("auto", found), f"--device {wanted}: torch finds none that one process can "
-          f"use; try --device {found}")
+    check(wanted in ("auto", found), f"--device {wanted}: torch finds none, or not for several "
+          f"processes; try --device {found}")
     return torch.device(found)
 
 

@@ -188,7 +188,7 @@ def test_several_processes_take_the_cpu(monkeypatch):
     found_by_torch(monkeypatch, "mps")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert common.other_device("auto") == torch.device("cpu")
-    with pytest.raises(common.UserError, match="--device mps: torch finds none that one process can use; try --device cpu"):
+    with pytest.raises(common.UserError, match="--device mps: torch finds none, or not for several processes; try --device cpu"):
         common.other_device("mps")
 
 
