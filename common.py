@@ -15,7 +15,7 @@ folders, torchrun. A default run enters the command line, messages and files the
 #
 #    126  Args               the flags that all nine methods share
 #    116  flag               a field of Args: default, help, bounds
-#   1671  main               run train(); print an expected error as one line
+#   1673  main               run train(); print an expected error as one line
 #   1383  parse_args         Args from the command line
 #    213  set_up             device, precision, other processes
 #    254  load_data          read or draw the data set: Data
@@ -31,7 +31,7 @@ folders, torchrun. A default run enters the command line, messages and files the
 #    885  learning_rate      the schedule's factor at a step
 #    648  Run.guard          a failed decomposition becomes a clear error
 #    873  gather             embeddings of all processes, with gradient
-#   1857  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1859  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #    203  world_size         the number of processes (MoCo)
 #    208  rank               this process's number among them (MoCo)
 #    653  Run.watch          note whether loss and gradients are finite
@@ -49,17 +49,17 @@ folders, torchrun. A default run enters the command line, messages and files the
 # Part II:
 #
 #   1311  Command line: flags from Args, checks, and sizes to propose
-#   1575  Messages and errors
-#   1736  Several processes
-#   1912  Data sets by name
-#   2000  Folders of images
-#   2417  Streaming
-#   2538  Recipes of augmentation
-#   2611  ResNets, Vision Transformer, LARS, Muon
-#   2754  Run folder and signals
-#   2936  Resume
-#   3182  Files of a run
-#   3260  Trained weights
+#   1577  Messages and errors
+#   1738  Several processes
+#   1914  Data sets by name
+#   2002  Folders of images
+#   2419  Streaming
+#   2540  Recipes of augmentation
+#   2613  ResNets, Vision Transformer, LARS, Muon
+#   2756  Run folder and signals
+#   2938  Resume
+#   3184  Files of a run
+#   3262  Trained weights
 
 import argparse
 import collections
@@ -1448,6 +1448,8 @@ def check_args(args):
           f"{args.data_dir} needs --dataset folder (or cifar10 ...); try --dataset folder")
     check(args.optimizer == "muon" or args.lr_filters is None, "--lr-filters needs --optimizer "
           f"muon; with --optimizer {args.optimizer} the filters' rate is --lr")
+    check(not args.init or args.resume or os.path.isfile(args.init),
+          f"--init {args.init} is no file; try runs/<run>/backbone.pt")
     check_rules(args)
 
 
