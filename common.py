@@ -143,7 +143,7 @@ class Args:
     augment: str = flag("w-mse", "recipe of the random views; common.RECIPES explains them")
     views: int = flag(2, "views of each image", least=2, most=16)
 
-    backbone: str = flag("tiny", "`tiny`, `vit_tiny` (a small Vision Transformer), or a torchvision "
+    backbone: str = flag("tiny", "`tiny`, `vit_tiny` (a Vision Transformer), or a torchvision "
                          "ResNet by name, such as resnet18")
     init: str | None = flag(None, "weights to start the backbone from: last.pt or backbone.pt of a "
                             "run, or torchvision's file")
@@ -232,7 +232,7 @@ def set_up(args):
 def has_fast_bf16(device):
     """True if the processor computes in bf16 instead of emulating it.
 
-    CUDA from Ampere on, x86 with AVX512-BF16 or AMX (known on Linux only); of others we assume no."""
+    CUDA from Ampere on, x86 with AVX512-BF16 or AMX (known on Linux only); no others."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":

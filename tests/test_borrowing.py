@@ -290,7 +290,7 @@ def test_a_size_that_the_patch_does_not_divide_is_one_line_with_one_that_fits(fl
     common.build_backbone("vit_tiny", better)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name if name == "moco" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS])
 def test_every_method_trains_a_transformer_and_eval_reads_it(method, flags, tmp_path):
     result = run_here(method, flags(method, "--backbone", "vit_tiny", "--epochs", 1))
     assert result.status == 0 and result.err == "", result.err
@@ -305,6 +305,7 @@ def test_every_method_trains_a_transformer_and_eval_reads_it(method, flags, tmp_
     assert network(prepare(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))).shape == (1, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["moco", "cw_rgp"])  # BYOL's momentum follows the length of the run
 def test_a_resumed_transformer_ends_like_one_that_was_not_stopped(method, flags, tmp_path):
     ends = []
