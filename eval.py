@@ -9,12 +9,12 @@
     python eval.py runs/a --supervised --finetune 0.1      # trained with labels, for comparison
 
 Contents, by line number (`python tests/test_common.py` writes them):
-     80  command line             the flags, and what is refused before measuring
-    185  a run and its data       from a checkpoint to networks; a hash shows that these stay
-    353  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
-    593  report                   what is printed, and written by --json
-    704  pictures and files       --views, --neighbors, --plot, --save
-    896  all runs                 one after the other
+     82  command line             the flags, and what is refused before measuring
+    187  a run and its data       from a checkpoint to networks; a hash shows that these stay
+    355  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
+    596  report                   what is printed, and written by --json
+    707  pictures and files       --views, --neighbors, --plot, --save
+    899  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -33,11 +33,13 @@ the W-MSE code (which resizes to 70 pixels and crops 64).
                similarity; weight exp(cos / 0.1) (Wu et al., arXiv 1805.01978; 0.1: MoCo's demo)
     linear     accuracy of a linear layer trained on the fixed features (htdt/self-supervised,
                eval/sgd.py); top-5: how often the right class is among its first five
-    fine-tuned (--finetune X) of the whole network, trained further with a share X of the labels, by
-               FINETUNE below. It is not comparable with a probe, which leaves H as it is
-    supervised (--supervised) of the run's backbone, trained from its random start with all labels
-               instead: cross-entropy on the run's views, with its epochs, batches, optimizer and
-               rates. `own layer` is the linear layer that was trained with it
+    fine-tuned accuracy of the whole network and a linear layer, trained further with a share of the
+               labels (--finetune): crops and flips, Adam at a rate of 1e-3 that falls as a cosine,
+               batches of at most 256, at least 20 epochs and some 400 steps. A probe leaves H as it
+               is, so the two are not comparable
+    supervised accuracies of the run's backbone if it is trained with all labels instead
+               (--supervised): from the same random start, by cross-entropy on the run's views, with
+               its epochs, batches, optimizer and rates. Its own layer is trained with it
     collapse   how much of its space a set of embeddings fills: common.collapse_metrics of at most
                10,000 evenly spaced test images (training images if there are no others)
 """
@@ -519,7 +521,8 @@ def finetuned(run, data, args):
     common.say(f"\nfine-tuned with {len(rows)} of {len(data.train_labels)} labels: "
                f"{100 * figures['accuracy']:.2f} %")
     common.say(f"  whole network and a new linear layer; {recipe.epochs} epochs, batches of "
-               f"{recipe.batch_size}, Adam, lr 1e-3 -> 0 cosine, crops and flips, seed {args.seed}")
+               f"{recipe.batch_size}, Adam, lr {recipe.lr:g} -> 0 cosine after a tenth of warm-up, "
+               f"crops and flips, seed {args.seed}")
     return figures
 
 

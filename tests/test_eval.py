@@ -566,7 +566,7 @@ def test_fine_tuning_and_supervised_training(trained, tmp_path, monkeypatch, epo
     _, (plain,) = evaluate(tmp_path, trained, "--features", "H")
     assert report["features"] == plain["features"] and "network unchanged" in result.out
     assert report["fine-tuned"]["labels"] == 16 and 0 <= report["fine-tuned"]["accuracy"] <= 1
-    assert "fine-tuned with 16 of 64 labels: " in result.out and f"{trained_for} epochs, batches of 16, Adam, lr 1e-3 -> 0 cosine" in result.out
+    assert "fine-tuned with 16 of 64 labels: " in result.out and f"{trained_for} epochs, batches of 16, Adam, lr 0.001 -> 0 cosine" in result.out
     assert set(report["supervised"]) == {"own layer", "20-NN", "linear"} and all(0 <= x <= 1 for x in report["supervised"].values())
     assert "all 64 labels; the run's views, 1 epochs" in result.out
     line = next(line for line in result.out.splitlines() if line.startswith("supervised, in "))
