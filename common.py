@@ -11,53 +11,54 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #
 # Part I, what a method file calls:
 #
-#    118  flag               a field of Args: default, help, bounds
-#    128  Args               the flags that all nine methods share
-#    202  world_size         the number of processes (MoCo)
-#    207  rank               this process's number among them (MoCo)
-#    216  gives_back         signal handlers, lock and processes, when train() ends
-#    242  set_up             device, precision, other processes
-#    280  load_data          read or draw the data set: Data
-#    528  build_backbone     the network whose output is H
-#    572  build_optimizer    Adam, SGD, LARS or Muon
-#    611  Run                the run's folder, checkpoints, log and checks
-#    839  distribute         the model for several processes, or compiled
-#    631  Run.resume         the step to start from, usually 0
-#    348  Data.batches       the batches of an epoch, uint8
-#    851  step_seed          the seed of a step's random draws
-#    363  Data.augment       the random views of a batch
-#   1114  learning_rate      the schedule's factor at a step
-#    644  Run.guard          a failed decomposition becomes a clear error
-#   1130  gather             embeddings of all processes, with gradient
-#    648  Run.watch          note whether loss and gradients are finite
-#    655  Run.progress       stop if they were not; show the status line
-#    666  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    674  Run.mean_loss      the mean loss of the epoch
-#   1140  extract            H of a set of images
-#   1162  project            Z of H
-#   1173  collapse_metrics   how much of its space a set of embeddings fills
-#   1227  knn_accuracy       accuracy of a vote among the nearest training images
-#    683  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    722  Run.save_backbone  write backbone.pt
-#    730  Run.close          print the scores
+#    121  flag               a field of Args: default, help, bounds
+#    131  Args               the flags that all nine methods share
+#    209  world_size         the number of processes (MoCo)
+#    214  rank               this process's number among them (MoCo)
+#    223  gives_back         signal handlers, lock and processes, when train() ends
+#    249  set_up             device, precision, other processes
+#    290  load_data          read or draw the data set: Data
+#    538  build_backbone     the network whose output is H
+#    585  build_optimizer    Adam, SGD, LARS or Muon
+#    624  Run                the run's folder, checkpoints, log and checks
+#    857  distribute         the model for several processes, or compiled
+#    647  Run.resume         the step to start from, usually 0
+#    359  Data.batches       the batches of an epoch, uint8
+#    869  step_seed          the seed of a step's random draws
+#    374  Data.augment       the random views of a batch
+#   1132  learning_rate      the schedule's factor at a step
+#    660  Run.guard          a failed decomposition becomes a clear error
+#   1148  gather             embeddings of all processes, with gradient
+#    664  Run.watch          note whether loss and gradients are finite
+#    671  Run.progress       stop if they were not; show the status line
+#    682  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    690  Run.mean_loss      the mean loss of the epoch
+#   1158  extract            H of a set of images
+#   1180  project            Z of H
+#   1191  collapse_metrics   how much of its space a set of embeddings fills
+#   1262  knn_accuracy       accuracy of a vote among the nearest training images
+#    699  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    740  Run.save_backbone  write backbone.pt
+#    748  Run.close          print the scores
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1675  main               run train(); print an expected error as one line
-#   1371  parse_args         Args from the command line
-#   1834  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1715  main               run train(); print an expected error as one line
+#   1406  parse_args         Args from the command line
+#   1901  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1296  Command line: flags from Args, checks, and sizes to propose
-#   1576  Messages and errors
-#   1742  Several processes
-#   1882  Data sets by name
-#   1972  Folders of images
-#   2397  Streaming
-#   2514  Recipes of augmentation
-#   2588  ResNets, LARS, Muon
-#   2718  Run folder and signals
-#   2899  Resume
-#   3129  Files of a run
+#   1331  Command line: flags from Args, checks, and sizes to propose
+#   1611  Messages and errors
+#   1782  Several processes
+#   1949  Data sets by name
+#   2039  Folders of images
+#   2465  Streaming
+#   2582  Recipes of augmentation
+#   2656  ResNets, Vision Transformer, LARS, Muon
+#   2799  Run folder and signals
+#   2980  Resume
+#   3210  Files of a run
+#   3288  Trained weights
 
 import argparse
 import collections
@@ -104,6 +105,8 @@ import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import torchvision  # noqa: E402
 from PIL import Image, ImageOps, TiffImagePlugin  # noqa: E402  (come with torchvision)
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_map_only  # noqa: E402
 from torchvision.transforms.v2 import functional  # noqa: E402
 
 # ==============================================================================
@@ -145,7 +148,10 @@ class Args:
     augment: str = flag("w-mse", "recipe of the random views; common.RECIPES explains them")
     views: int = flag(2, "views of each image", least=2, most=16)
 
-    backbone: str = flag("tiny", "`tiny`, or a torchvision ResNet by name, such as resnet18")
+    backbone: str = flag("tiny", "`tiny`, `vit_tiny` (a Vision Transformer), or a torchvision "
+                         "ResNet by name, such as resnet18")
+    init: str | None = flag(None, "weights to start the backbone from: last.pt or backbone.pt of a "
+                            "run, or torchvision's file")
     proj_hidden: int = flag(1024, "width of the hidden layers of the projector (BYOL: and of the "
                             "predictor)", least=1, most=2**14)
     proj_dim: int = flag(128, "d, channels of the embedding Z, the projector's output", least=2)
@@ -181,7 +187,8 @@ class Args:
     log_every: int = flag(10, "steps between two looks at the loss, which wait for the device",
                           least=1)
 
-    device: str = flag("auto", "`auto` takes a GPU if there is one", choices="auto cpu cuda")
+    device: str = flag("auto", "`auto` takes a GPU if there is one",
+                       choices="auto cpu cuda mps xpu")
     precision: str = flag("auto", "precision of the networks; `auto` takes bf16 if the processor "
                           "has it. The loss is always computed in fp32", choices="auto fp32 bf16")
     compile: bool = flag(False, "compile the backbones with torch.compile")
@@ -249,9 +256,10 @@ def set_up(args):
         check_args(args)  # a program may have changed them
     check(args.device != "cuda" or torch.cuda.is_available(),
           "--device cuda: torch finds no GPU that it can use; try --device cpu")
-    device = torch.device("cpu")
-    if args.device != "cpu" and torch.cuda.is_available():
+    if args.device in ("auto", "cuda") and torch.cuda.is_available():
         device = set_up_gpu()
+    else:
+        device = other_device(args.device)
     if world_size() > 1 and not dist.is_initialized():
         join_processes(device)
     return completed(args, device), device
@@ -260,9 +268,11 @@ def set_up(args):
 def has_fast_bf16(device):
     """True if the processor computes in bf16 instead of emulating it.
 
-    CUDA from Ampere on, x86 with AVX512-BF16 or AMX (known on Linux only)."""
+    CUDA from Ampere on, x86 with AVX512-BF16 or AMX (known on Linux only); no others."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
     try:
         with open("/proc/cpuinfo") as file:
             flags = file.read()
@@ -311,6 +321,7 @@ class Data:
     statistics       what the network needs, in plain values: mean, std, scale (see survey), size,
                      class_names
     test_note, notes for the first line on the screen
+    files            the names of the files of training and test images, None if there are none
     fingerprint      a text that tells whether a resumed run has the same images"""
 
     def __init__(self, args, device, train, labels, test, test_labels, class_names,
@@ -337,7 +348,7 @@ class Data:
         self.std = torch.tensor(std, dtype=torch.float32, device=device).view(3, 1, 1)
         self.statistics = {"mean": list(mean), "std": list(std), "scale": None, "size": self.size,
                            "class_names": list(class_names)}
-        self.test_note, self.notes = "", ""
+        self.test_note, self.notes, self.files = "", "", None
         self.steps_per_epoch = len(self.train) // args.batch_size
         in_memory = not isinstance(self.train, Files)
         self.must_be_cropped = in_memory and self.train.shape[2:] != (self.size, self.size)
@@ -368,11 +379,7 @@ class Data:
 
     def eval_views(self, images, index, batch_size):
         """images[index] without randomness, normalised: yields float32 [n, 3, size, size]."""
-        if isinstance(images, Files):
-            parts = images.centres(index, batch_size, self.args.num_workers)
-        else:
-            parts = (images[i] for i in index.split(batch_size))
-        for x in parts:
+        for x in parts_of(images, index, batch_size, self.args.num_workers):
             x = centre_view(x.to(self.device).float() / 255, self.size)
             yield ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
@@ -402,6 +409,13 @@ def evenly_spaced(images, labels, count):
     return part, None if labels is None else labels[index.to(labels.device)]
 
 
+def parts_of(images, index, batch_size, num_workers):
+    """images[index] in batches, uint8 [n, 3, H, W], of Files their centres."""
+    if isinstance(images, Files):
+        return images.centres(index, batch_size, num_workers)
+    return (images[i.to(images.device)] for i in index.split(batch_size))
+
+
 def centre_view(x, size):
     """The centre of images, resized with antialiasing: [n, 3, H, W] -> [n, 3, size, size].
 
@@ -422,13 +436,9 @@ def colour_statistics(images, num_workers=0):
 
     images: uint8 [N, 3, H, W] or Files. Returns two lists of three floats."""
     index = torch.arange(0, len(images), -(-len(images) // 5000))
-    if isinstance(images, Files):
-        parts = images.centres(index, 100, num_workers)
-    else:
-        parts = (images[i.to(images.device)] for i in index.split(100))
     mean, square = 0, 0
-    for part in parts:
-        x = part.double() / 255
+    for part in parts_of(images, index, 100, num_workers):
+        x = part.cpu().double() / 255
         mean = mean + x.mean((0, 2, 3)) * len(x)
         square = square + x.square().mean((0, 2, 3)) * len(x)
     mean, square = mean / len(index), square / len(index)
@@ -526,11 +536,14 @@ def texture(name, u, v):
 
 
 def build_backbone(name, image_size, width=32):
-    """(network, feature_dim). H = network(x) is [N, feature_dim], the output of average pooling.
+    """(network, feature_dim). H = network(x) is [N, feature_dim].
 
-    name: `tiny`, with `width` channels first, or a torchvision ResNet, else raises UserError."""
+    name: `tiny` or `vit_tiny`, whose channels follow from `width`, or a torchvision ResNet. Raises
+    UserError for other names, and for images that do not fit."""
     if name == "tiny":
         return Tiny(width), 32 * width
+    if name == "vit_tiny":
+        return build_vit(image_size, 3 * width), 3 * width
     return build_resnet(name, image_size)
 
 
@@ -620,10 +633,13 @@ class Run:
         check_crops(args, data)
         self.total_steps = args.epochs * data.steps_per_epoch
         self.rows, self.scores = [], {}
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=data.device)  # this epoch's
+        exact = torch.float64 if data.device.type in ("cpu", "cuda") else torch.float32
+        self.loss_sum = torch.zeros((), dtype=exact, device=data.device)  # this epoch's
         self.last_is_good = True  # False after a resume from previous.pt, until the next save
         self.clock = Clock()
         check_model(args, model)
+        if args.init and not (args.resume and holds_run(*candidate_folders(args))):
+            start_from(args.init, model)
         self.signals = StopSignals(args, data.device)
         self.folder, self.lock = open_folder(args)
         self.finite = FiniteWatch(model, data, self.folder)
@@ -686,6 +702,8 @@ class Run:
         images = self.data.steps_per_epoch * self.args.batch_size
         row["images_per_s"] = round(images / self.training_seconds, 1)
         row["seconds"] = round(self.clock.seconds(), 1)
+        if "rank" in row:
+            row["alignment"] = alignment(self.model, self.data, self.args)
         self.rows.append(row)
         self.loss_sum.zero_()
         self.clock.start_epoch()
@@ -710,7 +728,7 @@ class Run:
             return
         content = {"format": CHECKPOINT_FORMAT, "args": vars(self.args), "step": step,
                    "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                   "loss_sum": self.loss_sum.cpu(), "rows": self.rows,
+                   "loss_sum": self.loss_sum.cpu().double(), "rows": self.rows,
                    "seconds": self.clock.seconds(), "epoch_seconds": self.clock.epoch_seconds(),
                    "data": self.data.fingerprint, "data_statistics": self.data.statistics}
         buffer = io.BytesIO()
@@ -1185,13 +1203,16 @@ def collapse_metrics(z, eps=1e-4):
                     arXiv 2210.02885): 1 if constant
     corr            mean absolute correlation of two channels; a constant channel counts as 1
     entropy         1/2 log det(2 pi e (covariance + eps I)), a Gaussian's entropy, in nats
+    uniformity      log of the mean of exp(-2 squared distance) over the pairs of at most 500
+                    l2-normalised rows (Wang and Isola 2020, arXiv 2005.10242): 0 if constant
 
     Raises UserError if z is not finite."""
-    z = z.detach().double().cpu()
+    z = z.detach().cpu().double()
     check(z.isfinite().all(), "the network's output in eval mode is not finite: the weights "
           "diverged; try a smaller --lr (--lr-bias) or a longer --warmup")
     n, d = z.shape
-    std = F.normalize(z, dim=1).std(0, unbiased=False)
+    unit = F.normalize(z, dim=1)
+    std = unit.std(0, unbiased=False)
     centred = z - z.mean(0)
     s = torch.linalg.svdvals(centred)
     p = torch.linalg.svdvals(z)
@@ -1200,6 +1221,7 @@ def collapse_metrics(z, eps=1e-4):
     p = p / p.sum().clamp_min(1e-300) + 1e-7
     covariance = centred.T @ centred / max(1, n - 1)
     regular = covariance + eps * torch.eye(d, dtype=z.dtype)
+    pair_kernels = torch.pdist(unit[::-(-n // 500)]).square().mul(-2).exp()
     figures = {
         "dim": min(d, max(1, n - 1)),
         "std_sqrt_d": std.mean() * math.sqrt(d),
@@ -1210,8 +1232,21 @@ def collapse_metrics(z, eps=1e-4):
         "rankme": (-(p * p.log()).sum()).exp(),
         "corr": mean_correlation(covariance),
         "entropy": 0.5 * torch.linalg.slogdet(2 * math.pi * math.e * regular)[1],
+        "uniformity": pair_kernels.mean().log() if n > 1 else 0,
     }
     return {name: float(value) for name, value in figures.items()}
+
+
+def alignment(model, data, args):
+    """Mean squared distance of the l2-normalised Z of two views, the same at every call, of at most
+    256 queries in eval mode (Wang and Isola 2020), a float."""
+    images = evenly_spaced(data.queries, None, 256)[0]
+    if isinstance(images, Files):
+        (images,) = images.crops(torch.arange(len(images))[None], args, 0, data.device)
+    views = augment(images, args.augment, 2, data.size, data.mean, data.std, args.seed, step=0)
+    network = nn.Sequential(model.backbone, model.projector)
+    z1, z2 = (F.normalize(project(network, x, args.precision), dim=1).cpu().double() for x in views)
+    return (z1 - z2).square().sum(1).mean().item()
 
 
 def mean_correlation(covariance):
@@ -1414,9 +1449,7 @@ def check_values(args):
             known = known and "\0" not in text and len(text) <= 1000
             check(known, f"{option}: {value!r} is not known; try {default or 'a name'}")
             setattr(args, name, str(text))  # numpy's text would not go into a checkpoint
-    names = resnet_names()
-    check(args.backbone == "tiny" or args.backbone in names,
-          f"--backbone {args.backbone} is unknown; try tiny, {', '.join(names[:5])}")
+    check_backbone(args.backbone)
 
 
 def check_args(args):
@@ -1435,6 +1468,8 @@ def check_args(args):
           f"{args.data_dir} needs --dataset folder (or cifar10 ...); try --dataset folder")
     check(optimizer_of(args) == "muon" or args.lr_filters is None, "--lr-filters needs --optimizer "
           f"muon; with --optimizer {optimizer_of(args)} the filters' rate is --lr")
+    check(not args.init or args.resume or os.path.isfile(args.init),
+          f"--init {args.init} is no file; try runs/<run>/backbone.pt")
     check_rules(args)
 
 
@@ -1634,8 +1669,13 @@ def to_nowhere(number_):
         os.close(nowhere)
 
 
+def in_notebook():
+    """True in a cell of a notebook, which goes back at \\r but erases nothing."""
+    return type(sys.stdout).__module__.startswith("ipykernel")
+
+
 class StatusLine:
-    """How far something is: a line that moves on a terminal, elsewhere one every 30 seconds."""
+    """How far something is: a line that moves (in a log: one every 30 seconds)."""
 
     seconds, last, visible = 30, time.monotonic(), False
 
@@ -1644,11 +1684,11 @@ class StatusLine:
         return rank() == 0 and time.monotonic() - self.last >= self.seconds
 
     def show(self, text):
-        """Show a text in the status line, off a terminal at most every 30 seconds."""
+        """Show a text in the status line, in a log at most every 30 seconds."""
         with contextlib.suppress(AttributeError, ValueError):  # no terminal, but closed or a Tee
-            if rank() == 0 and sys.stdout.isatty():
-                text = text[:shutil.get_terminal_size().columns - 1]
-                write_words(sys.stdout, f"\r{text}\033[K")
+            if rank() == 0 and (in_notebook() or sys.stdout.isatty()):
+                text = text[:79 if in_notebook() else shutil.get_terminal_size().columns - 1]
+                write_words(sys.stdout, f"\r{text:79}" if in_notebook() else f"\r{text}\033[K")
                 self.visible, self.last = True, time.monotonic()
         if self.overdue():
             say(text)
@@ -1656,7 +1696,7 @@ class StatusLine:
     def clear(self):
         """Make room for other words."""
         if self.visible:
-            write_words(sys.stdout, "\r\033[K")
+            write_words(sys.stdout, f"\r{'':79}\r" if in_notebook() else "\r\033[K")
         self.visible, self.last = False, time.monotonic()
 
 
@@ -1775,6 +1815,33 @@ def set_up_gpu():
     # Whitening in full fp32, whatever the environment says. Convolutions may use TF32.
     torch.set_float32_matmul_precision("highest")
     return device
+
+
+def other_device(wanted):
+    """The CPU, or for one process an accelerator that is not CUDA. Raises UserError if --device
+    names another one. What it lacks is done by the CPU until train() ends."""
+    found = "cpu"
+    if wanted != "cpu" and world_size() == 1 and hasattr(torch, "accelerator"):  # from torch 2.6 on
+        if torch.accelerator.is_available():
+            found = torch.accelerator.current_accelerator().type
+            for ending in ENDINGS[-1:]:
+                ending.enter_context(LackingOnCPU())
+    check(wanted in ("auto", found), f"--device {wanted}: torch finds none, or not for several "
+          f"processes; try --device {found}")
+    return torch.device(found)
+
+
+class LackingOnCPU(TorchDispatchMode):
+    """A context in which the CPU does what a device has not implemented, such as eigh."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        try:
+            return function(*args, **kwargs or {})
+        except NotImplementedError:
+            device = next(x.device for x in args if torch.is_tensor(x))
+            args = tree_map_only(torch.Tensor, torch.Tensor.cpu, args)
+            found = function(*args, **kwargs or {})
+            return tree_map_only(torch.Tensor, lambda x: x.to(device), found)
 
 
 def join_processes(device):
@@ -2176,6 +2243,7 @@ def data_from_files(args, device, root, split, train, test, note, skipped, stati
     crc = zlib.crc32(crc.replace(os.sep, "/").encode(errors="surrogateescape"))
     data.fingerprint = f"{len(train)} files, {crc:08x}{measured if scale else ''}"
     data.statistics["scale"], data.test_note = scale, note
+    data.files = [[path for path, _ in images] for images in (train, test)]
     data.notes = measured + (f"; skipped: {words}" if words else "")
     return data
 
@@ -2585,13 +2653,15 @@ def blur(x, sigma):
     return torch.matmul(band[:, None], torch.matmul(x, band.mT[:, None]))
 
 
-# ==== ResNets, LARS, Muon ====
+# ==== ResNets, Vision Transformer, LARS, Muon ====
 
 
-def resnet_names():
-    """torchvision's ResNets by name."""
+def check_backbone(name):
+    """Raise UserError if there is no such backbone."""
     models = torchvision.models.list_models()
-    return [name for name in models if name.startswith("resnet") and name[6:].isdigit()]
+    names = [model for model in models if model.startswith("resnet") and model[6:].isdigit()]
+    names = ["tiny", "vit_tiny", *names]
+    check(name in names, f"--backbone {name} is unknown; try {', '.join(names[:6])}")
 
 
 def build_resnet(name, image_size):
@@ -2601,8 +2671,7 @@ def build_resnet(name, image_size):
     Barlow Twins, VICReg, CW-RGP code). The stem is SimCLR's (appendix B.9) and the W-MSE code's: up
     to 32 pixels 3x3 with stride 1 without pooling, up to 64 with pooling. Its weights are drawn as
     those of the other convolutions (W-MSE code: PyTorch's default)."""
-    check(name in resnet_names(),
-          f"--backbone {name} is unknown; try tiny, {', '.join(resnet_names()[:5])}")
+    check_backbone(name)
     network = torchvision.models.get_model(name, weights=None, zero_init_residual=True)
     if image_size <= 64:
         network.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
@@ -2612,6 +2681,18 @@ def build_resnet(name, image_size):
     feature_dim = network.fc.in_features
     network.fc = nn.Identity()
     return network, feature_dim
+
+
+def build_vit(image_size, width):
+    """torchvision's VisionTransformer of 3 layers; H is its class token. Patches have 4 x 4 pixels
+    up to 32 pixels, 8 x 8 up to 64, else 16 x 16. Raises UserError if they do not fit."""
+    patch = 4 if image_size <= 32 else 8 if image_size <= 64 else 16
+    check(image_size % patch == 0, f"--image-size {image_size} is no multiple of vit_tiny's patch, "
+          f"{patch}; try --image-size {image_size - image_size % patch}")
+    network = torchvision.models.VisionTransformer(
+        image_size, patch, num_layers=3, num_heads=3, hidden_dim=width, mlp_dim=2 * width)
+    network.heads = nn.Identity()
+    return network
 
 
 class LARS(torch.optim.Optimizer):
@@ -2717,12 +2798,12 @@ def orthogonalise(m, iterations=3):
 
 # ==== Run folder and signals ====
 
-CHECKPOINT_FORMAT = "nine-ssl-methods-2"
+CHECKPOINT_FORMAT = "nine-ssl-methods-3"
 DIGESTED = "model", "optimizer", "step", "rows", "loss_sum", "data", "data_statistics", "args"
 # Flags that may change on --resume. They do not change the numbers, except for rounding (compile)
 # and the permutations that a GPU draws (device).
 FREE_ON_RESUME = {"epochs", "out", "resume", "device", "num_workers", "log_every", "save_every",
-                  "compile", "data_dir", "given"}
+                  "compile", "data_dir", "given", "init"}
 
 
 STOP_SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"  # of clusters
@@ -3004,13 +3085,13 @@ def check_like(value, like, entry):
         signed = name not in ("step", "exp_avg_sq", "running_var", "num_batches_tracked")
         whole(signed or (value >= 0).all(), f"{entry} is negative")
     elif kind in ("int", "float"):
-        signed = name in ("loss", "entropy")
+        signed = name in ("loss", "entropy", "uniformity")
         whole(abs(value) < math.inf and (signed or value >= 0), f"{entry} is out of range")
 
 
 def check_entries(checkpoint, kind):
     """Raise DamagedError unless a run could have these rows and args. kind: its class of Args."""
-    figures = [*collapse_metrics(torch.eye(3)), "rank_h"]
+    figures = [*collapse_metrics(torch.eye(3)), "rank_h", "alignment"]
     for i, row in enumerate(checkpoint["rows"], 1):
         whole(isinstance(row, dict), f"rows.{i} is {described(row)}")
         names = ["loss", "lr", "images_per_s", "seconds", *(figures if len(row) > 7 else [])]
@@ -3202,3 +3283,70 @@ def git_revision():
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
         return done.stdout.strip()
     return ""
+
+
+# ==== Trained weights ====
+
+
+def load_backbone(run, device="cpu"):
+    """(network, prepare) of a run's folder or last.pt; network(prepare(images)) is H [N, features].
+
+    The network is in eval mode, without gradients. prepare makes float32 [N, 3, size, size] of a
+    list of image files or of uint8 [N, 3, H, W] (RGB), as for the run's kNN. Raises UserError."""
+    load = load_last if os.path.isdir(run) else load_checkpoint
+    checkpoint = load(os.fspath(run))
+    check(checkpoint, f"{run}: no last.pt in this folder; try runs/<run>/last.pt")
+    name, statistics = checkpoint["args"]["backbone"], checkpoint["data_statistics"]
+    network, _ = build_backbone(name, statistics["size"])
+    weights = backbone_weights(checkpoint)
+    check(weights.keys() == network.state_dict().keys(), f"{run}: its backbone is not --backbone "
+          f"{name}; load backbone.pt into your own")
+    network.load_state_dict(weights)
+
+    def prepare(images):
+        if torch.is_tensor(images):
+            check(images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3,
+                  f"images are {described(images)}; try uint8 [N, 3, H, W]")
+            x = centre_view(images.float() / 255, statistics["size"])
+        else:
+            x = torch.cat([prepare_file(os.fspath(path), statistics) for path in images])
+        mean, std = (torch.tensor(statistics[name]).view(3, 1, 1) for name in ("mean", "std"))
+        return ((x.cpu() - mean) / std).to(device)
+
+    return network.requires_grad_(False).eval().to(device), prepare
+
+
+def prepare_file(path, statistics):
+    """The centre of an image file for a run with these Data.statistics: [1, 3, size, size]."""
+    image, size = read_image(path, statistics["scale"]), statistics["size"]
+    check(image is not None, f"{shown(path)} cannot be read as an image; try another file")
+    side = size if min(image.shape[1:]) <= size else math.ceil(size * 8 / 7)
+    return centre_view(to_square(image, side)[None].float() / 255, size)
+
+
+def backbone_weights(checkpoint):
+    """{name: tensor} of the backbone alone."""
+    weights, start = checkpoint["model"], "backbone."
+    return {name[len(start):]: weights[name] for name in weights if name.startswith(start)}
+
+
+def start_from(path, model):
+    """Copy the weights in the file of --init into the model's backbones (the slow copy's too) where
+    name and shape fit, and say what did not. Raises UserError if less than half fits."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = backbone_weights(found) if "format" in found else found
+        finite = all(w.isfinite().all() for w in found.values())
+    except Exception as error:  # torch raises many kinds for what is no file of tensors
+        raise UserError(f"--init {path} is no file of weights ({type(error).__name__}); "
+                        "try runs/<run>/backbone.pt") from error
+    check(finite, f"--init {path}: not finite; try an earlier checkpoint")
+    backbones = [part for name, part in model.named_children() if name.endswith("backbone")]
+    own = backbones[0].state_dict()
+    fits = {name: w for name, w in found.items() if name in own and w.shape == own[name].shape}
+    words = f"--init {path}: {len(fits)} of the backbone's {len(own)} tensors"
+    check(len(fits) > len(own) / 2, f"{words} fit; try the --backbone that the file is of")
+    for backbone in backbones:
+        backbone.load_state_dict(fits, strict=False)
+    rest = [name for name in {**own, **found} if name not in fits]
+    say(words + (f"; left out: {listed(rest)}" if rest else ""))

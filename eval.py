@@ -5,14 +5,16 @@
     python eval.py runs/a --label-fraction 0.01            # the probe sees 1 % of the labels
     python eval.py runs/a --dataset folder --data-dir DIR  # other images than the run's own
     python eval.py runs/a --probe-epochs 0 --neighbors near.png --views views.png
+    python eval.py runs/a --probe-epochs 0 --save features.npz --split test
+    python eval.py runs/a --supervised --finetune 0.1      # trained with labels, for comparison
 
 Contents, by line number (`python tests/test_common.py` writes them):
-     65  command line             the flags, and what is refused before measuring
-    162  a run and its data       from a checkpoint to networks; a hash shows that these stay
-    333  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
-    487  report                   what is printed, and written by --json
-    598  pictures                 --views, --neighbors, --plot
-    740  all runs                 one after the other
+     82  command line             the flags, and what is refused before measuring
+    187  a run and its data       from a checkpoint to networks; a hash shows that these stay
+    358  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
+    599  report                   what is printed, and written by --json
+    710  pictures and files       --views, --neighbors, --plot, --save
+    902  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -20,7 +22,7 @@ Features:
     W          Z whitened by the method's own layer (wmse, shuffled_dbn, cw_rgp). The layer has no
                running statistics, so Z is cut at random into slices as large as in training.
     raw        the pixels, and
-    untrained  H of the weights with which the run started: the two baselines
+    untrained  H of the random weights of the run's seed, without --init: the two baselines
 
 Figures: all images, without augmentation, in eval mode, at the last checkpoint. An image larger
 than in training is cropped at its centre: 87.5 % of the side of STL-10's are kept here, 91.4 % in
@@ -31,12 +33,21 @@ the W-MSE code (which resizes to 70 pixels and crops 64).
                similarity; weight exp(cos / 0.1) (Wu et al., arXiv 1805.01978; 0.1: MoCo's demo)
     linear     accuracy of a linear layer trained on the fixed features (htdt/self-supervised,
                eval/sgd.py); top-5: how often the right class is among its first five
+    fine-tuned accuracy of the whole network and a linear layer, trained further with a share of the
+               labels (--finetune): crops and flips, Adam at a rate of 1e-3 that falls as a cosine,
+               batches of at most 256, at least 20 epochs and some 400 steps. A probe leaves H as it
+               is, so the two are not comparable
+    supervised accuracies of the run's backbone if it is trained with all labels instead
+               (--supervised): from the same random start, by cross-entropy on the run's views, with
+               its epochs, batches, optimizer and rates. Its own layer is trained with it
     collapse   how much of its space a set of embeddings fills: common.collapse_metrics of at most
                10,000 evenly spaced test images (training images if there are no others)
 """
 
 import argparse
+import collections
 import contextlib
+import copy
 import csv
 import functools
 import hashlib
@@ -46,13 +57,16 @@ import json
 import math
 import os
 import sys
+import time
 from types import SimpleNamespace
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 METHOD_FOLDERS = [os.path.join(HERE, "methods"), HERE]
+CURVES = os.path.join(HERE, "tests", "curves")  # <method>.csv: metrics.csv of its default run
 sys.path[1:1] = [*METHOD_FOLDERS, os.path.join(HERE, "tests")]  # tests: for experiments.py
 import common  # noqa: E402  (before torch: it says how torch's threads wait for each other)
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -60,6 +74,9 @@ from torchvision.utils import make_grid, save_image  # noqa: E402
 
 FEATURES = {"H": "H", "Z": "Z", "W": "W whitened Z", "raw": "raw pixels",
             "untrained": "untrained H"}
+FINETUNE = {"augment": "crop-flip", "views": 1, "optimizer": "adam", "lr": 1e-3, "lr_bias": 1e-3,
+            "weight_decay": 1e-6, "schedule": "cosine", "warmup": None}
+FINETUNE_EPOCHS, FINETUNE_STEPS = 20, 400  # at least so many of each
 
 # ==============================================================================
 # 1. Command line
@@ -89,6 +106,10 @@ def parse_args(argv=None):
         help="epochs of the linear probe, a layer trained on the features (default: 500); 0: none")
     add("--label-fraction", type=number(float, above=0, most=1, example=0.1), default=1.0,
         metavar="X", help="share of each class's labels that the probe sees (default: 1)")
+    add("--finetune", type=number(float, above=0, most=1, example=0.1), metavar="X",
+        help="also train the whole network further, with this share of each class's labels")
+    add("--supervised", action="store_true", help="also train the run's backbone with all labels "
+        "from its random start, as the run was trained without")
     add("--seed", type=number(int, least=0, most=2**31 - 1, example=0), default=0, metavar="N",
         help="of the probe, its labels, the slices of W and the views (default: 0)")
     add = parser.add_argument_group("images").add_argument
@@ -100,10 +121,13 @@ def parse_args(argv=None):
     add("--neighbors", metavar="FILE.png", help="images and the nearest ones by H (of one run)")
     add("--views", metavar="FILE.png", help="random views as in training (of one run)")
     add("--json", metavar="FILE", help="all figures as JSON")
+    add("--save", metavar="FILE.npz", help="H, Z, labels, file names of images (of one run)")
+    add("--split", choices=("train", "test", "all"), default="all",
+        help="the images of --save (default: all)")
     add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=number(int, least=1, example=500), metavar="N",
         help="images that pass the backbone together (default: 500, fewer above 64 pixels)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
+    add("--device", choices=("auto", "cpu", "cuda", "mps", "xpu"), default="auto",
         help="`auto`, the default, takes a GPU if there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the networks; "
         "`auto`, the default, takes bf16 if the processor has it. kNN and probe have fp32")
@@ -113,10 +137,10 @@ def parse_args(argv=None):
     common.check(common.world_size() == 1, "eval.py is one process; start it without torchrun")
     common.check(args.dataset != "folder" or args.data_dir,
                  "--dataset folder needs --data-dir DIR, the folder of your images")
-    for flag in ("plot", "neighbors", "views", "json"):
+    for flag in ("plot", "neighbors", "views", "json", "save"):
         check_writable(f"--{flag}", getattr(args, flag))
-    common.check(len(args.runs) == 1 or not (args.neighbors or args.views),
-                 f"--neighbors, --views: of one run; try {args.runs[0]}")
+    common.check(len(args.runs) == 1 or not (args.neighbors or args.views or args.save),
+                 f"--neighbors, --views, --save: of one run; try {args.runs[0]}")
     return args
 
 
@@ -124,8 +148,9 @@ def check_writable(flag, path):
     """Raise UserError if a file that will be written after measuring cannot be written."""
     if path is None:
         return
-    common.check(flag == "--json" or path.lower().endswith(".png"),
-                 f"{flag} {path} is not the name of a PNG file; try {path}.png")
+    kind = {"--json": "", "--save": ".npz"}.get(flag, ".png")
+    common.check(path.lower().endswith(kind),
+                 f"{flag} {path} is not the name of a {kind[1:].upper()} file; try {path}{kind}")
     common.check(not os.path.isdir(path), f"{flag} {path} is a folder; try a file name in it")
     if is_stream(path):
         return common.check(os.access(path, os.W_OK), f"{flag} {path} is read-only; try a file")
@@ -400,8 +425,8 @@ def whitened(run, z, seed):
 def sample(x, limit=10_000):
     """At most `limit` evenly spaced rows of x [N, d]."""
     count = min(limit, len(x))
-    rows = torch.linspace(0, len(x) - 1, count, device=x.device, dtype=torch.float64)
-    return x[rows.long()]
+    rows = torch.linspace(0, len(x) - 1, count, dtype=torch.float64)
+    return x[rows.long().to(x.device)]
 
 
 def labelled_rows(labels, fraction, seed=0):
@@ -444,9 +469,96 @@ def linear_probe(x, y, rows, x_test, y_test, epochs=500, seed=0, what="linear pr
     torch.set_num_threads(threads)
     with torch.no_grad():
         best = [layer(part).topk(min(5, classes)).indices for part in x_test.split(1000)]
-    hits = (torch.cat(best) == y_test[:, None]).double()  # [M, 5], the best guess first
+    hits = (torch.cat(best) == y_test[:, None]).cpu().double()  # [M, 5], the best guess first
     top5 = hits.sum(1).mean().item() if classes > 5 else None
     return hits[:, 0].mean().item(), top5
+
+
+def train_classifier(backbone, dim, data, rows, recipe, what):
+    """Train a backbone and a linear layer on its H [n, dim] by cross-entropy. Returns the layer.
+
+    rows: of the training images whose labels it may see. recipe: flags as those of a run; the loss
+    is the mean over the views. what: heads the status line. Raises UserError if it diverges."""
+    torch.manual_seed(recipe.seed)
+    classes = int(max(data.train_labels.max(), data.test_labels.max())) + 1
+    layer = nn.Linear(dim, classes).to(data.device)
+    optimizer = common.build_optimizer(nn.ModuleList([backbone.train(), layer]), recipe)
+    bf16 = dict(dtype=torch.bfloat16, enabled=recipe.precision == "bf16")
+    steps, step = len(rows) // recipe.batch_size, 0
+    for _ in common.said(range(recipe.epochs), recipe.epochs, f"{what}, epoch"):
+        order = rows[torch.randperm(len(rows))][: steps * recipe.batch_size].view(steps, -1)
+        if isinstance(data.labelled_train, common.Files):
+            batches = data.labelled_train.crops(order, recipe, step, data.device)
+        else:
+            batches = (data.labelled_train[index] for index in order.to(data.device))
+        for index, batch in zip(order.to(data.device), batches):
+            views = common.augment(batch, recipe.augment, recipe.views, data.size, data.mean,
+                                   data.std, seed=recipe.seed, step=step)
+            factor = common.learning_rate(recipe, step, recipe.epochs * steps, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+            with torch.autocast(data.device.type, **bf16):
+                logits = [layer(backbone(x)).float() for x in views]
+            loss = sum(F.cross_entropy(y, data.train_labels[index]) for y in logits) / len(logits)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+    common.check(loss.isfinite(), f"{what}: the loss is not finite; try --precision fp32")
+    return layer
+
+
+def finetuned(run, data, args):
+    """Train a copy of the run's network further with --finetune of the labels (FINETUNE).
+
+    Prints and returns the figures."""
+    rows = labelled_rows(data.train_labels, args.finetune, args.seed)
+    recipe = SimpleNamespace(**FINETUNE, seed=args.seed, precision=args.precision)
+    recipe.batch_size, recipe.num_workers = min(256, len(rows)), args.num_workers
+    recipe.epochs = max(FINETUNE_EPOCHS,
+                        math.ceil(FINETUNE_STEPS / (len(rows) // recipe.batch_size)))
+    backbone = copy.deepcopy(run.model.backbone)
+    layer = train_classifier(backbone, run.h[0].shape[1], data, rows, recipe, "fine-tuning")
+    h = extract(backbone, data, args, "fine-tuned H")[1]
+    figures = {"labels": len(rows), "accuracy": own_accuracy(layer, h, data)}
+    common.say(f"\nfine-tuned with {len(rows)} of {len(data.train_labels)} labels: "
+               f"{100 * figures['accuracy']:.2f} %")
+    common.say(f"  whole network and a new linear layer; {recipe.epochs} epochs, batches of "
+               f"{recipe.batch_size}, Adam, lr {recipe.lr:g} -> 0 cosine after a tenth of warm-up, "
+               f"crops and flips, seed {args.seed}")
+    return figures
+
+
+def supervised(run, data, args):
+    """Train the run's backbone from its random start with all labels, as the run was without.
+
+    Prints and returns the accuracies of its H, by the layer that was trained with it too."""
+    recipe = SimpleNamespace(**vars(run.args))
+    recipe.precision, recipe.num_workers = args.precision, args.num_workers
+    rows, started = torch.arange(len(data.train_labels)), time.monotonic()
+    common.check(len(rows) >= recipe.batch_size, f"--supervised: {len(rows)} training images are "
+                 f"fewer than the run's batch of {recipe.batch_size}; try it on more images")
+    backbone = copy.deepcopy(run.untrained.backbone)
+    layer = train_classifier(backbone, run.h[0].shape[1], data, rows, recipe, "supervised")
+    minutes = common.format_seconds(time.monotonic() - started)
+    h, queries = extract(backbone, data, args, "supervised H")
+    labels = data.train_labels, data.test_labels
+    figures = {"own layer": own_accuracy(layer, queries, data),
+               "20-NN": common.knn_accuracy(h, labels[0], queries, labels[1])}
+    if args.probe_epochs:
+        figures["linear"], _ = linear_probe(h, labels[0], rows, queries, labels[1],
+                                            epochs=args.probe_epochs, seed=args.seed)
+    words = [f"{name} {100 * accuracy:.2f} %" for name, accuracy in figures.items()]
+    common.say(f"\nsupervised, in {minutes}: {', '.join(words)}")
+    common.say(f"  {run.args.backbone} from its random start with all {len(rows)} labels; the "
+               f"run's views, {recipe.epochs} epochs, batches, optimizer and rates")
+    return figures
+
+
+def own_accuracy(layer, h, data):
+    """Accuracy (0 ... 1) of a linear layer on H of the test images [M, dim]."""
+    with torch.no_grad():
+        return (layer(h).argmax(1) == data.test_labels).cpu().double().mean().item()
 
 
 def accuracies(x, data, rows, args, name):
@@ -595,7 +707,7 @@ def say_collapse(results, how):
 
 
 # ==============================================================================
-# 5. Pictures
+# 5. Pictures and files
 # ==============================================================================
 
 
@@ -671,6 +783,34 @@ def draw_neighbors(path, data, h):
     write_sheet(path, framed)
 
 
+def write_features(path, split, run, data):
+    """An .npz file of arrays with a row per image, training images first, in the order of files:
+
+    H, Z         float32 [N, dim]; no Z if only the backbone could be rebuilt
+    labels       int64 [N], -1 where there is none; class_names [classes] has their names
+    split        text [N], "train" or "test"
+    file_names   text [N], below --data-dir; empty for a data set that is not a folder of files
+
+    split: "train", "test" or "all"."""
+    splits = [name for name in ("train", "test") if split in (name, "all")]
+    splits = splits if test_count(data) else ["train"]
+    kept = collections.defaultdict(list)
+    for i, labels in enumerate((data.train_labels, data.test_labels)):
+        name, h = ("train", "test")[i], run.h[i].cpu()
+        if name in splits:
+            kept["H"].append(h)
+            kept["Z"] += [] if run.z is None else [run.z[i].cpu()]
+            kept["labels"].append(torch.full([len(h)], -1) if labels is None else labels.cpu())
+            kept["split"] += [name] * len(h)
+            kept["file_names"] += data.files[i] if data.files else []
+    arrays = {name: torch.cat(kept[name]).numpy() for name in ("H", "Z", "labels") if kept[name]}
+    arrays.update({name: np.array(kept[name], dtype=str) for name in ("split", "file_names")})
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays, class_names=np.array(data.class_names, dtype=str))
+    write_output(path, buffer.getvalue())
+    common.say(f"{path}: {len(kept['split'])} images: {', '.join(arrays)}, class_names")
+
+
 def import_figure():
     """matplotlib's Figure. Raises UserError without matplotlib."""
     try:
@@ -681,34 +821,58 @@ def import_figure():
     return Figure
 
 
-def read_curves(folder):
-    """metrics.csv of a run folder as {column: [number or nan]}, {} if it cannot be read."""
+def read_curves(path):
+    """The metrics.csv of a run as {column: [number or nan]}, {} if it cannot be read."""
     try:
-        with open(os.path.join(folder, "metrics.csv"), newline="") as file:
+        with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
         return {name: [float(row[name] or "nan") for row in rows] for name in rows[0]}
     except (OSError, ValueError, TypeError, LookupError):
-        common.warn(f"{folder or '.'}: no readable metrics.csv, "
-                    "so no training curves of this run")
+        folder, name = os.path.split(path)
+        common.warn(f"{folder or '.'}: no readable {name}, so no training curves of this run")
         return {}
 
 
 def singular_values(x):
     """Singular values of the centred rows x [N, d] (at most 10,000 of them), in falling order."""
-    x = sample(x).double().cpu()
+    x = sample(x).cpu().double()
     return torch.linalg.svdvals(x - x.mean(0))
 
 
-def draw_curve(panel, x, y, label, marker="."):
+def draw_curve(panel, x, y, label, **style):
     """y over x without the points that were not measured (nan)."""
     points = [(a, b) for a, b in zip(x, y) if not math.isnan(b)]
-    panel.plot([a for a, _ in points], [b for _, b in points], marker=marker, label=label)
+    panel.plot([a for a, _ in points], [b for _, b in points], label=label, **style)
 
 
-def draw_plot(path, spectra):
-    """Spectra and training curves. spectra: (folder, singular values of H, of Z) of each run."""
-    figure = import_figure()(figsize=(14, 8), layout="constrained")
-    panels = list(figure.subplots(2, 3).flat)
+def draw_training(panels, found, label, **style):
+    """The curves of read_curves in five panels: kNN, loss, spread, rank, alignment."""
+    minutes = [seconds / 60 for seconds in found.get("seconds", [])]
+    knn = [100 * accuracy for accuracy in found.get("knn", [])]
+    draw_curve(panels[0], minutes, knn, label, **style)
+    for panel, column in zip(panels[1:], ("loss", "std_sqrt_d", "rank_1pct")):
+        draw_curve(panel, found.get("epoch", []), found.get(column, []), label, **style)
+    pairs = found.get("uniformity", []), found.get("alignment", [])
+    draw_curve(panels[4], *pairs, label, **style)
+
+
+def draw_references(panels, methods):
+    """Dashed: the default runs of these methods on `patterns`, as far as CURVES has them."""
+    paths = {method: os.path.join(CURVES, f"{method}.csv") for method in methods}
+    for method in [method for method in methods if os.path.isfile(paths[method])]:
+        found = read_curves(paths.pop(method))
+        draw_training(panels, found, f"{method}, reference", ls="--", color="grey")
+    if paths:
+        common.say(f"no reference curves of {', '.join(paths)} in {CURVES}")
+
+
+def draw_plot(path, spectra, methods=()):
+    """Spectra and training curves. spectra: (folder, singular values of H, of Z) of each run.
+
+    methods: whose reference curves are drawn beside them."""
+    figure = import_figure()(figsize=(18, 8), layout="constrained")
+    panels = list(figure.subplots(2, 4).flat)
+    panels[7].set_axis_off()
     for panel, name in zip(panels, "HZ"):
         panel.set(title=f"singular values of centred {name}", xlabel="k", ylabel="log10 sigma_k")
     panels[2].set(title="kNN while training, %", xlabel="minutes")
@@ -716,20 +880,18 @@ def draw_plot(path, spectra):
     panels[3].set(yscale="symlog")  # -1 for SimSiam, thousands for Barlow Twins
     panels[4].set(title="std sqrt(d) of Z", xlabel="epoch")
     panels[5].set(title="rank of Z (above 1 % of the largest)", xlabel="epoch")
+    panels[6].set(title="alignment (down is better)", xlabel="uniformity (left is better)")
+    draw_references(panels[2:], methods)
     for folder, *sigmas in spectra:
         label = os.path.basename(os.path.abspath(folder))
         for panel, sigma in zip(panels, sigmas):
             sigma = sigma.clamp_min(max(1e-12, 1e-8 * sigma[0].item()))  # no log of 0
-            draw_curve(panel, range(1, len(sigma) + 1), sigma.log10().tolist(), label, marker="")
-        found = read_curves(folder)
-        minutes = [seconds / 60 for seconds in found.get("seconds", [])]
-        knn = [100 * accuracy for accuracy in found.get("knn", [])]
-        draw_curve(panels[2], minutes, knn, label)
-        for panel, column in zip(panels[3:], ("loss", "std_sqrt_d", "rank_1pct")):
-            draw_curve(panel, found.get("epoch", []), found.get(column, []), label)
-    for panel in panels:
+            draw_curve(panel, range(1, len(sigma) + 1), sigma.log10().tolist(), label)
+        found = read_curves(os.path.join(folder, "metrics.csv"))
+        draw_training(panels[2:], found, label, marker=".")
+    for panel in panels[:7]:
         panel.grid(alpha=0.3)
-    panels[0].legend(fontsize="small")
+    panels[7].legend(*panels[3].get_legend_handles_labels(), loc="center")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     write_output(path, buffer.getvalue())
@@ -749,23 +911,35 @@ def run(args):
     settings = common.Args(device=args.device, precision=args.precision)
     settings, device = common.set_up(settings)
     args.precision = settings.precision  # fp32 or bf16
-    reports, spectra = [], []
+    reports, spectra, methods = [], [], {}
     for path in args.runs:
         trained = load_run(path, device)
         data = load_data(trained, args, device)
+        common.check(args.split != "test" or test_count(data),
+                     "--split test: there are no test images; try --split train")
+        common.check(data.labelled or not (args.finetune or args.supervised), "--finetune, "
+                     "--supervised need labelled training and test images; try it without")
         with unchanged(trained.model) as digest:
             reports.append(evaluate(trained, data, args))
+            if args.finetune:
+                reports[-1]["fine-tuned"] = finetuned(trained, data, args)
+            if args.supervised:
+                reports[-1]["supervised"] = supervised(trained, data, args)
         common.say("  network unchanged: sha256 of all parameters and buffers "
                    f"{digest[:12]} before and after")
         if args.plot:
             sigmas = [singular_values(x[1]) for x in (trained.h, trained.z) if x is not None]
             spectra.append((trained.folder, *sigmas))
+            if trained.args.dataset == "patterns":
+                methods.setdefault(trained.name)
         if args.neighbors:
             draw_neighbors(args.neighbors, data, trained.h)
         if args.views:
             draw_views(args.views, data)
+        if args.save:
+            write_features(args.save, args.split, trained, data)
     if args.plot:
-        draw_plot(args.plot, spectra)
+        draw_plot(args.plot, spectra, methods)
     if args.json:
         write_output(args.json, (json.dumps(reports, indent=1) + "\n").encode())
 

@@ -41,7 +41,7 @@ SHARED = [
     ("--save-every -5", "--save-every", "try 100"), ("--log-every 0", "--log-every", "try 10"),
     ("--lr", "--lr: expected one argument", HELP),
     ("--learning-rate 1", "--learning-rate", HELP), ("--batch 32", "--batch", HELP), ("--resume yes", "yes", HELP),
-    ("--compile=1", "--compile", HELP),
+    ("--compile=1", "--compile", HELP), ("--init nowhere.pt", "--init nowhere.pt", TRY),
 ]
 OF_METHOD = [
     ("simclr", "--temperature 0", "--temperature", "try 0.5"), ("simclr", "--temperature -0.5", "--temperature", "try 0.5"),
@@ -77,6 +77,7 @@ OF_EVAL = [
     ("run --probe-epochs -1", "--probe-epochs", "try 500"),
     ("run --probe-epochs 1.5", "--probe-epochs", "try 500"), ("run --label-fraction 0", "--label-fraction", "try 0.1"),
     ("run --label-fraction 1.01", "--label-fraction", "try 0.1"), ("run --label-fraction 10%", "--label-fraction", "try 0.1"),
+    ("run --finetune 0", "--finetune", "try 0.1"), ("run --split half", "--split", TRY), ("run --save f.npy", "--save f.npy", TRY),
     ("run --seed -1", "--seed", "try 0"), ("run --batch-size 0", "--batch-size", "try 500"), ("run --device tpu", "--device", TRY),
     ("run --precision fp64", "--precision", TRY), ("run --num-workers -1", "--num-workers", "try 2"),
     ("run --plot curves.pdf", "--plot curves.pdf", "try curves.pdf.png"),
@@ -154,7 +155,7 @@ def test_there_are_enough_cases_and_every_flag_has_one():
     known = {flag for module in METHODS for flag in flags_of(module)}
     tried = {word.split("=")[0] for script, text, *_ in CASES if script != "eval" for word in text.split() if word.startswith("--")}
     assert known - tried - free == set()
-    free = {"--help", "--data-dir"}  # the second: test_eval.py, since it takes a trained run
+    free = {"--help", "--data-dir", "--supervised"}  # the second: test_eval.py, since it takes a trained run
     tried = {word.split("=")[0] for script, text, *_ in CASES if script == "eval" for word in text.split() if word.startswith("--")}
     assert flags_of("eval") - tried - free == set()
 

@@ -198,7 +198,7 @@ def test_the_plot_of_an_unknown_experiment_has_no_z(trained, tmp_path):
     pytest.importorskip("matplotlib", reason="the plot is the one thing that needs it")
     path = as_experiment(trained, tmp_path / "last.pt", "no-such-experiment")
     evaluate(tmp_path, path, "--features", "Z,W", "--plot", tmp_path / "p.png")
-    assert sheet_size(tmp_path / "p.png") == (1400, 800)
+    assert sheet_size(tmp_path / "p.png") == (1800, 800)
 
 
 def test_a_backbone_that_does_not_fit_is_one_line(trained, tmp_path):
@@ -336,10 +336,10 @@ def test_report(trained, small_folder, tmp_path):
 
 def test_long_figures_stay_apart(capsys):
     """The entropy of 1024 channels that hardly vary has nine characters."""
-    figures = common.collapse_metrics(torch.randn(50, 8)) | {"corr": -0.234, "entropy": -123456.789}
+    figures = common.collapse_metrics(torch.randn(50, 8)) | {"corr": -0.234, "entropy": -123456.789, "uniformity": -3.25}
     evaluation.say_collapse({"H": {"dim": 8, "collapse": figures}}, "here")
     names, cells = (line.split() for line in capsys.readouterr().out.splitlines()[1:3])
-    assert len(cells) == len(names) and cells[-2:] == ["-0.234", "-123456.789"]
+    assert len(cells) == len(names) and cells[-3:] == ["-0.234", "-123456.789", "-3.250"]
 
 
 def test_folder_and_file_name_the_same_run_and_several_runs_follow_each_other(trained, tmp_path):
@@ -413,8 +413,40 @@ def test_plot(trained, tmp_path):
     bare.mkdir()
     shutil.copy(trained / "last.pt", bare)  # a run without metrics.csv: its spectra are drawn, its curves are not
     result, _ = evaluate(tmp_path, trained, bare, "--features", "H", "--plot", tmp_path / "p.png")
-    assert sheet_size(tmp_path / "p.png") == (1400, 800)
-    assert "no readable metrics.csv" in result.err
+    assert sheet_size(tmp_path / "p.png") == (1800, 800)
+    assert "no readable metrics.csv" in result.err and "reference" not in result.out  # which are of `patterns`
+
+
+def test_reference_curves_stand_beside_the_runs_of_their_method(tmp_path, monkeypatch):
+    """Dashed, from tests/curves; the methods without a file are named. A point that was not measured is left out."""
+    pytest.importorskip("matplotlib", reason="the plot is the one thing that needs it")
+    curves = tmp_path / "curves"
+    curves.mkdir()
+    header = "epoch,step,loss,lr,knn,dim,std_sqrt_d,rank_1pct,uniformity,alignment,images_per_s,seconds"
+    (curves / "byol.csv").write_text(f"{header}\n1,39,3.5,1e-3,,64,0.5,7,-1.5,0.75,900,60\n2,78,2.5,0,0.5,64,0.75,9,-2.5,0.25,900,120\n")
+    monkeypatch.setattr(evaluation, "CURVES", str(curves))
+    figures, kind = [], evaluation.import_figure()
+    monkeypatch.setattr(evaluation, "import_figure", lambda: lambda **more: figures.append(kind(**more)) or figures[-1])
+    said = []
+    monkeypatch.setattr(common, "say", said.append)
+    evaluation.draw_plot(str(tmp_path / "p.png"), [], ["byol", "moco"])
+    lines = [axes.get_lines() for axes in figures[0].axes]
+    drawn = [[list(zip(*line.get_data())) for line in panel] for panel in lines]
+    assert drawn == [[], [], [[(2.0, 50.0)]], [[(1, 3.5), (2, 2.5)]], [[(1, 0.5), (2, 0.75)]], [[(1, 7), (2, 9)]],
+                     [[(-1.5, 0.75), (-2.5, 0.25)]], []]
+    assert {(line.get_label(), line.get_linestyle()) for panel in lines for line in panel} == {("byol, reference", "--")}
+    assert said[0] == f"no reference curves of moco in {curves}" and sheet_size(tmp_path / "p.png") == (1800, 800)
+
+
+def test_a_run_on_patterns_asks_for_its_reference(trained, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the plot is the one thing that needs it")
+    draw = common.make_patterns
+    monkeypatch.setattr(common, "make_patterns", lambda: draw(0, 64, 20))
+    argv = [*SMALL, *SMALL_OF["vicreg"], "--epochs", "1", "--out", tmp_path / "run"]
+    assert run_here("vicreg", argv).status == 0
+    monkeypatch.setattr(evaluation, "CURVES", "nowhere")
+    result, _ = evaluate(tmp_path, tmp_path / "run", trained, "--features", "H", "--plot", tmp_path / "p.png")
+    assert "no reference curves of vicreg in nowhere" in result.out
 
 
 def test_without_matplotlib_one_line(trained, tmp_path, monkeypatch):
@@ -446,6 +478,8 @@ def changed(trained, path, **changes):
     (["--plot", "/nonexistent/p.png"], "--plot /nonexistent/p.png cannot be written"),
     (["--views", "v.jpg"], "not the name of a PNG"),
     (["--json", "/"], "is a folder"),
+    (["--save", "features.npy"], "not the name of a NPZ file; try features.npy.npz"),
+    (["another", "--save", "f.npz"], "of one run"),
     (["another", "--neighbors", "n.png"], "of one run"),
     (["--unknown"], "--unknown"),
 ])
@@ -516,3 +550,87 @@ def test_the_file_fits_on_a_screen():
     sections = re.findall(r"^# (\d)\. ([A-Za-z ]+)", text, re.MULTILINE)
     assert [number for number, _ in sections] == list("123456") and len(contents) == 6
     assert all(name in title.lower() for (_, name), (_, title) in zip(contents, sections))
+
+
+# ------------------------------------------------------------------------------
+# Training with labels
+# ------------------------------------------------------------------------------
+
+
+def test_the_labels_decide_what_a_classifier_learns(trained):
+    """Right labels on the test images where they are right; with the rows of two classes alone it never names the others."""
+    run = evaluation.load_run(str(trained), torch.device("cpu"))
+    args = evaluation.parse_args([str(trained), "--precision", "fp32"])
+    data = evaluation.load_data(run, args, torch.device("cpu"))
+    recipe = SimpleNamespace(**{**evaluation.FINETUNE, "augment": "none"}, seed=0, precision="fp32", batch_size=16, epochs=8, num_workers=0)
+
+    def accuracy(rows):
+        backbone = evaluation.copy.deepcopy(run.model.backbone)
+        layer = evaluation.train_classifier(backbone, 1024, data, rows, recipe, "test")
+        h = common.extract(backbone, data, data.test)
+        with torch.no_grad():
+            guesses = layer(h).argmax(1)
+        assert evaluation.own_accuracy(layer, h, data) == (guesses == data.test_labels).double().mean().item()
+        return guesses, (guesses == data.test_labels).double().mean().item()
+
+    assert accuracy(torch.arange(64))[1] > 0.8
+    guesses, share = accuracy((data.train_labels < 2).nonzero().flatten())
+    assert set(guesses.tolist()) == {0, 1} and 0.3 < share <= 0.5
+    data.train_labels = 3 - data.train_labels
+    assert accuracy(torch.arange(64))[1] < 0.2
+
+
+@pytest.mark.parametrize("epochs, steps, trained_for", [(5, 3, 5), (2, 6, 6)])
+def test_fine_tuning_and_supervised_training(trained, tmp_path, monkeypatch, epochs, steps, trained_for):
+    """Each beside the table with its protocol, the share of labels of each class, and the run's network as it was."""
+    monkeypatch.setattr(evaluation, "FINETUNE_EPOCHS", epochs)
+    monkeypatch.setattr(evaluation, "FINETUNE_STEPS", steps)  # one a step here
+    result, (report,) = evaluate(tmp_path, trained, "--features", "H", "--finetune", "0.25", "--supervised")
+    _, (plain,) = evaluate(tmp_path, trained, "--features", "H")
+    assert report["features"] == plain["features"] and "network unchanged" in result.out
+    assert report["fine-tuned"]["labels"] == 16 and 0 <= report["fine-tuned"]["accuracy"] <= 1
+    assert "fine-tuned with 16 of 64 labels: " in result.out and f"{trained_for} epochs, batches of 16, Adam, lr 0.001 -> 0 cosine" in result.out
+    assert set(report["supervised"]) == {"own layer", "20-NN", "linear"} and all(0 <= x <= 1 for x in report["supervised"].values())
+    assert "all 64 labels; the run's views, 1 epochs" in result.out
+    line = next(line for line in result.out.splitlines() if line.startswith("supervised, in "))
+    assert line.count(" %") == 3
+    if epochs == 2:
+        _, (repeated,) = evaluate(tmp_path, trained, "--features", "H", "--finetune", "0.25", "--supervised")
+        assert repeated == report  # the seed decides
+
+
+def test_supervised_training_is_that_of_the_run_but_for_the_loss(trained, monkeypatch):
+    """Its random start, views, batches, steps and rates."""
+    run = evaluation.load_run(str(trained), torch.device("cpu"))
+    args = evaluation.parse_args([str(trained), "--precision", "fp32", "--probe-epochs", "0"])
+    data = evaluation.load_data(run, args, torch.device("cpu"))
+    run.h = [torch.zeros(1, 1024)]
+    calls, rates, augment, build = [], [], common.augment, common.build_optimizer
+    monkeypatch.setattr(common, "augment", lambda batch, *more, **named: calls.append((len(batch), *more[:3], *named.values())) or augment(
+        batch, *more, **named))
+    monkeypatch.setattr(common, "build_optimizer", lambda model, args: rates.append((args.optimizer, args.lr, args.lr_bias)) or build(model, args))
+    start = evaluation.checksum(run.untrained)
+    evaluation.supervised(run, data, args)
+    flags = run.args
+    assert calls == [(32, flags.augment, flags.views, 32, flags.seed, step) for step in (0, 1)]
+    assert rates == [(flags.optimizer, flags.lr, flags.lr_bias)]
+    assert evaluation.checksum(run.untrained) == start
+
+
+def test_streamed_images_train_a_classifier_too(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "MEMORY_LIMIT", 0)
+    _, (report,) = evaluate(tmp_path, trained, "--features", "H", "--supervised", "--probe-epochs", "0", "--num-workers", "0")
+    assert set(report["supervised"]) == {"own layer", "20-NN"}
+
+
+def test_training_with_labels_needs_labels_and_a_batch_of_images(trained, small_folder, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in sorted((small_folder / "train").rglob("*.png")):
+        shutil.copy(path, flat)
+    for flag in (["--supervised"], ["--finetune", "0.1"]):
+        result = run_here("eval", [*QUICK, trained, "--data-dir", flat, *flag])
+        assert is_one_line_error(result) and "need labelled training and test images" in result.err
+    few = make_folder(tmp_path / "few", train=20, test=8)
+    result = run_here("eval", [*QUICK, trained, "--data-dir", few, "--supervised"])
+    assert is_one_line_error(result) and "fewer than the run's batch of 32" in result.err

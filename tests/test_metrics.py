@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import run_here
 
-FIGURES = ("dim", "std_sqrt_d", "rank", "rank_1pct", "stable_rank", "stable_rank_sq", "rankme", "corr", "entropy")
+FIGURES = ("dim", "std_sqrt_d", "rank", "rank_1pct", "stable_rank", "stable_rank_sq", "rankme", "corr", "entropy", "uniformity")
 
 
 def seeded(seed=0):
@@ -132,8 +132,54 @@ def test_the_same_identity_bounds_the_deviation_of_any_unit_rows(offset):
 def test_all_figures_but_the_entropy_ignore_the_scale(scale):
     z = torch.randn(100, 12, generator=seeded(4), dtype=torch.float64) @ torch.diag(torch.arange(1.0, 13, dtype=torch.float64)) + 1
     one, other = common.collapse_metrics(z), common.collapse_metrics(scale * z)
-    for name in FIGURES[:-1]:
+    for name in set(FIGURES) - {"entropy"}:
         assert other[name] == pytest.approx(one[name], rel=1e-6), name
+
+
+@pytest.mark.parametrize("n, kept", [(2, 2), (37, 37), (500, 500), (501, 251), (1000, 500)])
+def test_uniformity_is_the_log_mean_kernel_over_all_pairs_of_unit_rows(n, kept):
+    """Written out; above 500 rows every second one, or third, and so on."""
+    z = torch.randn(n, 5, generator=seeded(5), dtype=torch.float64) + 0.5
+    unit = (z / z.norm(dim=1, keepdim=True)).numpy()[:: -(-n // 500)]
+    assert len(unit) == kept
+    kernels = np.concatenate([np.exp(-2 * np.square(unit[i] - unit[:i]).sum(1)) for i in range(kept)])
+    assert len(kernels) == kept * (kept - 1) / 2
+    assert common.collapse_metrics(z)["uniformity"] == pytest.approx(math.log(kernels.mean()), rel=1e-9)
+
+
+def test_uniformity_of_one_point_and_of_two_opposite_ones():
+    assert common.collapse_metrics(torch.ones(9, 4))["uniformity"] == pytest.approx(0, abs=1e-9)
+    assert common.collapse_metrics(torch.tensor([[3.0, 4.0], [-0.3, -0.4]]))["uniformity"] == pytest.approx(-8)  # distance 2
+
+
+class TwoPoints(torch.nn.Module):
+    """A network whose output is its mean brightness, moved by a batch norm that would give away training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 6), torch.nn.BatchNorm1d(6))
+        self.projector = torch.nn.Linear(6, 4)
+
+
+@pytest.mark.parametrize("recipe, zero", [("none", True), ("crop-flip", False)])
+def test_alignment_is_the_mean_squared_distance_of_two_views_of_the_first_queries(recipe, zero):
+    args = common.Args(device="cpu", precision="fp32", augment=recipe, image_size=8, batch_size=2, views=3, seed=3)
+    images = torch.randint(0, 256, (300, 3, 8, 8), dtype=torch.uint8, generator=seeded(6))
+    data = common.Data(args, torch.device("cpu"), images[:20], None, images, None, [])
+    torch.manual_seed(0)
+    model = TwoPoints().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    found = common.alignment(model, data, args)
+    assert torch.equal(state, torch.get_rng_state()) and model.backbone.training and model.projector.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert common.alignment(model, data, args) == found and (found == 0) == zero
+    index = np.linspace(0, 299, 256).astype(int)
+    views = common.augment(data.test[index], recipe, 2, 8, data.mean, data.std, seed=3, step=0)
+    with torch.no_grad():
+        z1, z2 = (model.eval().projector(model.backbone(x)).double().numpy() for x in views)
+    rows = [np.square(a / np.linalg.norm(a) - b / np.linalg.norm(b)).sum() for a, b in zip(z1, z2)]
+    assert found == pytest.approx(np.mean(rows), rel=1e-4, abs=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (8, 1), (1, 1), (2, 8), (5, 50)])

@@ -289,6 +289,7 @@ def test_the_row_of_an_epoch(recorded, method):
         figures = common.collapse_metrics(z)
         assert {name: row[name] for name in figures} == pytest.approx(figures, rel=1e-2)
         assert row["rank_h"] == common.collapse_metrics(h)["rank_1pct"]
+        assert 0 < row["alignment"] < 4 and -4 < row["uniformity"] <= 0
     assert len(seen.rows) == EPOCHS == len(seen.run.rows)
 
 

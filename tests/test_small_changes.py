@@ -685,18 +685,21 @@ def test_a_sheet_has_each_pixel_where_it_belongs(tmp_path):
 
 def test_the_plot_shows_the_right_columns(monkeypatch, tmp_path):
     """Without matplotlib: what is drawn in each panel, in minutes, percent and logarithms to base ten, without what was not measured."""
-    panels = [SimpleNamespace(drawn=[], set=lambda **_: None, grid=lambda **_: None, legend=lambda **_: None) for _ in range(6)]
+    panels = [SimpleNamespace(drawn=[], set=lambda **_: None, grid=lambda **_: None, legend=lambda *_, **__: None, set_axis_off=lambda: None,
+                              get_legend_handles_labels=lambda: ([], [])) for _ in range(8)]
     for panel in panels:
         panel.plot = lambda x, y, panel=panel, **_: panel.drawn.append((list(x), list(y)))
     figure = SimpleNamespace(subplots=lambda *_: SimpleNamespace(flat=panels), savefig=lambda file, **_: file.write(b"png"))
     monkeypatch.setattr(evaluation, "import_figure", lambda: lambda **_: figure)
-    (tmp_path / "metrics.csv").write_text("epoch,step,loss,knn,std_sqrt_d,rank_1pct,seconds\n1,3,9.0,,,,60\n2,6,8.5,0.25,0.75,4,90\n")
+    (tmp_path / "metrics.csv").write_text("epoch,step,loss,knn,std_sqrt_d,rank_1pct,uniformity,alignment,seconds\n1,3,9.0,,,,,,60\n"
+                                          "2,6,8.5,0.25,0.75,4,-2.5,0.5,90\n")
     x = torch.randn(30, 4, generator=seeded()) + 3
     h = evaluation.singular_values(x)
     assert np.allclose(h.numpy(), np.linalg.svd((x - x.mean(0)).double().numpy(), compute_uv=False))
     evaluation.draw_plot(str(tmp_path / "p.png"), [(str(tmp_path), h, torch.tensor([100.0, 10.0, 1.0]))])
     assert panels[0].drawn[0][1] == pytest.approx(np.log10(h.numpy()).tolist()) and panels[1].drawn == [([1, 2, 3], [2.0, 1.0, 0.0])]
-    assert [panel.drawn for panel in panels[2:]] == [[([1.5], [25.0])], [([1.0, 2.0], [9.0, 8.5])], [([2.0], [0.75])], [([2.0], [4.0])]]
+    assert [panel.drawn for panel in panels[2:]] == [[([1.5], [25.0])], [([1.0, 2.0], [9.0, 8.5])], [([2.0], [0.75])], [([2.0], [4.0])],
+                                                     [([-2.5], [0.5])], []]
 
 
 # ---- the report of eval.py -----------------------------------------------------------------------
