@@ -2997,7 +2997,7 @@ def check_same_run(run, checkpoint):
     check(run_name(before) == run_name(now), f"--resume: {run.folder} is a run of "
           f"{run_name(before)}, not of {run_name(now)}; try another --out")
     check_entries(checkpoint, type(run.args))
-    for name in sorted(set(now) - FREE_ON_RESUME):
+    for name in [name for name in now if name not in FREE_ON_RESUME]:  # optimizer before its rates
         flag, value = option_of(name), before.get(name)
         remedy = f"it with{'' if value else 'out'} {flag}"
         if not isinstance(value, (bool, type(None))):

@@ -247,7 +247,7 @@ def test_types_written_as_text_are_types_all_the_same(tmp_path, monkeypatch):
 
 
 def test_an_overridden_default_keeps_help_and_bounds():
-    for module, lr in (("byol", 0.001), ("simsiam", 0.002), ("simclr", 0.003)):
+    for module, lr in (("byol", 0.001), ("simsiam", 0.003), ("simclr", 0.003)):
         with pytest.raises(common.UserError, match="^--lr: '-1' is not a number above 0 and at most 10000; try "):
             args_of(module, lr=-1)
         shown = " ".join(run_here(module, ["--help"]).out.split())
