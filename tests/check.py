@@ -1,0 +1,636 @@
+"""Checks your solutions, and says in words what is wrong.
+
+    python check.py                 # all that is asked
+    python check.py simclr          # one method
+    python check.py simclr loss     # one part of it
+    python check.py --train simclr  # trains it on `patterns`, for three minutes at most
+
+`pytest` runs the same checks. In a notebook: `import check; check.check("simclr", "loss")`.
+
+How it works: each part runs in a process of its own with a time limit, so an endless loop or a
+crash costs that part only. The process calls your functions on the inputs of answers/*.json and
+returns values and gradients. They are compared with the right ones there, and with those that the
+usual mistakes give.
+"""
+
+import argparse
+import functools
+import importlib.util
+import inspect
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+SECONDS = 60  # time limit of a part, without the start of Python
+DRAWS = 24  # calls of a loss that draws at random
+TOLERANCE = {"float64": 1e-6, "float32": 2e-3, "float16": 2e-3}  # of the largest number, at least 1
+SHIFT = 1e-4  # a step for the slope of your values
+LARGEST_FILE = 2**24  # bytes that a part may write into one file
+LARGEST_ANSWER = 2**20  # bytes that are read back of it
+
+# ==============================================================================
+# 1. In the process of a part: call the functions, write down what they give
+# ==============================================================================
+
+
+def answer(folder):
+    """Call all that folder/job.json asks for; write folder/results/NUMBER.NAME.npy or .error."""
+    import torch
+
+    job = json.loads((folder / "job.json").read_text())
+    results = folder / "results"
+    try:
+        module = load_module(job["method"], job["file"])
+    except BaseException as error:  # whatever the file does when it is imported
+        (results / "error").write_text(in_one_line(error, job["file"]))
+        return
+    with np.load(folder / "inputs.npz") as inputs:
+        inputs = dict(inputs)
+    for number, case in enumerate(job["cases"]):
+        prefix = f"{number}/"
+        mine = {k[len(prefix):]: v for k, v in inputs.items() if k.startswith(prefix)}
+        try:
+            torch.manual_seed(0)
+            outputs = CALLS[case["kind"]](module, case, mine)
+            for name, array in outputs.items():
+                np.save(results / f"{number}.{name}.npy", np.asarray(array, float))
+        except BaseException as error:
+            (results / f"{number}.error").write_text(in_one_line(error, job["file"]))
+
+
+def load_module(name, path):
+    """Import a method file by its path, so that nothing else with its name is found."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def in_one_line(error, file):
+    """`TypeError: ... (line 93)`, with the last line of the student's file that it came through."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+    text = " ".join(str(getattr(error, "msg", None) or error).split())
+    return f"{type(error).__name__}: {text[:300]}" + (f" (line {line})" if line else "")
+
+
+def call_function(module, case, inputs):
+    """Value and gradients of a function of tensors; with draws, those of many calls, stacked."""
+    calls = [call_once(module, case, inputs, seed) for seed in range(case["draws"] or 1)]
+    if not case["draws"]:
+        return calls[0]
+    return {name: np.array([outputs[name] for outputs in calls]) for name in calls[0]}
+
+
+def call_once(module, case, inputs, seed):
+    import torch
+
+    torch.manual_seed(seed)
+    tensors = {}
+    for name, array in inputs.items():
+        dtype = torch.int64 if array.dtype.kind == "i" else getattr(torch, case["dtype"])
+        tensors[name] = torch.tensor(array, dtype=dtype).requires_grad_(name in case["wrt"])
+    given = {**case["settings"], **tensors, "generator": torch.Generator().manual_seed(seed)}
+    for name in case["lists"]:
+        given[name] = list(given[name])
+    value = getattr(module, case["call"])(*[given.get(name) for name in case["order"]])
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{case['call']} returns {type(value).__name__}, not a tensor")
+    value = value[:4, :4] if case["corner"] else value
+    outputs = {"value": value.detach().double().numpy(), "bits": value.dtype.itemsize * 8}
+    total = (value * tensors["probe"]).sum() if "probe" in tensors else value
+    leaves = [tensors[name] for name in case["wrt"]]
+    slopes = [None] * len(leaves)
+    if leaves and total.requires_grad:
+        slopes = torch.autograd.grad(total, leaves, allow_unused=True)
+    for name, leaf, slope in zip(case["wrt"], leaves, slopes):
+        slope = torch.zeros_like(leaf) if slope is None else slope
+        outputs[f"gradient of {name}"] = slope.double().numpy()
+    return outputs
+
+
+CALLS = {"function": call_function}
+
+# ---- A process for each part -------------------------------------------------
+
+
+def work(path):
+    """`python -I check.py --work FILE`: the parts of one student, one after the other.
+
+    Starts torch once. Where the system can fork, each part is a fork of this process; elsewhere a
+    new Python. Prints for each part how it ended."""
+    plan = json.loads(Path(path).read_text())
+    sys.dont_write_bytecode = True
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        load_module("common", plan["common"])
+    except BaseException:  # the method file then says what is wrong with it
+        sys.modules.pop("common", None)
+    for folder in plan["jobs"]:
+        sys.stdout.flush()
+        run = run_forked if hasattr(os, "fork") and sys.platform == "linux" else run_spawned
+        print(json.dumps(run(Path(folder), plan)), flush=True)
+
+
+def run_forked(folder, plan):
+    """Answer in a fork, in a process group of its own -> how it ended."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            confine(folder, plan)
+            answer(folder)
+        finally:
+            os._exit(0)
+    end = time.monotonic() + plan["seconds"]
+    ended = None
+    while ended is None and time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        ended = "" if done and status == 0 else f"signal {status & 127}" if done else None
+        time.sleep(0.01)
+    for kill, target in ((os.killpg, pid), (os.kill, pid)):
+        try:
+            kill(target, signal.SIGKILL)
+        except OSError:
+            pass
+    if ended is None:
+        os.waitpid(pid, 0)
+    return "time" if ended in (None, f"signal {signal.SIGXCPU}") else ended
+
+
+def run_spawned(folder, plan):
+    """Answer in a new Python (systems that cannot fork) -> how it ended."""
+    command = [sys.executable, "-I", __file__, "--answer", str(folder), plan["common"]]
+    with open(folder / "output.txt", "wb") as output:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        try:
+            return "" if child.wait(plan["seconds"] + 20) == 0 else "signal"
+        except subprocess.TimeoutExpired:
+            child.kill()
+            return "time"
+
+
+def confine(folder, plan):
+    """Limits of time, memory and output for this process; its words go to a file."""
+    import resource
+
+    os.setpgid(0, 0)
+    os.chdir(folder)
+    null = os.open(os.devnull, os.O_RDONLY)
+    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
+    for number, stream in enumerate((null, output, output)):
+        os.dup2(stream, number)
+    os.closerange(3, 256)
+    limits = {"RLIMIT_CPU": int(plan["seconds"]) + 1, "RLIMIT_FSIZE": LARGEST_FILE,
+              "RLIMIT_AS": 16 * 2**30, "RLIMIT_CORE": 0}
+    for name, limit in limits.items():
+        try:
+            resource.setrlimit(getattr(resource, name), (limit, limit))
+        except (OSError, ValueError):
+            pass  # a system without this limit
+    if plan["strict"]:
+        fence(folder)
+
+
+def fence(folder):
+    """When it counts: no reading outside Python's own folders and this one, no other programs.
+
+    It stops what Python can see and no more. It is not a sandbox: grade unknown code in a
+    container."""
+    readable = [os.path.realpath(p) for p in (sys.prefix, sys.base_prefix, folder, "/dev/null",
+                                              "/dev/urandom", "/proc/cpuinfo", "/usr/share/zoneinfo")]
+    readable += [os.path.realpath(p) for p in sys.path if p]
+    home = os.path.realpath(folder)
+    forbidden = ("os.fork", "os.exec", "os.spawn", "os.posix_spawn", "os.system", "os.kill",
+                 "subprocess", "socket", "ctypes", "pty", "signal.pthread_kill", "os.putenv")
+    changes = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink",
+               "os.truncate", "os.chmod", "os.chown", "shutil")
+
+    def inside(path, places):
+        if isinstance(path, int):
+            return True
+        path = os.path.realpath(os.fsdecode(path))
+        return any(path == place or path.startswith(place + os.sep) for place in places)
+
+    def look(event, arguments):
+        if event.startswith(forbidden):
+            raise PermissionError(f"{event} is not allowed here")
+        if event == "open" and arguments[0] is not None:
+            path, mode, flags = arguments
+            writes = any(c in (mode or "") for c in "wax+") or (flags or 0) & os.O_ACCMODE
+            if not inside(path, [home, os.devnull] if writes else readable):
+                raise PermissionError(f"opening {path} is not allowed here")
+        if event.startswith(changes):
+            if not all(inside(a, [home]) for a in arguments if isinstance(a, (str, bytes))):
+                raise PermissionError(f"{event} is not allowed here")
+
+    sys.addaudithook(look)
+
+
+# ==============================================================================
+# 2. Outside of it: hand over the inputs, read back the arrays
+# ==============================================================================
+
+
+def run_parts(parts, root, seconds, strict=False):
+    """Run parts, each a dict of `method`, `file` and `cases`, as one student's -> their outputs.
+
+    Gives for each part (outputs, note): a dict of arrays for each case, or {"error": text}, and
+    how the process ended. root: the folder with common.py."""
+    with tempfile.TemporaryDirectory(prefix="check-") as place:
+        place = Path(place).resolve()
+        (place / "check.py").write_bytes(Path(__file__).read_bytes())
+        folders = [place / f"{os.urandom(8).hex()}" for _ in parts]
+        for part, folder in zip(parts, folders):
+            prepare(part, folder, place)
+        (place / "common.py").write_bytes((root / "common.py").read_bytes())
+        plan = {"common": str(place / "common.py"), "jobs": list(map(str, folders)),
+                "seconds": seconds, "strict": strict}
+        (place / "plan.json").write_text(json.dumps(plan))
+        notes = start(place, seconds * len(parts) + 120)
+        notes += ["signal"] * (len(parts) - len(notes))
+        return [(read_results(folder / "results", len(part["cases"])), note)
+                for part, folder, note in zip(parts, folders, notes)]
+
+
+def prepare(part, folder, place):
+    """The folder of a part: the student's file alone, what to call, and the inputs."""
+    (folder / "results").mkdir(parents=True)
+    (folder / "methods").mkdir()
+    file = folder / "methods" / f"{part['method']}.py"
+    file.write_bytes(Path(part["file"]).read_bytes())
+    asked = ("kind", "call", "order", "settings", "lists", "wrt", "dtype", "draws", "corner")
+    cases = [{key: case.get(key) for key in asked} for case in part["cases"]]
+    job = {"method": part["method"], "file": str(file), "cases": cases}
+    (folder / "job.json").write_text(json.dumps(job))
+    inputs = {}
+    for number, case in enumerate(part["cases"]):
+        for name, array in inputs_of(case).items():
+            inputs[f"{number}/{name}"] = array
+    np.savez(folder / "inputs.npz", **inputs)
+
+
+def inputs_of(case):
+    """Arrays from lists; {"normal": shape, "seed": number} stands for many numbers."""
+    arrays = {}
+    for name, value in case["inputs"].items():
+        if isinstance(value, dict):
+            rng = np.random.default_rng(value["seed"])
+            arrays[name] = rng.standard_normal(value["normal"])
+        else:
+            whole = name == "permutation"
+            arrays[name] = np.array(value, np.int64 if whole else np.float64)
+    return arrays
+
+
+def start(place, seconds):
+    """Run the worker -> how each part ended, as far as it came."""
+    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "SYSTEMROOT", "TMPDIR", "TEMP")}
+    environment = {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HOME": str(place)}
+    command = [sys.executable, "-I", str(place / "check.py"), "--work", str(place / "plan.json")]
+    with open(place / "worker.txt", "wb") as words:
+        worker = subprocess.Popen(command, cwd=place, env=environment, stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE, stderr=words, start_new_session=True)
+        try:
+            said, _ = worker.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            said, _ = worker.communicate()
+    return [json.loads(line) for line in said.decode().splitlines()]
+
+
+def read_results(folder, count):
+    """What a part has written -> for each case a dict of arrays, or of its error."""
+    found = [{} for _ in range(count)]
+    for path in folder.iterdir():
+        if path.is_symlink() or not path.is_file():
+            continue
+        with open(path, "rb") as file:
+            content = file.read(LARGEST_ANSWER + 1)
+        number, _, name = path.name.partition(".")
+        if path.name == "error":
+            words = in_words(content)
+            return [{"error": words} for _ in range(count)]
+        if not number.isdecimal() or int(number) >= count or len(content) > LARGEST_ANSWER:
+            continue
+        if name == "error":
+            found[int(number)]["error"] = in_words(content)
+        else:
+            array = read_array(content)
+            if array is not None:
+                found[int(number)][name.removesuffix(".npy")] = array
+    return found
+
+
+def in_words(content):
+    return "".join(c for c in content[:400].decode("utf-8", "replace") if c.isprintable())
+
+
+def read_array(content):
+    """A float64 array from the bytes of an .npy file, or None. Never a pickle."""
+    try:
+        array = np.load(io.BytesIO(content), allow_pickle=False)
+        return array if isinstance(array, np.ndarray) and array.dtype == np.float64 else None
+    except Exception:
+        return None
+
+
+# ==============================================================================
+# 3. Judge: compare with what is right, and with the usual mistakes
+# ==============================================================================
+
+
+def judge(part, answers, note):
+    """The report of a part: rows of name, points, of (the most points), extra and text."""
+    rows = []
+    for group in part["groups"]:
+        own = [(case, out) for case, out in zip(part["cases"], answers)
+               if case["group"] == group["name"]]
+        rows += judge_group(group, [pair for pair in own if not pair[0]["extra"]], note)
+        right = all(row["points"] == row["of"] for row in rows if not row["extra"])
+        rows += [judge_extra(*pair, right) for pair in own if pair[0]["extra"]]
+    return rows
+
+
+def judge_group(group, answered, note):
+    """Two rows: the values of one function (or model), and its gradients."""
+    values, gradients, both = "values", "gradients", "both"
+    wrong = {what: [pair for pair in answered if not is_like(*pair, pair[0]["expected"], what)]
+             for what in (values, gradients, both)}
+    misses = {"value": wrong[values], "gradient": wrong[gradients if wrong[values] else both]}
+    mistake = recognise(group, answered, both, any(misses.values()))
+    if not mistake and wrong[values]:
+        mistake = recognise(group, answered, values, True)
+    if mistake and not any(misses.values()):  # each draw is possible, but not all are made
+        misses["value"] = answered
+    rows = []
+    for what, points in group["points"].items():
+        row = dict(name=f"{group['name']}: {what}", points=0, of=points, extra=False)
+        if not misses[what]:
+            row.update(points=points, text="right")
+        else:
+            row["text"] = in_short(misses[what], note) or in_full(group, mistake, what, misses[what])
+        rows.append(row)
+    return rows
+
+
+def judge_extra(case, output, right):
+    """The row of an extra point; only who has all other points gets it."""
+    good = right and is_like(case, output, case["expected"], "values")
+    if case["extra"] == "half precision":
+        good = good and output.get("bits") == 32
+    text = "right" if good else case["asked"]
+    name = f"{case['group']}: {case['extra']}"
+    return dict(name=name, points=int(good), of=1, extra=True, text=text)
+
+
+def recognise(group, answered, what, wrong):
+    """The mistake that explains the outputs of all cases, or None.
+
+    If no output is wrong by itself, a mistake is one that makes some of the right draws only."""
+    for key in group["mistakes"]:
+        cases = [pair for pair in answered if key in pair[0]["mistakes"]]
+        explained = cases and all(is_like(*pair, pair[0]["mistakes"][key], what) for pair in cases)
+        if explained and (wrong or any(is_narrower(case, key) for case, _ in cases)):
+            return key
+    return None
+
+
+def is_narrower(case, key):
+    """Does a mistake never make some of the right draws?"""
+    made = [outcome["value"] for outcome in case["mistakes"][key]]
+    tolerance = TOLERANCE[case["dtype"]]
+    return not all(any(close(right["value"], value, tolerance) for value in made)
+                   for right in case["expected"])
+
+
+def is_like(case, outputs, outcomes, what):
+    """Are the outputs those of one of the outcomes? With draws: is each draw's?"""
+    names = names_of(case)[what]
+    if "error" in outputs:  # a decomposition that fails in one system gives NaN in another
+        return not any(np.isfinite(outcome["value"]).any() for outcome in outcomes)
+    if not all(name in outputs for name in names):
+        return False
+    draws = [outputs]
+    if case["draws"]:
+        draws = [dict(zip(names, draw)) for draw in zip(*(outputs[name] for name in names))]
+        if names and len(draws) != case["draws"]:
+            return False
+    return all(any(all(close(draw[name], outcome[name], TOLERANCE[case["dtype"]])
+                       for name in names) for outcome in outcomes) for draw in draws)
+
+
+def names_of(case):
+    """The outputs that are compared, by what is looked at."""
+    gradients = [f"gradient of {name}" for name in case["wrt"]]
+    return {"values": case["values"], "gradients": gradients, "both": case["values"] + gradients}
+
+
+def close(a, b, tolerance):
+    """True if shapes agree and no number is off by more than tolerance times the largest of b."""
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if a.shape != b.shape or not np.array_equal(np.isfinite(a), np.isfinite(b)):
+        return False
+    good = np.isfinite(b)
+    size = max(1.0, np.abs(b[good]).max(initial=0))
+    return bool((np.abs(a[good] - b[good]) <= tolerance * size).all())
+
+
+# ---- In words ----------------------------------------------------------------
+
+
+def in_short(misses, note):
+    """One line if there is nothing to compare: not written, an error, no answer. Else ""."""
+    _, output = misses[0]
+    error = output.get("error")
+    if error and error.startswith("NotImplementedError"):
+        return "not written yet"
+    if error:
+        return error
+    if "value" not in output:
+        if note == "time":
+            return f"stopped at the time limit of {SECONDS} seconds: is there an endless loop?"
+        return f"Python ended before it gave an answer ({note or 'it left early'})"
+    return ""
+
+
+def in_full(group, mistake, what, misses):
+    """What is wrong with a value or a gradient, and if it is known, why."""
+    shown = misses[0]
+    if mistake:
+        telling = [pair for pair in misses if mistake in pair[0]["mistakes"]]
+        shown = (telling or misses)[0]
+    text = difference(*shown, what)
+    if mistake:
+        return f"{text} This is what one gets when {group['mistakes'][mistake]}."
+    text += f" The case: {in_numbers(shown[0])}."
+    return text + (slope_hint(misses) if what == "gradient" else "")
+
+
+def difference(case, output, what):
+    """`Your value is 1.9630; 1.5397 is expected.`, or the same of an entry of an array."""
+    names = case["values"] if what == "value" else names_of(case)["gradients"]
+    if case["draws"]:
+        seen = sorted({round(float(v), 4) for v in output["value"]})[:4]
+        right = sorted({round(float(o["value"]), 4) for o in case["expected"]})
+        few = ", ".join(map(str, right[:6])) + (", ..." if len(right) > 6 else "")
+        if what == "value":
+            return (f"In {case['draws']} calls your values are {', '.join(map(str, seen))}"
+                    f"{' ...' if len(seen) == 4 else ''}; with random draws, {few} are possible.")
+        return "Your gradient is not one that a random draw can give."
+    for name in names:
+        mine, right = output.get(name), np.asarray(case["expected"][0][name], float)
+        label = name if name != "value" else case.get("label", "value")
+        if mine is None or close(mine, right, TOLERANCE[case["dtype"]]):
+            continue
+        if mine.shape != right.shape:
+            return f"Your {label} has the shape {list(mine.shape)}; {list(right.shape)} is expected."
+        apart = np.where(np.isfinite(mine), np.abs(mine - right), np.inf)
+        place = np.unravel_index(np.argmax(apart), right.shape)
+        a, b = two_numbers(mine[place], right[place])
+        where = f" at {list(map(int, place))}" if place else ""
+        return f"Your {label}{where} is {a}; {b} is expected."
+    return "Value and gradient do not belong together."
+
+
+def two_numbers(a, b):
+    """Both with as many digits as it takes to tell them apart."""
+    for digits in range(4, 12):
+        if f"{a:.{digits}f}" != f"{b:.{digits}f}":
+            break
+    return f"{a:.{digits}f}", f"{b:.{digits}f}"
+
+
+def in_numbers(case):
+    """The inputs of a case, to redo it by hand."""
+    arrays = {name: value for name, value in case["inputs"].items() if name != "probe"}
+    parts = [f"{name} = {json.dumps(rounded(value))}" for name, value in arrays.items()]
+    parts += [f"{name} = {value}" for name, value in case["settings"].items()]
+    text = ", ".join(parts)
+    return text if len(text) < 1500 else f"case {case['name']} of answers/"
+
+
+def rounded(value):
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return int(value) if value == int(value) else round(value, 6)
+
+
+def slope_hint(misses):
+    """Is the gradient the slope of the values? `slope` is (f(x + h v) - f(x - h v)) / 2 h."""
+    for case, output in misses:
+        if "slope" in output and "direction" in output:
+            if not close(output["direction"], output["slope"], 1e-4):
+                return (" Your gradient is not the slope of your values either: something cuts or "
+                        "changes it (detach, .item(), no_grad, an operation in place).")
+            return " It is the slope of your values, so look for the mistake in the values."
+    return ""
+
+
+# ==============================================================================
+# 4. The report
+# ==============================================================================
+
+
+@functools.cache
+def check_part(method, part):
+    """The rows of one part of the homework, see judge()."""
+    return check_parts([(method, part)])[0]
+
+
+def check_parts(wanted):
+    """The rows of each (method, part), all of a method in one start of Python."""
+    parts = []
+    for method, part in wanted:
+        answers = json.loads((HERE / "answers" / f"{method}.json").read_text())
+        parts.append({**answers["parts"][part], "method": method, "part": part,
+                      "file": HERE / "methods" / f"{method}.py"})
+    return grade(parts, HERE, SECONDS)
+
+
+def grade(parts, root, seconds, strict=False):
+    """Run and judge parts -> a list of rows for each. A missing file costs its own parts only."""
+    there = [part for part in parts if part["file"] and Path(part["file"]).is_file()]
+    ran = iter(run_parts(there, root, seconds, strict) if there else [])
+    rows = []
+    for part in parts:
+        if part in there:
+            rows.append(judge(part, *next(ran)))
+        else:
+            error = {"error": f"methods/{part['method']}.py is missing"}
+            rows.append(judge(part, [error] * len(part["cases"]), ""))
+    return rows
+
+
+def homework():
+    """All (method, part) that are asked, in order."""
+    task = json.loads((HERE / "answers" / "task.json").read_text())
+    return [(method, part) for method in task["methods"] for part in task["parts"]]
+
+
+def check(method=None, part=None):
+    """Print the report; for notebooks too. Returns True if all points but the extra ones are won."""
+    wanted = [(m, p) for m, p in homework() if method in (None, m) and part in (None, p)]
+    if not wanted:
+        known = ", ".join(f"{m} {p}" for m, p in homework())
+        raise SystemExit(f"check.py: error: nothing is asked under that name; try {known}")
+    won, most, extra = 0, 0, 0
+    for (method, part), rows in zip(wanted, check_parts(wanted)):
+        print(f"\n{method}, {part}: {total(rows)} of {total(rows, 'of')} points")
+        for row in rows:
+            points = f"{row['points']}/{row['of']}" + (" extra" if row["extra"] else "")
+            print(f"  {row['name']:36} {points:10} {row['text']}")
+        won, most = won + total(rows), most + total(rows, "of")
+        extra += sum(row["points"] for row in rows if row["extra"])
+    print(f"\nTogether: {won} of {most} points" + (f", and {extra} extra" if extra else ""))
+    return won == most
+
+
+def total(rows, key="points"):
+    return sum(row[key] for row in rows if not row["extra"])
+
+
+def pytest_generate_tests(metafunc):
+    if {"method", "part"} <= set(metafunc.fixturenames):
+        metafunc.parametrize("method, part", homework())
+
+
+def test_part(method, part):
+    import pytest
+
+    wrong = [row for row in check_part(method, part) if not row["extra"] and row["points"] < row["of"]]
+    if wrong:
+        pytest.fail("\n".join(f"{row['name']}: {row['text']}" for row in wrong), pytrace=False)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("method", nargs="?", help="simclr, for example (default: all)")
+    parser.add_argument("part", nargs="?", help="loss, model or training (default: all)")
+    parser.add_argument("--train", action="store_true", help="train it, three minutes at most")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--answer", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        return work(args.work)
+    if args.answer:
+        load_module("common", args.answer[1])
+        return answer(Path(args.answer[0]))
+    good = check(args.method, args.part)
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()
