@@ -14,6 +14,7 @@ with have seed 0, so grade with a number that they do not know.
 import argparse
 import ast
 import csv
+import importlib
 import io
 import json
 import re
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[1:1] = [str(ROOT), str(ROOT / "methods"), str(ROOT / "tests")]
 import check  # noqa: E402
 import mistakes  # noqa: E402
+import reference  # noqa: E402
 
 import common  # noqa: E402
 
@@ -115,107 +117,190 @@ def remarks(body):
 def answers_of(method, part, seed):
     """The part as check.py reads it: `groups` with points and sentences, `cases` with answers."""
     made = {"asked": [], "groups": [], "cases": []}
-    for function in mistakes.LOSSES[method] if part == "loss" else []:
-        group, cases = function_group(function, seed)
-        made["asked"].append(f"`{function.call}`: {function.asked}")
+    table = {"loss": mistakes.LOSSES, "model": mistakes.MODELS}[part]
+    for function in table[method]:
+        group, cases = group_of(function, seed)
+        made["asked"].append(f"`{group['name']}`: {function.asked}")
         made["groups"].append(group)
         made["cases"] += cases
     return made
 
 
-def function_group(function, seed):
-    """(group, cases) of a function. Draws until every two mistakes can be told apart."""
-    value = round(0.6 * function.share)
-    group = {"name": function.call, "mistakes": function.mistakes,
-             "points": {"value": value, "gradient": function.share - value}}
+def group_of(function, seed):
+    """(group, cases) of what is asked. Draws until every two mistakes can be told apart."""
+    model = isinstance(function, mistakes.Model)
+    group = {"name": function.call, "mistakes": function.mistakes}
+    if model:
+        queue = ", the queue" if function.values == ("queue",) else ""
+        group.update(name=f"{function.call}.{function.does}{queue}", points=function.points)
+    else:
+        value = round(0.6 * function.share)
+        group["points"] = {"value": value, "gradient": function.share - value}
     for attempt in range(100):
         rng = np.random.default_rng([seed, attempt])
-        cases = [function_case(function, number, *given, rng)
+        make = model_case if model else function_case
+        cases = [make(function, group, number, *given, rng)
                  for number, given in enumerate(function.cases(rng))]
-        if not alike(group, cases):
+        if not all(is_sound(case) for case in cases) or alike(group, cases):
+            continue
+        more = more_cases(function, cases, rng) if not model else [
+            stand_in_case(function, case) for case in cases]
+        if not model or not alike(group, more):
             break
     else:
-        raise RuntimeError(f"{function.call}: mistakes that look alike: {alike(group, cases)}")
-    return group, cases + more_cases(function, cases, rng)
+        raise RuntimeError(f"{group['name']}: mistakes that look alike: {alike(group, cases)}")
+    for case in cases:
+        del case["mistakes"]["none"]
+    return group, cases + more
 
 
-def function_case(function, number, inputs, settings, rng):
-    """One case with its answers, a plain dict for JSON."""
+def function_case(function, group, number, inputs, settings, rng):
+    """One case of a function with its answers, a plain dict for JSON."""
     inputs = {name: np.asarray(array) for name, array in inputs.items()}
     wrt = [name for name, array in inputs.items() if array.dtype.kind == "f"]
-    case = {"kind": "function", "name": str(number), "group": function.call, "extra": "",
+    case = {"kind": "function", "name": str(number), "group": group["name"], "extra": "",
             "call": function.call, "order": function.order.split(), "lists": function.lists,
             "settings": settings, "wrt": wrt, "values": ["value"], "dtype": "float64", "draws": 0}
+
+    def right(given):
+        out = function.reference(**given, **settings)
+        return [{"value": value} for value in (out if isinstance(out, list) else [out])]
+
+    def wrong(given, mistake):
+        out = function.variant(**given, **settings, mistake=mistake)
+        return [{"value": value} for value in (out if isinstance(out, list) else [out])]
+
+    probe = None
     if function.tensor:
-        shape = np.shape(function.reference(**inputs, **settings))
-        inputs["probe"] = rng.standard_normal(shape).round(2)
-    case["inputs"] = {name: array.tolist() for name, array in inputs.items()}
-    case["expected"] = right_outcomes(function, inputs, settings, wrt)
-    case["mistakes"] = {key: plain(outcomes_of(function, inputs, settings, wrt, key))
-                        for key in function.mistakes}
+        probe = rng.standard_normal(right(inputs)[0]["value"].shape).round(2)
+    fill_in(case, function, inputs, right, wrong, probe)
     if any(len(outcomes) > 1 for outcomes in (case["expected"], *case["mistakes"].values())):
         case["draws"] = check.DRAWS
-    case["expected"] = plain(case["expected"])
     if function.hint[0] == number:
         case["hint"] = function.hint[1]
     return case
 
 
-def plain(outcomes):
-    """Arrays as lists of numbers of 13 digits."""
-    return [{name: np.array([float(f"{x:.13g}") for x in np.ravel(array)]).reshape(
-        np.shape(array)).tolist() for name, array in outcome.items()} for outcome in outcomes]
+def model_case(model, group, number, inputs, settings, rng):
+    """One case of a model with weights of random numbers."""
+    settings = {"proj_hidden": 8, **settings}
+    inputs = {**weights_of(model, settings, rng), **inputs}
+    progress = model.progress[number]
+    wrt = list(model.wrt)
+    case = {"kind": "model", "name": str(number), "group": group["name"], "extra": "",
+            "call": model.call, "settings": settings, "wrt": wrt, "values": list(model.values),
+            "dtype": "float64", "draws": 0, "does": model.does, "times": model.times,
+            "progress": list(progress), "stand_in": False}
+    args = {**settings, "progress": (*progress, None)[0]}
+    fill_in(case, model, inputs, lambda given: [model.reference(given, args, False, inputs)],
+            lambda given, mistake: [model.variant(given, args, False, mistake)])
+    return case
 
 
-def right_outcomes(function, inputs, settings, wrt):
-    """Value and gradients by the reference, for each possible draw; gradients by differences."""
-    inputs = dict(inputs)
-    probe = inputs.pop("probe", None)
+def stand_in_case(model, case):
+    """The same with check.STAND_INS in the place of the loss, so that the loss may be wrong."""
+    case = {**case, "name": f"{case['name']} with a simple function as the loss", "stand_in": True}
+    inputs = {name: np.array(array) for name, array in case["inputs"].items()}
+    args = {**case["settings"], "progress": (*case["progress"], None)[0]}
+    right = model.reference(inputs, args, True, inputs)
+    every = {key: wrong_outcomes(inputs, case["wrt"], lambda given: [
+        model.variant(given, args, True, key)]) for key in (None, *model.mistakes)}
+    (expected,) = every.pop(None)
+    assert all(check.close(expected[name], right[name], 1e-6) for name in case["values"])
+    return {**case, "expected": plain([expected], case),
+            "mistakes": {key: plain(outcomes, case) for key, outcomes in every.items()}}
 
-    def values(**changed):
-        out = function.reference(**{**inputs, **changed}, **settings)
-        return np.array(out if isinstance(out, list) else [out], float)
 
-    outcomes = [{"value": value} for value in values()]
+def weights_of(model, settings, rng):
+    """Random numbers for all weights of the model, by name."""
+    module = importlib.import_module(model.method)
+    linear = torch.nn.Linear(int(np.prod(mistakes.IMAGE)), mistakes.FEATURES, bias=False)
+    made = getattr(module, model.call)(torch.nn.Sequential(torch.nn.Flatten(), linear),
+                                       mistakes.FEATURES, module.Args(**settings))
+    weights = {}
+    for name, tensor in made.state_dict().items():
+        if "running_" not in name and "num_batches" not in name:
+            weights[name] = rng.standard_normal(tuple(tensor.shape)).round(3)
+    if "queue" in weights:
+        weights["queue"] = reference.unit_rows(weights["queue"])
+    return weights
+
+
+def fill_in(case, function, inputs, right, wrong, probe=None):
+    """Put inputs, right answers and those of all mistakes into the case.
+
+    The key `none` has the right ones by mistakes.py, to compare."""
+    case["inputs"] = {name: array.tolist() for name, array in inputs.items()}
+    if probe is not None:
+        case["inputs"]["probe"] = probe.tolist()
+    expected = right_outcomes(inputs, case["wrt"], function.held, right, probe)
+    case["expected"] = plain(expected, case)
+    case["mistakes"] = {key: plain(wrong_outcomes(inputs, case["wrt"], lambda given: wrong(
+        given, None if key == "none" else key), probe), case)
+        for key in ("none", *function.mistakes)}
+
+
+def plain(outcomes, case):
+    """The outputs that are compared, as lists of numbers of 13 digits."""
+    def short(array):
+        numbers = [float(f"{x:.13g}") for x in np.ravel(array)]
+        return np.array(numbers).reshape(np.shape(array)).tolist()
+
+    names = check.names_of(case)["both"]
+    return [{name: short(outcome[name]) for name in names} for outcome in outcomes]
+
+
+def right_outcomes(inputs, wrt, held, evaluate, probe=None):
+    """Outputs and gradients by the reference, for each possible draw; gradients by differences."""
+    outcomes = [dict(outcome) for outcome in evaluate(inputs)]
     for name in wrt:
         gradients = np.zeros((len(outcomes), *inputs[name].shape))
-        for place in np.ndindex(inputs[name].shape) if name not in function.held else ():
-            def moved(step):
-                array = inputs[name].copy()
-                array[place] += step
-                out = values(**{name: array})
-                return out if probe is None else (out * probe).sum(axis=(1, 2))
+
+        def moved(place, step):
+            array = inputs[name].copy()
+            array[place] += step
+            values = np.array([o["value"] for o in evaluate({**inputs, name: array})], float)
+            return values if probe is None else (values * probe).sum(axis=(1, 2))
+
+        for place in np.ndindex(inputs[name].shape) if name not in held else ():
             h = 1e-5  # differences of the fourth order
-            near, far = moved(h) - moved(-h), moved(2 * h) - moved(-2 * h)
+            near, far = moved(place, h) - moved(place, -h), moved(place, 2 * h) - moved(place, -2 * h)
             gradients[(slice(None), *place)] = (8 * near - far) / (12 * h)
         for outcome, gradient in zip(outcomes, gradients):
             outcome[f"gradient of {name}"] = gradient
     return outcomes
 
 
-def outcomes_of(function, inputs, settings, wrt, mistake):
-    """Value and gradients by mistakes.py, for each possible draw."""
+def wrong_outcomes(inputs, wrt, evaluate, probe=None):
+    """Outputs and gradients by mistakes.py, for each possible draw."""
     tensors = {name: torch.tensor(array, requires_grad=name in wrt)
-               for name, array in inputs.items() if name != "probe"}
+               for name, array in inputs.items()}
     leaves = [tensors[name] for name in wrt]
     try:
-        values = function.variant(**tensors, **settings, mistake=mistake)
+        outcomes = evaluate(tensors)
     except torch.linalg.LinAlgError:
-        values = (leaves[0] * float("nan")).sum()
-    outcomes = []
-    for value in values if isinstance(values, list) else [values]:
-        total = value
-        if "probe" in inputs:
-            total = (value * torch.tensor(inputs["probe"])).sum() if value.dim() else value
+        outcomes = [{"value": (leaves[0] * float("nan")).sum()}]
+    found = []
+    for outcome in outcomes:
+        found.append({name: tensor.detach().numpy() for name, tensor in outcome.items()})
+        total = outcome.get("value", torch.zeros(()))
+        if probe is not None and total.dim():
+            total = (total * torch.tensor(probe)).sum()
         slopes = [None] * len(leaves)
-        if total.requires_grad:
+        if total.requires_grad and leaves:
             slopes = torch.autograd.grad(total, leaves, allow_unused=True, retain_graph=True)
-        outcome = {"value": value.detach().numpy()}
         for name, leaf, slope in zip(wrt, leaves, slopes):
             slope = torch.zeros_like(leaf) if slope is None else slope
-            outcome[f"gradient of {name}"] = slope.numpy()
-        outcomes.append(outcome)
-    return outcomes
+            found[-1][f"gradient of {name}"] = slope.numpy()
+    return found
+
+
+def is_sound(case):
+    """Do reference.py and mistakes.py agree on what is right?"""
+    names = check.names_of(case)["both"]
+    both = case["expected"], case["mistakes"]["none"]
+    return len(both[0]) == len(both[1]) and all(
+        check.close(b[name], a[name], 1e-7) for a, b in zip(*both) for name in names)
 
 
 def alike(group, cases):
@@ -265,7 +350,7 @@ def values_only(function, case, inputs, name):
     value = function.reference(**given, **settings)
     return {**case, "name": f"{case['name']} {name}", "wrt": [], "mistakes": {},
             "inputs": {key: array.tolist() for key, array in inputs.items()},
-            "expected": plain([{"value": value[0] if isinstance(value, list) else value}])}
+            "expected": [{"value": np.array(value[0] if isinstance(value, list) else value).tolist()}]}
 
 
 def large_case(function, case):
@@ -281,7 +366,7 @@ def large_case(function, case):
     if function.tensor:
         large["corner"] = True
         value = value[:4, :4]
-    return {**large, "expected": plain([{"value": value.numpy()}])}
+    return {**large, "expected": [{"value": value.tolist()}]}
 
 
 # ==============================================================================

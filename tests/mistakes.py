@@ -12,6 +12,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
+import check
 import numpy as np
 import reference as ref
 import torch
@@ -1000,3 +1001,476 @@ CW_RGP = [
 
 LOSSES = {"simclr": SIMCLR, "moco": MOCO, "byol": BYOL, "simsiam": SIMSIAM, "barlow": BARLOW,
           "vicreg": VICREG, "wmse": WMSE, "shuffled_dbn": SHUFFLED_DBN, "cw_rgp": CW_RGP}
+
+# ==============================================================================
+# Models: forward, slow copy, queue
+# ==============================================================================
+
+IMAGE = (3, 1, 2)  # of the views; the backbone is one linear layer
+FEATURES = 4  # channels of H
+ONE_BATCH = ("simclr", "wmse", "cw_rgp")  # their heads see all views as one batch
+HEADS = {"simclr": "LBRLB", "moco": "L", "byol": "LBRL", "simsiam": "LBRLB", "barlow": "LBRL",
+         "vicreg": "LBRL", "wmse": "LBRL", "shuffled_dbn": "LBRL", "cw_rgp": "LBRL"}
+CLASSES = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL", "simsiam": "SimSiam",
+           "barlow": "BarlowTwins", "vicreg": "VICReg", "wmse": "WMSE",
+           "shuffled_dbn": "ShuffledDBN", "cw_rgp": "CWRGP"}
+ARGS = {"simclr": dict(temperature=0.3, proj_dim=3), "byol": dict(momentum=0.9, proj_dim=3),
+        "moco": dict(temperature=0.3, momentum=0.9, queue_size=7, bn_splits=1, proj_dim=3),
+        "simsiam": dict(pred_hidden=4, proj_dim=3), "barlow": dict(lambd=0.3, proj_dim=3),
+        "vicreg": dict(inv=3.0, var=2.0, cov=1.5, proj_dim=3),
+        "wmse": dict(whitening="zca", batch_size=6, w_size=6, w_iter=1, eps=0.2, proj_dim=3),
+        "shuffled_dbn": dict(groups=1, no_shuffle=True, proj_dim=4),
+        "cw_rgp": dict(groups=1, batch_size=6, w_size=6, w_iter=1, eps=0.2, proj_dim=8)}
+
+
+@dataclass(kw_only=True)
+class Model(Function):
+    """A method of a model that students write. The inputs are its weights, by name, and views.
+
+    variant(inputs, args, stand_in, mistake) -> {name: tensor} or a list of those, reference the
+    same without mistake. stand_in: with check.STAND_INS in the place of the loss. values: what is
+    compared besides gradients; a name of weights means those after the call. wrt: the weights
+    whose gradient is compared. does: `forward`, called `times` times, or `update_target`."""
+
+    method: str
+    points: dict
+    does: str = "forward"
+    times: int = 1
+    wrt: tuple = ()
+    values: tuple = ("value",)
+    progress: tuple = ((), ())  # of update_target, in each of two cases
+
+
+def torch_head(x, weights, prefix, layers):
+    """L is linear, B a batch norm in training, R a ReLU; weights by torch's names."""
+    for i, layer in enumerate(layers):
+        weight, bias = (weights.get(f"{prefix}.{i}.{name}") for name in ("weight", "bias"))
+        if layer == "L":
+            x = x @ weight.T
+        if layer == "B":
+            x = x - x.mean(0)
+            x = x / (x.square().mean(0) + 1e-5).sqrt()
+            x = x if weight is None else x * weight
+        if layer == "R":
+            x = x.clamp(min=0)
+        x = x if bias is None else x + bias
+    return x
+
+
+def numpy_head(x, weights, prefix, layers):
+    """The same for the right answers."""
+    for i, layer in enumerate(layers):
+        weight, bias = (weights.get(f"{prefix}.{i}.{name}") for name in ("weight", "bias"))
+        if layer == "R":
+            x = np.maximum(x, 0)
+        elif layer == "L":
+            x = np.array([[ref.dot(row, w) for w in weight] for row in x])
+        else:
+            x = ref.standardise(x)
+            x = x if weight is None else x * weight
+        x = x if bias is None else x + bias
+    return x
+
+
+def torch_loss(method, args, stand_in, mistake=None):
+    """The loss as the model should call it: of (z1, z2), (p, z), (q, k, queue) or (views)."""
+    args = dict(args)
+    defaults = {"temperature": {"simclr": 0.5, "moco": 0.1}.get(method), "lambd": 0.0051,
+                "inv": 25.0, "var": 25.0, "cov": 1.0, "whitening": "cholesky", "eps": 0.0}
+    if mistake in args:  # it keeps its default
+        args[mistake] = defaults[mistake]
+    if mistake == "weights":
+        args.update(inv=25.0, var=25.0, cov=1.0)
+    names = {"simclr": ["temperature"], "moco": ["temperature"], "byol": [], "simsiam": [],
+             "barlow": ["lambd"], "vicreg": ["inv", "var", "cov"],
+             "wmse": ["w_size", "w_iter", "whitening", "eps"],
+             "cw_rgp": ["groups", "w_size", "w_iter", "eps"], "shuffled_dbn": ["groups"]}[method]
+    settings = [args[name] for name in names]
+    function = LOSSES[method][-1]
+    shuffle = [not args["no_shuffle"]] if method == "shuffled_dbn" else []
+    if stand_in:
+        settings += [None] * bool(shuffle) + shuffle
+        return lambda *z: check.STAND_INS[function.call](*z, *settings)
+
+    def loss(*z):
+        out = function.variant(*z, *settings, *shuffle)
+        return out[0] if isinstance(out, list) else out
+
+    return loss
+
+
+def numpy_loss(method, args, stand_in):
+    """The same by reference.py."""
+    if stand_in:
+        loss = torch_loss(method, args, True)
+        return lambda *z: float(loss(*(torch.tensor(np.array(v)) for v in z)))
+    function = LOSSES[method][-1]
+    settings = {"simclr": ["temperature"], "moco": ["temperature"], "barlow": ["lambd"],
+                "vicreg": ["inv", "var", "cov"], "wmse": ["w_size", "w_iter", "whitening", "eps"],
+                "cw_rgp": ["groups", "w_size", "w_iter", "eps"], "shuffled_dbn": ["groups"]}
+    settings = [args[name] for name in settings.get(method, [])]
+    settings += [False] if method == "shuffled_dbn" else []
+
+    def loss(*z):
+        out = function.reference(*z, *settings)
+        return out[0] if isinstance(out, list) else out
+
+    return loss
+
+
+# ---- Without predictor and slow copy -----------------------------------------
+
+
+def plain_variant(method, inputs, args, stand_in, mistake=None):
+    """views -> H -> Z -> the loss, the mean over all pairs."""
+    loss = torch_loss(method, args, stand_in, mistake)
+    h = [x.flatten(1) @ inputs["backbone.1.weight"].T for x in inputs["views"]]
+    if mistake == "no gradient":
+        h = [v.detach() for v in h]
+    if (method in ONE_BATCH) != (mistake == "batches"):
+        z = torch_head(torch.cat(h), inputs, "projector", HEADS[method]).chunk(len(h))
+    else:
+        z = [torch_head(v, inputs, "projector", HEADS[method]) for v in h]
+    z = h if mistake == "h" else z
+    if mistake == "two views":
+        z = z[:2]
+    if method in ("wmse", "cw_rgp"):
+        return {"value": loss(torch.stack(list(z)))}
+    pairs = list(itertools.combinations(z, 2))
+    losses = [loss(a, b) for a, b in pairs]
+    return {"value": sum(losses) / (1 if mistake == "pairs added" else len(losses))}
+
+
+def plain_reference(method, inputs, args, stand_in, held):
+    loss = numpy_loss(method, args, stand_in)
+    h = [x.reshape(len(x), -1) @ inputs["backbone.1.weight"].T for x in inputs["views"]]
+    if method in ONE_BATCH:
+        z = np.split(numpy_head(np.concatenate(h), inputs, "projector", HEADS[method]), len(h))
+    else:
+        z = [numpy_head(v, inputs, "projector", HEADS[method]) for v in h]
+    if method in ("wmse", "cw_rgp"):
+        return {"value": loss(z)}
+    losses = [loss(a, b) for a, b in itertools.combinations(z, 2)]
+    return {"value": sum(losses) / len(losses)}
+
+
+IGNORED = "{} is not passed to the loss: it keeps its default, whatever the flag says"
+PLAIN = {
+    "h": "the loss is computed from H: it is computed from Z = projector(H)",
+    "two views": "with three views, only the first two count: take the mean over all pairs",
+    "pairs added": "with three views, the pairs are added up: take their mean",
+    "no gradient": "no gradient flows into the backbone: nothing should be detached here",
+}
+TOGETHER = {"batches": "each view passes the projector by itself: its batch norms should see all "
+                       "views as one batch"}
+APART = {"batches": "all views pass the projector as one batch: each view has its own statistics "
+                    "in the batch norms"}
+
+
+def plain_mistakes(method):
+    own = {"simclr": ["temperature"], "barlow": ["lambd"], "wmse": ["whitening", "eps"],
+           "cw_rgp": ["eps"]}.get(method, [])
+    found = {**PLAIN, **(TOGETHER if method in ONE_BATCH else APART)}
+    found.update({name: IGNORED.format(f"args.{name}") for name in own})
+    if method == "vicreg":
+        found["weights"] = "the weights are not passed to the loss: they keep their defaults"
+    if method in ("wmse", "cw_rgp"):
+        del found["pairs added"]
+    return found
+
+
+# ---- SimSiam -----------------------------------------------------------------
+
+
+def simsiam_variant(method, inputs, args, stand_in, mistake=None):
+    loss = torch_loss(method, args, stand_in)
+    h = [x.flatten(1) @ inputs["backbone.1.weight"].T for x in inputs["views"]]
+    if mistake == "batches":
+        z = torch_head(torch.cat(h), inputs, "projector", HEADS[method]).chunk(len(h))
+    else:
+        z = [torch_head(v, inputs, "projector", HEADS[method]) for v in h]
+    p = [torch_head(v.detach() if mistake == "early" else v, inputs, "predictor", "LBRL")
+         for v in z]
+    p = z if mistake == "no predictor" else p
+    z = h if mistake == "h" else z
+    if mistake == "wrong side":
+        p = [v.detach() for v in p]
+    elif mistake != "gradient":
+        z = [v.detach() for v in z]
+    return {"value": both_directions(p, z, loss, 1 / 2, mistake)}
+
+
+def both_directions(p, z, loss, weight, mistake):
+    """The mean over pairs of both directions, each with a weight."""
+    pairs = list(itertools.combinations(zip(p, z), 2))
+    if mistake == "first pair":
+        pairs = pairs[:1]
+    weight = {"halved": weight / 2, "not halved": 2 * weight}.get(mistake, weight)
+    losses = []
+    for (p1, z1), (p2, z2) in pairs:
+        if mistake == "same view":
+            losses.append(weight * (loss(p1, z1) + loss(p2, z2)))
+        elif mistake == "one direction":
+            losses.append(2 * weight * loss(p1, z2))
+        else:
+            losses.append(weight * (loss(p1, z2) + loss(p2, z1)))
+    return sum(losses) / (1 if mistake == "pairs added" else len(losses))
+
+
+def simsiam_reference(method, inputs, args, stand_in, held):
+    """The targets are those of the weights `held`: the gradient does not see them move."""
+    loss = numpy_loss(method, args, stand_in)
+    z, targets = ([numpy_head(x.reshape(len(x), -1) @ weights["backbone.1.weight"].T, weights,
+                              "projector", HEADS[method]) for x in inputs["views"]]
+                  for weights in (inputs, held))
+    p = [numpy_head(v, inputs, "predictor", "LBRL") for v in z]
+    pairs = list(itertools.combinations(zip(p, targets), 2))
+    return {"value": sum(loss(p1, z2) / 2 + loss(p2, z1) / 2
+                         for (p1, z1), (p2, z2) in pairs) / len(pairs)}
+
+
+DIRECTIONS = {
+    "one direction": "only one view of a pair predicts: each predicts the other",
+    "same view": "a view predicts itself: it predicts the other view",
+    "no predictor": "the predictor is left out: p = predictor(z)",
+    "first pair": PLAIN["two views"],
+    "pairs added": PLAIN["pairs added"],
+    **APART,
+}
+SIMSIAM_MISTAKES = {
+    **DIRECTIONS,
+    "gradient": "gradient flows into the targets: detach z (stop-gradient), or it collapses",
+    "wrong side": "the predictions are detached instead of the targets: detach z, not p",
+    "early": "z is detached before the predictor: detach only the z that are targets",
+    "not halved": "the two directions are added: each counts half (Eq. 4)",
+}
+
+# ---- BYOL --------------------------------------------------------------------
+
+
+def byol_variant(method, inputs, args, stand_in, mistake=None):
+    loss = torch_loss(method, args, stand_in)
+    h = [x.flatten(1) @ inputs["backbone.1.weight"].T for x in inputs["views"]]
+    if mistake == "batches":
+        z = torch_head(torch.cat(h), inputs, "projector", HEADS[method]).chunk(len(h))
+    else:
+        z = [torch_head(v, inputs, "projector", HEADS[method]) for v in h]
+    p = z if mistake == "no predictor" else [torch_head(v, inputs, "predictor", "LBRL") for v in z]
+    targets = [torch_head(x.flatten(1) @ inputs["target_backbone.1.weight"].T, inputs,
+                          "target_projector", HEADS[method]) for x in inputs["views"]]
+    if mistake == "online":
+        targets = z
+    if mistake == "half target":
+        targets = [torch_head(v, inputs, "target_projector", HEADS[method]) for v in h]
+    if mistake == "predicted target":
+        targets = [torch_head(v, inputs, "predictor", "LBRL") for v in targets]
+    targets = [v.detach() for v in targets]
+    return {"value": both_directions(p, targets, loss, 1, mistake)}
+
+
+def byol_reference(method, inputs, args, stand_in, held):
+    loss = numpy_loss(method, args, stand_in)
+    flat = [x.reshape(len(x), -1) for x in inputs["views"]]
+    p, z = [], []
+    for x in flat:
+        online = numpy_head(x @ inputs["backbone.1.weight"].T, inputs, "projector", HEADS[method])
+        p.append(numpy_head(online, inputs, "predictor", "LBRL"))
+        slow = x @ held["target_backbone.1.weight"].T
+        z.append(numpy_head(slow, held, "target_projector", HEADS[method]))
+    pairs = list(itertools.combinations(zip(p, z), 2))
+    return {"value": sum(loss(p1, z2) + loss(p2, z1) for (p1, z1), (p2, z2) in pairs) / len(pairs)}
+
+
+def update_variant(method, inputs, args, stand_in, mistake=None):
+    """The slow copy after update_target. BYOL's momentum rises with progress, MoCo's is fixed."""
+    base, progress = args["momentum"], args.get("progress")
+    momentum = base
+    if method == "byol":
+        progress = 1 - progress if mistake == "reversed" else progress
+        momentum = 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
+        momentum = {"constant": base, "not halved": 1 - (1 - base) * (math.cos(
+            math.pi * progress) + 1), "linear": base + (1 - base) * progress}.get(mistake, momentum)
+    out = {}
+    for name, slow in inputs.items():
+        if name.startswith("target_"):
+            online = inputs[name.removeprefix("target_")]
+            m = 1 - momentum if mistake == "wrong way" else momentum
+            m = {"copied": 0.0, "not moved": 1.0}.get(mistake, m)
+            if mistake == "backbone only" and "projector" in name:
+                m = 1.0
+            out[name] = m * slow + (1 - m) * online
+            if mistake == "added":
+                out[name] = slow + (1 - m) * online
+    return out
+
+
+def update_reference(method, inputs, args, stand_in, held):
+    momentum = args["momentum"]
+    if method == "byol":
+        momentum = ref.byol_momentum(momentum, args["progress"])
+    return {name: momentum * slow + (1 - momentum) * inputs[name.removeprefix("target_")]
+            for name, slow in inputs.items() if name.startswith("target_")}
+
+
+BYOL_MISTAKES = {
+    **DIRECTIONS,
+    "online": "the targets come from the online network: they come from the slow copy",
+    "half target": "the targets come from the online backbone: they come from target_backbone",
+    "predicted target": "the targets pass the predictor too: only the online side has one",
+    "halved": "each direction counts half, as in SimSiam: BYOL adds both directions",
+}
+UPDATE_MISTAKES = {
+    "wrong way": "the moving average is the wrong way round: "
+                 "the slow copy keeps the share `momentum` of itself",
+    "copied": "the slow copy becomes the online network: it keeps the share `momentum` of itself",
+    "not moved": "the slow copy does not move: change its weights in place",
+    "backbone only": "only the slow backbone moves: the slow projector moves too",
+    "added": "the online weights are added: the slow ones are not multiplied by the momentum",
+}
+BYOL_UPDATE_MISTAKES = {
+    **UPDATE_MISTAKES,
+    "constant": "the momentum is always tau_base: it rises with progress (the third equation)",
+    "reversed": "the momentum falls with progress: it rises from tau_base to 1",
+    "not halved": "the cosine's sum is not halved: tau = 1 - (1 - tau_base) (cos(..) + 1) / 2",
+    "linear": "the momentum rises linearly: it rises along a cosine (the third equation)",
+}
+
+# ---- MoCo --------------------------------------------------------------------
+
+
+def moco_variant(method, inputs, args, stand_in, mistake=None, times=1):
+    loss = torch_loss(method, args, stand_in, mistake)
+    weights = dict(inputs)
+    views, queue = inputs["views"], inputs["queue"]
+
+    def embed(x, prefix=""):
+        h = x.flatten(1) @ weights[f"{prefix}backbone.1.weight"].T
+        return torch_head(h, weights, f"{prefix}projector", "L")
+
+    for _ in range(times):
+        moved = update_variant("moco", weights, args, False,
+                               mistake if mistake in UPDATE_MISTAKES else None)
+        if mistake not in ("target late", "no update"):
+            weights.update({name: value.detach() for name, value in moved.items()})
+        q = [embed(x) for x in views]
+        k = [unit(embed(x, "" if mistake == "online keys" else "target_")) for x in views]
+        k = [v.detach() for v in k]
+        if mistake == "target late":
+            weights.update({name: value.detach() for name, value in moved.items()})
+        new = {"queries": [unit(v).detach() for v in q[1:]], "all views": k,
+               "last view": k[-1:], "first view": k[:1]}.get(mistake, k[1:])
+        if mistake == "long keys":
+            new = [embed(x, "target_").detach() for x in views[1:]]
+        longer = torch.cat([queue, *new])[-len(queue):]
+        if mistake == "newest first":
+            longer = torch.cat([*new, queue])[:len(queue)]
+        if mistake == "newest leave":
+            longer = torch.cat([queue, *new])[:len(queue)]
+        seen = longer if mistake == "queue first" else queue
+        pairs = list(itertools.combinations(range(len(views)), 2))
+        if mistake == "first pair":
+            pairs = pairs[:1]
+        losses = [loss(q[i], k[i if mistake == "same view" else j], seen) for i, j in pairs]
+        if mistake == "both":
+            losses += [loss(q[j], k[i], seen) for i, j in pairs]
+        value = sum(losses) / (1 if mistake == "pairs added" else len(losses))
+        queue = longer
+    return {"value": value, "queue": queue}
+
+
+def moco_reference(method, inputs, args, stand_in, held, times=1):
+    loss = numpy_loss(method, args, stand_in)
+    slow, queue = dict(held), inputs["queue"]
+    flat = [x.reshape(len(x), -1) for x in inputs["views"]]
+    for _ in range(times):
+        slow.update(update_reference("moco", slow, args, False, None))
+        q = [numpy_head(x @ inputs["backbone.1.weight"].T, inputs, "projector", "L") for x in flat]
+        k = [ref.unit_rows(numpy_head(x @ slow["target_backbone.1.weight"].T, slow,
+                                      "target_projector", "L")) for x in flat]
+        pairs = list(itertools.combinations(range(len(flat)), 2))
+        value = sum(loss(q[i], k[j], queue) for i, j in pairs) / len(pairs)
+        queue = np.concatenate([queue, *k[1:]])[-len(queue):]
+    return {"value": value, "queue": queue}
+
+
+MOCO_MISTAKES = {
+    "queue first": "the keys join the queue before the logits are computed: afterwards",
+    "no update": "the keys come from the target before it moves: call update_target first (Eq. 2)",
+    "online keys": "the keys come from the online network: they come from the target",
+    "same view": "query and key are of one view: the key is of the other view",
+    "both": "both directions of a pair are taken: the earlier view is the query, "
+            "the later one the key",
+    "temperature": IGNORED.format("args.temperature"),
+    "first pair": PLAIN["two views"],
+    "pairs added": PLAIN["pairs added"],
+}
+QUEUE_MISTAKES = {
+    "newest first": "new keys join at the front: the oldest key is first, the newest last",
+    "newest leave": "the newest keys leave: the oldest leave",
+    "long keys": "the keys in the queue do not have length 1: divide each by its length",
+    "queries": "queries join the queue: keys join it",
+    "all views": "the first view's keys join the queue too: that view is only a query",
+    "last view": "with three views, only the last view's keys join: those of all views but the first",
+    "target late": "the target moves after the keys are computed: it moves before (Eq. 2)",
+    "no update": "the target does not move: call update_target before the keys are computed",
+}
+
+
+def model_cases(method):
+    def cases(rng):
+        for n, s in ((6, 2), (6, 3)):
+            yield {"views": np.array([pair(rng, n, 6, 1)[0] for _ in range(s)]).reshape(
+                s, n, *IMAGE)}, dict(ARGS[method])
+
+    return cases
+
+
+def model_of(method, **more):
+    rest = dict(method=method, call=CLASSES[method], order="", cases=model_cases(method))
+    return Model(**{**rest, **more})
+
+
+def forward_of(method, variant, reference, known, points, wrt, asked):
+    return model_of(
+        method, asked=asked, mistakes=known, points=points, wrt=wrt,
+        variant=lambda *given, **more: variant(method, *given, **more),
+        reference=lambda *given, **more: reference(method, *given, **more))
+
+
+def update_of(method, known, progress):
+    names = [f"target_backbone.1.weight", "target_projector.0.weight"]
+    return model_of(
+        method, does="update_target", mistakes=known, points={"value": 2}, values=tuple(names),
+        asked="moves the weights of the slow copy in place", progress=progress,
+        variant=lambda *given, **more: update_variant(method, *given, **more),
+        reference=lambda *given, **more: update_reference(method, *given, **more))
+
+
+SEEN_AS = {True: "all views pass the projector as one batch",
+           False: "each view passes the projector by itself"}
+BACKBONE = ("backbone.1.weight", "projector.0.weight")
+MODELS = {method: [forward_of(
+    method, plain_variant, plain_reference, plain_mistakes(method), {"value": 6, "gradient": 4},
+    BACKBONE, f"views -> H -> Z -> the mean loss of all pairs of views; "
+    f"{SEEN_AS[method in ONE_BATCH]}")]
+    for method in ("simclr", "barlow", "vicreg", "wmse", "shuffled_dbn", "cw_rgp")}
+MODELS["simsiam"] = [forward_of(
+    "simsiam", simsiam_variant, simsiam_reference, SIMSIAM_MISTAKES, {"value": 5, "gradient": 5},
+    (*BACKBONE, "predictor.0.weight"),
+    "Eq. 4, the mean over all pairs of views; each view passes the heads by itself")]
+MODELS["byol"] = [
+    forward_of("byol", byol_variant, byol_reference, BYOL_MISTAKES, {"value": 5, "gradient": 3},
+               (*BACKBONE, "predictor.0.weight"),
+               "Eq. 2 in both directions, the mean over all pairs of views; "
+               "each view passes the heads by itself"),
+    update_of("byol", BYOL_UPDATE_MISTAKES, ((0.3,), (0.8,)))]
+MODELS["moco"] = [
+    forward_of("moco", moco_variant, moco_reference, MOCO_MISTAKES, {"value": 3, "gradient": 2},
+               BACKBONE, "Eq. 1, the mean over pairs of views: the earlier is the query, the later "
+               "the key; target, keys, logits and queue in this order"),
+    update_of("moco", UPDATE_MISTAKES, ((), ())),
+    model_of("moco", does="forward", times=2, mistakes=QUEUE_MISTAKES, points={"value": 3},
+             values=("queue",), asked="the queue after two calls of forward: the keys of all views "
+             "but the first join at its end, and the oldest leave",
+             variant=lambda *given, **more: moco_variant("moco", *given, times=2, **more),
+             reference=lambda *given, **more: moco_reference("moco", *given, times=2, **more))]
