@@ -33,7 +33,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 SECONDS = 60  # time limit of a part, without the start of Python
 DRAWS = 24  # calls of a loss that draws at random
-TOLERANCE = {"float64": 1e-6, "float32": 2e-3, "float16": 2e-3}  # of the largest number, at least 1
+TOLERANCE = {"float64": 1e-6, "float32": 2e-3, "float16": 2e-3, "training": 1e-4}  # of the largest number, at least 1
 SHIFT = 1e-4  # a step for the slope of your values
 LARGEST_FILE = 2**24  # bytes that a part may write into one file
 LARGEST_ANSWER = 2**20  # bytes that are read back of it
@@ -172,6 +172,74 @@ def use_model(model, case, views):
     return outputs
 
 
+def call_training(module, case, inputs):
+    """Run train() on a few images with a model that notes what reaches it."""
+    import torch
+
+    if module not in TRAINED:
+        write_images(Path("images"), inputs["images"])
+        args = module.Args(**case["settings"], **RECIPE, data_dir="images", out="run")
+        torch.manual_seed(1)
+        model = recording_model(case["progress"])
+        run = module.train(args, build=lambda args: model)
+        loss = [row["loss"] for row in run.rows]
+        TRAINED[module] = {**{k: np.array(v) for k, v in model.seen.items()}, "loss": loss}
+    return TRAINED[module]
+
+
+TRAINED = {}  # module -> outputs
+RECIPE = dict(dataset="folder", device="cpu", precision="fp32", num_workers=0, epochs=2, lr=0.1,
+              warmup=2, optimizer="sgd", weight_decay=0.01, log_every=1, eval_every=2,
+              image_size=8, seed=3)
+
+
+def write_images(folder, images):
+    """uint8 [24, 3, 8, 8] as PNG files of two classes: 18 to train on, 6 to test."""
+    from PIL import Image
+
+    for i, image in enumerate(images):
+        place = folder / ("train" if i < 18 else "test") / f"class{i % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.astype(np.uint8).transpose(1, 2, 0)).save(place / f"{i:02}.png")
+
+
+def recording_model(with_target):
+    """A small model that notes in `seen` what train() does with it, step by step."""
+    import torch
+
+    class Recorder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
+            self.projector, self.predictor = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+            self.predictor.constant_lr = True
+            for number, weights in enumerate(self.parameters(), 1):
+                wave = torch.arange(weights.numel()).mul(number).cos().view_as(weights)
+                weights.data.copy_(wave / weights.shape[-1] ** 0.5)
+            self.seen = {"views": [], "draws": [], "weights": []}
+            if with_target:
+                self.seen.update(progress=[], target=[])
+
+        def noted(self):
+            return torch.cat([w.detach().flatten()[:4] for w in self.parameters()]).numpy()
+
+        def forward(self, views):
+            z = [self.projector(self.backbone(x)) for x in views]
+            if self.training:
+                self.seen["views"].append([x.mean((1, 2, 3)).numpy() for x in views])
+                self.seen["weights"].append(self.noted())
+                self.seen["draws"].append(torch.rand(3).numpy())
+            return (self.predictor(z[0]) - z[1]).square().mean()
+
+    if with_target:
+        def update_target(self, progress):
+            self.seen["progress"].append(progress)
+            self.seen["target"].append(self.noted())
+
+        Recorder.update_target = update_target
+    return Recorder()
+
+
 # In the place of the loss, so that a model can be right though its loss is not: functions with the
 # same arguments that have little else in common with a loss.
 
@@ -219,7 +287,7 @@ class StandIn:
 
 
 STAND_INS = {name: f for name, f in vars(StandIn).items() if not name.startswith("_")}
-CALLS = {"function": call_function, "model": call_model}
+CALLS = {"function": call_function, "model": call_model, "training": call_training}
 
 # ---- A process for each part -------------------------------------------------
 

@@ -20,6 +20,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 import tokenize
 from pathlib import Path
 
@@ -117,6 +118,8 @@ def remarks(body):
 def answers_of(method, part, seed):
     """The part as check.py reads it: `groups` with points and sentences, `cases` with answers."""
     made = {"asked": [], "groups": [], "cases": []}
+    if part == "training":
+        return training_answers(method, seed)
     table = {"loss": mistakes.LOSSES, "model": mistakes.MODELS}[part]
     for function in table[method]:
         group, cases = group_of(function, seed)
@@ -209,6 +212,36 @@ def stand_in_case(model, case):
     assert all(check.close(expected[name], right[name], 1e-6) for name in case["values"])
     return {**case, "expected": plain([expected], case),
             "mistakes": {key: plain(outcomes, case) for key, outcomes in every.items()}}
+
+
+def training_answers(method, seed):
+    """The part `training`: one run of train(), looked at in three ways."""
+    images = np.random.default_rng([seed, 9]).integers(0, 256, (24, 3, 8, 8))
+    settings = {**mistakes.ARGS[method], "batch_size": 6}
+    known = dict(mistakes.STEP_MISTAKES)
+    if method == "byol":
+        known.update(mistakes.UPDATE_STEP_MISTAKES)
+    with tempfile.TemporaryDirectory() as folder:
+        check.write_images(Path(folder), images)
+        right = mistakes.training_variant(method, folder, settings)
+        wrong = {key: mistakes.training_variant(method, folder, settings, key) for key in known}
+    made = {"asked": ["`train`: the step, from the seed of its random draws to `step += 1`; it "
+                      "leaves `loss`, `factor` and `step` for the lines below it"],
+            "groups": [], "cases": []}
+    for what, (names, points) in mistakes.STEP.items():
+        names = [name for name in names if name in right]
+        case = {"kind": "training", "name": what, "group": f"train, {what}", "extra": "",
+                "call": "train", "settings": settings, "wrt": [], "values": names, "draws": 0,
+                "dtype": "training", "inputs": {"images": images.tolist()},
+                "progress": method == "byol"}
+        case["expected"] = plain([right], case)
+        case["mistakes"] = {key: plain([array], case) for key, array in wrong.items()}
+        telling = [key for key in known if case_tells(case, None, key)]
+        case["mistakes"] = {key: case["mistakes"][key] for key in telling}
+        made["groups"].append({"name": case["group"], "points": {"value": points},
+                               "mistakes": {key: known[key] for key in telling}})
+        made["cases"].append(case)
+    return made
 
 
 def weights_of(model, settings, rng):

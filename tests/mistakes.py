@@ -8,6 +8,9 @@ A function whose loss draws at random gives a list: the loss of every possible d
 A sentence goes on after "This is what one gets when ...".
 """
 
+import contextlib
+import importlib
+import io
 import itertools
 import math
 from dataclasses import dataclass
@@ -16,6 +19,8 @@ import check
 import numpy as np
 import reference as ref
 import torch
+
+import common
 
 # ==============================================================================
 # What is asked, and its cases
@@ -1474,3 +1479,75 @@ MODELS["moco"] = [
              "but the first join at its end, and the oldest leave",
              variant=lambda *given, **more: moco_variant("moco", *given, times=2, **more),
              reference=lambda *given, **more: moco_reference("moco", *given, times=2, **more))]
+
+# ==============================================================================
+# Training: the step of train()
+# ==============================================================================
+
+# What is compared, with points: outputs of check.call_training.
+STEP = {"the views and random draws": (("views", "draws"), 3),
+        "the weights": (("weights", "progress", "target"), 5),
+        "the loss that is written": (("loss",), 2)}
+STEP_MISTAKES = {
+    "no seed": "the random draws are not seeded: torch.manual_seed(common.step_seed(..)) comes "
+               "first",
+    "run seed": "each step has the seed of the run: common.step_seed gives each step its own",
+    "same views": "all steps have the views of step 0: data.augment takes the step",
+    "next views": "a step has the views of the next one: add 1 to `step` at the end",
+    "no zero_grad": "the gradients of all steps add up: zero_grad comes before backward",
+    "no rate": "the learning rate does not change: set group['lr'] in each step",
+    "constant too": "the predictor's rate changes: a group with group['constant'] keeps its peak",
+    "late rate": "the learning rate is that of the step before: set it before optimizer.step()",
+    "no step": "the weights do not move: optimizer.step() is missing, or there is no gradient yet "
+               "or no more (in order: zero_grad, backward, step)",
+    "not watched": "the loss is not added up: run.watch(step, loss) does it",
+}
+UPDATE_STEP_MISTAKES = {
+    "no update": "update_target is not called: it follows optimizer.step()",
+    "early update": "update_target comes before optimizer.step(): the target moves towards the "
+                    "new weights",
+    "late progress": "the progress is that of the next step: it is step / run.total_steps",
+}
+
+
+def training_variant(method, folder, settings, mistake=None):
+    """What check.recording_model notes in a training, and the mean loss of each epoch."""
+    args = importlib.import_module(method).Args(**settings, **check.RECIPE, data_dir=str(folder))
+    args, device = common.set_up(args)
+    with contextlib.redirect_stdout(io.StringIO()):
+        data = common.load_data(args, device)
+    torch.manual_seed(args.seed)
+    model = check.recording_model(method == "byol")
+    optimizer = common.build_optimizer(model, args)
+    total = args.epochs * data.steps_per_epoch
+    step, means = 0, []
+    for epoch in range(args.epochs):
+        losses = []
+        for batch in data.batches(epoch):
+            if mistake not in ("no seed", "run seed"):
+                torch.manual_seed(common.step_seed(args.seed, step))
+            if mistake == "run seed":
+                torch.manual_seed(args.seed)
+            shown = {"same views": 0, "next views": step + 1}.get(mistake, step)
+            views = data.augment(batch, shown)
+            before = step - 1 if mistake == "late rate" and step else step
+            factor = common.learning_rate(args, before, total, data.steps_per_epoch)
+            for group in optimizer.param_groups:
+                fixed = group["constant"] and mistake != "constant too" or mistake == "no rate"
+                group["lr"] = group["peak_lr"] * (1.0 if fixed else factor)
+            loss = model(views)
+            if mistake != "no zero_grad":
+                optimizer.zero_grad()
+            progress = (step + (mistake == "late progress")) / total
+            if method == "byol" and mistake == "early update":
+                model.update_target(progress)
+            loss.backward()
+            if mistake != "no step":
+                optimizer.step()
+            if method == "byol" and mistake not in ("early update", "no update"):
+                model.update_target(progress)
+            losses.append(0.0 if mistake == "not watched" else loss.item())
+            step += 1
+        model.training = True
+        means.append(sum(losses) / len(losses))
+    return {**{name: np.array(array) for name, array in model.seen.items()}, "loss": means}
