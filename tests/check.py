@@ -20,10 +20,12 @@ import io
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -32,6 +34,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 SECONDS = 60  # time limit of a part, without the start of Python
+TRAINING_SECONDS = 170
 DRAWS = 24  # calls of a loss that draws at random
 TOLERANCE = {"float64": 1e-6, "float32": 2e-3, "float16": 2e-3, "training": 1e-4}  # of the largest number, at least 1
 SHIFT = 1e-4  # a step for the slope of your values
@@ -334,7 +337,8 @@ def run_forked(folder, plan):
             pass
     if ended is None:
         os.waitpid(pid, 0)
-    return "time" if ended in (None, f"signal {signal.SIGXCPU}") else ended
+    late = ended in (None, f"signal {signal.SIGXCPU}")
+    return f"time limit of {plan['seconds']} seconds" if late else ended
 
 
 def run_spawned(folder, plan):
@@ -346,7 +350,7 @@ def run_spawned(folder, plan):
             return "" if child.wait(plan["seconds"] + 20) == 0 else "signal"
         except subprocess.TimeoutExpired:
             child.kill()
-            return "time"
+            return f"time limit of {plan['seconds']} seconds"
 
 
 def confine(folder, plan):
@@ -592,7 +596,7 @@ def is_like(case, outputs, outcomes, what):
     """Are the outputs those of one of the outcomes? With draws: is each draw's?"""
     names = names_of(case)[what]
     if "error" in outputs:  # a decomposition that fails in one system gives NaN in another
-        return not any(np.isfinite(outcome["value"]).any() for outcome in outcomes)
+        return not any(np.isfinite(outcome.get("value", 0)).any() for outcome in outcomes)
     if not all(name in outputs for name in names):
         return False
     draws = [outputs]
@@ -632,8 +636,8 @@ def in_short(misses, note):
     if error:
         return error
     if not any(name in output for name in misses[0][0]["values"]):
-        if note == "time":
-            return f"stopped at the time limit of {SECONDS} seconds: is there an endless loop?"
+        if note.startswith("time"):
+            return f"stopped at the {note}: is there an endless loop?"
         return f"Python ended before it gave an answer ({note or 'it left early'})"
     return ""
 
@@ -717,9 +721,9 @@ def slope_hint(misses):
 
 
 @functools.cache
-def check_part(method, part):
-    """The rows of one part of the homework, see judge()."""
-    return check_parts([(method, part)])[0]
+def report():
+    """{(method, part): rows} of the whole homework, see judge()."""
+    return dict(zip(homework(), check_parts(homework())))
 
 
 def check_parts(wanted):
@@ -727,7 +731,7 @@ def check_parts(wanted):
     parts = []
     for method, part in wanted:
         answers = json.loads((HERE / "answers" / f"{method}.json").read_text())
-        parts.append({**answers["parts"][part], "method": method, "part": part,
+        parts.append({**answers[part], "method": method, "part": part,
                       "file": HERE / "methods" / f"{method}.py"})
     return grade(parts, HERE, SECONDS)
 
@@ -752,20 +756,23 @@ def homework():
     return [(method, part) for method in task["methods"] for part in task["parts"]]
 
 
-def check(method=None, part=None):
-    """Print the report; for notebooks too. Returns True if all points but the extra ones are won."""
+def check(method=None, part=None, row=None):
+    """Print the report; for notebooks too. Returns True if all points but the extra ones are won.
+
+    method, part, row: only these."""
     wanted = [(m, p) for m, p in homework() if method in (None, m) and part in (None, p)]
     if not wanted:
         known = ", ".join(f"{m} {p}" for m, p in homework())
         raise SystemExit(f"check.py: error: nothing is asked under that name; try {known}")
     won, most, extra = 0, 0, 0
     for (method, part), rows in zip(wanted, check_parts(wanted)):
+        rows = [one for one in rows if row in (None, one["name"])]
         print(f"\n{method}, {part}: {total(rows)} of {total(rows, 'of')} points")
-        for row in rows:
-            points = f"{row['points']}/{row['of']}" + (" extra" if row["extra"] else "")
-            print(f"  {row['name']:36} {points:10} {row['text']}")
+        for one in rows:
+            points = f"{one['points']}/{one['of']}" + (" extra" if one["extra"] else "")
+            print(f"  {one['name']:36} {points:10} {one['text']}")
         won, most = won + total(rows), most + total(rows, "of")
-        extra += sum(row["points"] for row in rows if row["extra"])
+        extra += sum(one["points"] for one in rows if one["extra"])
     print(f"\nTogether: {won} of {most} points" + (f", and {extra} extra" if extra else ""))
     return won == most
 
@@ -774,23 +781,73 @@ def total(rows, key="points"):
     return sum(row[key] for row in rows if not row["extra"])
 
 
+def rows_of(method, part):
+    """The names of the rows that win points."""
+    answers = json.loads((HERE / "answers" / f"{method}.json").read_text())
+    return [f"{group['name']}: {what}" for group in answers[part]["groups"]
+            for what in group["points"]]
+
+
 def pytest_generate_tests(metafunc):
-    if {"method", "part"} <= set(metafunc.fixturenames):
-        metafunc.parametrize("method, part", homework())
+    if "row" in metafunc.fixturenames:
+        rows = [(m, p, row) for m, p in homework() for row in rows_of(m, p)]
+        metafunc.parametrize("method, part, row", rows, ids=map(", ".join, rows))
 
 
-def test_part(method, part):
+def test_row(method, part, row):
     import pytest
 
-    wrong = [row for row in check_part(method, part) if not row["extra"] and row["points"] < row["of"]]
-    if wrong:
-        pytest.fail("\n".join(f"{row['name']}: {row['text']}" for row in wrong), pytrace=False)
+    (found,) = [one for one in report()[method, part] if one["name"] == row]
+    if found["points"] < found["of"]:
+        pytest.fail(found["text"], pytrace=False)
+
+
+# ---- Training ----------------------------------------------------------------
+
+
+def train(method):
+    """Train a method for three minutes at most, and compare its 20-NN with the reference's."""
+    out = HERE / "runs" / f"check-{method}-{time.strftime('%H%M%S')}"
+    command = [sys.executable, str(HERE / "methods" / f"{method}.py"), "--out", str(out)]
+    print(f"{method}: {' '.join(command[1:])}, for three minutes at most", flush=True)
+    child = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
+    stop = threading.Timer(TRAINING_SECONDS, child.send_signal, [signal.SIGINT])
+    stop.start()
+    accuracy = None
+    for line in child.stdout:
+        print("  " + line.rstrip(), flush=True)
+        found = re.search(r"kNN +([\d.]+) %", line)
+        accuracy = float(found[1]) if found else accuracy
+    stop.cancel()
+    child.wait()
+    if accuracy is None:
+        print(f"{method}: no 20-NN was measured")
+        return False
+    task = json.loads((HERE / "answers" / "task.json").read_text())
+    words, learned = compare_knn(accuracy, task["knn"][method])
+    early = "" if child.returncode == 0 else " It did not come to its end, the reference did."
+    print(f"{method}: {words}{early}")
+    return learned
+
+
+def compare_knn(accuracy, known):
+    """(words, whether it has learned): 20-NN in percent beside that of the reference's seeds."""
+    low, high = min(known), max(known)
+    spread = max(high - low, 2.0)
+    words = (f"Your 20-NN is {accuracy:.1f} %. The reference has {low} to {high} % with "
+             f"{len(known)} seeds; an untrained network has about 26 %.")
+    if accuracy >= low - spread:
+        return f"{words} It learns as it should.", True
+    if accuracy > 35:
+        return f"{words} It learns, but less than the spread of the seeds explains.", False
+    return f"{words} It does not learn.", False
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("method", nargs="?", help="simclr, for example (default: all)")
     parser.add_argument("part", nargs="?", help="loss, model or training (default: all)")
+    parser.add_argument("row", nargs="?", help="one line of the report, as `whiten: value`")
     parser.add_argument("--train", action="store_true", help="train it, three minutes at most")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--answer", nargs=2, help=argparse.SUPPRESS)
@@ -800,8 +857,10 @@ def main():
     if args.answer:
         load_module("common", args.answer[1])
         return answer(Path(args.answer[0]))
-    good = check(args.method, args.part)
-    sys.exit(0 if good else 1)
+    if args.train:
+        methods = [m for m in dict(homework()) if args.method in (None, m)]
+        return sys.exit(0 if all([train(method) for method in methods]) else 1)
+    sys.exit(0 if check(args.method, args.part, args.row) else 1)
 
 
 if __name__ == "__main__":

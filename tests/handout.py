@@ -11,12 +11,13 @@ tests/check.py compares; it is handed out too. --seed draws the inputs: those th
 with have seed 0, so grade with a number that they do not know.
 """
 
-import argparse
 import ast
+import contextlib
 import csv
 import importlib
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -223,8 +224,9 @@ def training_answers(method, seed):
         known.update(mistakes.UPDATE_STEP_MISTAKES)
     with tempfile.TemporaryDirectory() as folder:
         check.write_images(Path(folder), images)
-        right = mistakes.training_variant(method, folder, settings)
-        wrong = {key: mistakes.training_variant(method, folder, settings, key) for key in known}
+        data = mistakes.training_data(method, folder, settings)
+    right = mistakes.training_variant(method, data)
+    wrong = {key: mistakes.training_variant(method, data, key) for key in known}
     made = {"asked": ["`train`: the step, from the seed of its random draws to `step += 1`; it "
                       "leaves `loss`, `factor` and `step` for the lines below it"],
             "groups": [], "cases": []}
@@ -406,7 +408,11 @@ def large_case(function, case):
 # 3. The folder to hand out
 # ==============================================================================
 
-FILES = ("common.py", "requirements.txt")
+# 20-NN in percent of the default run on `patterns` with seeds 0 and 1, from tests/README.md:
+# python methods/simclr.py --seed 0, then --seed 1, and so on; the last line of each run.
+REFERENCE_KNN = {"simclr": (95.5, 95.8), "moco": (82.9, 79.8), "byol": (75.7, 70.1),
+                 "simsiam": (80.2, 70.0), "barlow": (75.5, 77.8), "vicreg": (96.5, 96.8),
+                 "wmse": (93.0, 93.2), "shuffled_dbn": (95.8, 95.4), "cw_rgp": (97.7, 98.0)}
 
 
 def write_handout(methods, parts, out):
@@ -414,51 +420,312 @@ def write_handout(methods, parts, out):
     out = Path(out)
     taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
     common.check(not taken, f"--out {out} exists already; try --out {out}-2, or remove it")
-    task = {method: {part: answers_of(method, part, seed=0) for part in parts}
-            for method in methods}
+    task = {"methods": methods, "parts": parts,
+            "knn": {method: REFERENCE_KNN[method] for method in methods}}
+    answers = {method: {part: answers_of(method, part, seed=0) for part in parts}
+               for method in methods}
     (out / "methods").mkdir(parents=True)
     (out / "answers").mkdir()
     for method in methods:
         source, _ = blanked((ROOT / "methods" / f"{method}.py").read_text(), parts)
         (out / "methods" / f"{method}.py").write_text(source)
-        content = json.dumps({"method": method, "parts": task[method]})
-        (out / "answers" / f"{method}.json").write_text(content)
-    (out / "answers" / "task.json").write_text(json.dumps({"methods": methods, "parts": parts}))
-    for name in FILES:
-        shutil.copy(ROOT / name, out / name)
-    shutil.copy(ROOT / "tests" / "check.py", out / "check.py")
+        (out / "answers" / f"{method}.json").write_text(json.dumps(answers[method]))
+    (out / "answers" / "task.json").write_text(json.dumps(task))
+    for path in ("common.py", "requirements.txt", "tests/check.py"):
+        shutil.copy(ROOT / path, out / Path(path).name)
     (out / "pytest.ini").write_text("[pytest]\npython_files = check.py\n")
-    (out / "README.md").write_text(readme(methods, parts, task))
+    (out / "README.md").write_text(readme(methods, parts, answers))
     print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}; "
           f"{len(methods) * len(parts)} parts of 10 points")
 
 
-def readme(methods, parts, task):
+def readme(methods, parts, answers):
     """The task in words."""
-    return "# Homework\n"
+    names = " and ".join([", ".join(methods[:-1]), methods[-1]] if methods[1:] else methods)
+    text = INTRODUCTION.format(names=names, first=methods[0], part=parts[0],
+                               most=10 * len(methods) * len(parts))
+    for method in methods:
+        docstring = ast.get_docstring(ast.parse((ROOT / "methods" / f"{method}.py").read_text()))
+        equations = re.search(r"^Loss: .*?(?=\n\n)", docstring, re.S | re.M)[0]
+        paper = re.search(r"^Paper: .*?(?=\nCode:)", docstring, re.S | re.M)[0]
+        text += f"\n## methods/{method}.py\n\n{docstring.splitlines()[0]}\n"
+        text += f"```\n{paper}\n{equations}\n```\n\n| part | what to write | points |\n|---|---|---|\n"
+        for part in parts:
+            asked = answers[method][part]
+            for words, group in zip(asked["asked"], points_of(asked)):
+                text += f"| {part} | {words} | {group} |\n"
+    return text
 
+
+def points_of(answers):
+    """`6 value, 4 gradient` for what is asked; of the training step, all on its one line."""
+    groups = [", ".join(f"{points} {what}" for what, points in group["points"].items())
+              for group in answers["groups"]]
+    return groups if len(answers["asked"]) > 1 or len(groups) == 1 else [", ".join(
+        f"{sum(group['points'].values())} for {group['name'].removeprefix('train, ')}"
+        for group in answers["groups"])]
+
+
+INTRODUCTION = """# Homework: {names}
+
+Each file in `methods/` is a self-supervised method that runs, but for the lines that you will
+write. A place for your code looks like this:
+
+```python
+    # ---- your code: loss ----
+    raise NotImplementedError
+    # ---- end of your code ----
+```
+
+Replace the `raise` by your code. Leave names and arguments as they are. The docstring above the
+place says what goes in and what comes out; the equations are below and at the top of the file. A
+comment `# On the way` lists shapes and equation numbers that you may meet. You may add functions
+of your own. Everything that `common.py` has may be used.
+
+## How to run and check
+
+```bash
+python3 -m venv .venv
+source .venv/bin/activate
+pip install -r requirements.txt
+python check.py                    # all parts; pytest does the same
+python check.py {first} {part:8}     # one part
+python check.py --train {first}    # trains on `patterns`, for three minutes at most
+```
+
+In a notebook in this folder: `import check; check.check("{first}", "{part}")`.
+
+- A solution of any style is right if its values and gradients are. In float64, no number may be off
+  by more than 1e-6 of the largest one (at least of 1), in float32 by more than 2e-3.
+- If a value is one that a usual mistake gives, the report names the mistake.
+- There are {most} points. Extra points are on top: for a loss of float16 inputs that is computed in
+  float32, and for one that does not take long on a large batch.
+- You will be graded on other numbers than those in `answers/`. Hand in the files in `methods/`.
+- Work in this order: first `loss`, then `model`, then `training`, as far as they are asked.
+  A model can be right though its loss is not yet.
+"""
 
 # ==============================================================================
 # 4. Grading
 # ==============================================================================
 
+SECONDS = 5  # of a part; Python starts once for all parts of a student
+LARGEST_SOURCE = 2**20  # bytes of a method file
 
-def grade(folder, methods, parts, seed, out):
-    pass
+
+def submissions_in(folder):
+    """[(student, folder)]: each subfolder, or the folder itself if a method file lies in it."""
+    common.check(folder.is_dir(), f"--grade {folder} is no folder; give the one with a folder for "
+                 "each student")
+    own = [folder / place / f"{method}.py" for method in METHODS for place in ("", "methods")]
+    if any(path.is_file() for path in own):
+        return [(folder.resolve().name, folder)]
+    found = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.is_symlink()]
+    common.check(found, f"--grade {folder} has no folders in it; give the one with a folder for "
+                 "each student")
+    return [(path.name, path) for path in found]
+
+
+def files_in(folder, wanted):
+    """Paths of files with this name in a submission, the nearest first; no links are followed."""
+    found, seen = [], 0
+    for place, folders, files in os.walk(folder):
+        depth = len(Path(place).relative_to(folder).parts)
+        folders[:] = sorted(f for f in folders if not f.startswith(".")) if depth < 4 else []
+        seen += len(files)
+        if seen > 20_000:
+            break
+        found += [Path(place) / name for name in files if name == wanted]
+    return [path for path in found if path.is_file() and not path.is_symlink()]
+
+
+def file_of(folder, method):
+    """The student's file of a method, or None: in methods/, or else where it lies."""
+    found = [path for path in files_in(folder, f"{method}.py")
+             if path.stat().st_size <= LARGEST_SOURCE]
+    return min(found, key=lambda path: (path.parent.name != "methods", len(path.parts)),
+               default=None)
+
+
+def asked_parts(submissions, methods):
+    """The parts whose markers stand in most of the files that were handed in."""
+    files = [file_of(folder, method) for _, folder in submissions for method in methods]
+    texts = [path.read_text(errors="replace") for path in files if path]
+    parts = [part for part in PARTS
+             if 2 * sum(BEGIN.format(part) in text for text in texts) > len(texts)]
+    common.check(parts, "--parts is needed: most files have no marks like "
+                 f"`{BEGIN.format('loss')}`; try --parts loss")
+    return parts
+
+
+def grade(folder, methods, parts, seed, out, train=False):
+    """Grade all submissions in `folder`; write grades.csv and a results.json for each student."""
+    submissions = submissions_in(folder)
+    methods = methods or [m for m in METHODS if any(file_of(f, m) for _, f in submissions)]
+    common.check(methods, f"--grade {folder}: no file like simclr.py in it; name the methods")
+    parts = parts or asked_parts(submissions, methods)
+    print(f"{len(submissions)} submissions: {', '.join(methods)}; parts {', '.join(parts)}; "
+          f"seed {seed}", flush=True)
+    answers = {(method, part): answers_of(method, part, seed) for method in methods
+               for part in parts}
+    out.mkdir(parents=True, exist_ok=True)
+    table = []
+    for student, place in submissions:
+        wanted = [{**answers[method, part], "method": method, "part": part,
+                   "file": file_of(place, method)} for method, part in answers]
+        rows = dict(zip(answers, check.grade(wanted, ROOT, SECONDS, strict=True)))
+        if train:
+            for method in methods:
+                rows[method, "trained"] = [trained_row(place, method)]
+        write_results(out if len(submissions) == 1 else out / student, rows)
+        table.append(grades_row(student, rows))
+        print(f"{student}: {table[-1]['points']} of {table[-1]['of']} points, "
+              f"{table[-1]['extra']} extra", flush=True)
+    with open(out / "grades.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    print(f"{out}/grades.csv, and results.json for each student")
+
+
+def grades_row(student, rows):
+    """A line of grades.csv."""
+    name = student if student[:1] not in "=+-@" else f"'{student}"  # no formula for a spreadsheet
+    points = {f"{method} {part}": check.total(found) for (method, part), found in rows.items()}
+    extra = sum(row["points"] for found in rows.values() for row in found if row["extra"])
+    most = sum(check.total(found, "of") for found in rows.values())
+    return {"student": name, **points, "points": sum(points.values()), "of": most, "extra": extra}
+
+
+def write_results(folder, rows):
+    """results.json in the form that Gradescope reads. An extra point has max_score 0."""
+    tests = [{"name": f"{method}, {part}: {row['name']}", "score": row["points"],
+              "max_score": 0 if row["extra"] else row["of"], "output": row["text"]}
+             for (method, part), found in rows.items() for row in found]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps({"tests": tests}, indent=1))
+
+
+def trained_row(folder, method):
+    """One row for a trained backbone.pt: its 20-NN on `patterns`, computed here."""
+    row = {"name": "20-NN of backbone.pt", "points": 0, "of": 0, "extra": True}
+    paths = [path for path in files_in(folder, "backbone.pt") if method in path.parent.name]
+    if not paths:
+        return {**row, "text": f"no runs/{method}-patterns-s0/backbone.pt"}
+    try:
+        accuracy = knn_of(paths[0], method)
+    except Exception as error:
+        return {**row, "text": f"backbone.pt cannot be read: {type(error).__name__}"}
+    verdict, learned = check.compare_knn(accuracy, REFERENCE_KNN[method])
+    return {**row, "points": int(learned), "of": 1, "text": verdict}
+
+
+def knn_of(path, method):
+    """20-NN in percent of the weights of a `tiny` backbone on `patterns`."""
+    common.check(path.stat().st_size < 2**26, "too large")
+    network, _ = common.build_backbone("tiny", 32)
+    network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    args, device = common.set_up(importlib.import_module(method).Args(device="cpu"))
+    with contextlib.redirect_stdout(io.StringIO()):
+        data = common.load_data(args, device)
+        with torch.no_grad():
+            bank, queries = (common.extract(network, data, x) for x in (data.large_bank, data.test))
+    return 100 * common.knn_accuracy(bank, data.large_bank_labels, queries, data.test_labels)
+
+
+# ---- GitHub Classroom --------------------------------------------------------
+
+WORKFLOW = """# .github/workflows/classroom.yml, in the repository that GitHub Classroom copies
+name: Autograding
+on: [push, workflow_dispatch, repository_dispatch]
+permissions:
+  checks: write
+  actions: read
+  contents: read
+jobs:
+  autograding:
+    runs-on: ubuntu-latest
+    if: github.actor != 'github-classroom[bot]'
+    steps:
+      - uses: actions/checkout@v4
+{steps}      - uses: classroom-resources/autograding-grading-reporter@v1
+        env:
+{results}        with:
+          runners: {runners}
+"""
+STEP = """      - id: {id}
+        uses: classroom-resources/autograding-command-grader@v1
+        with:
+          test-name: "{name}"
+          setup-command: pip install -r requirements.txt
+          command: python check.py {method} {part} "{row}"
+          timeout: 10
+          max-score: {points}
+"""
+
+
+def classroom(methods, parts):
+    """The workflow for GitHub Classroom: a step for each row of check.py."""
+    steps, names = "", []
+    for method in methods:
+        for part in parts:
+            for group in answers_of(method, part, seed=0)["groups"]:
+                for what, points in group["points"].items():
+                    row = f"{group['name']}: {what}"
+                    names.append(re.sub(r"[^a-z]+", "-", f"{method} {part} {row}".lower()))
+                    steps += STEP.format(id=names[-1], name=f"{method} {part} {row}", method=method,
+                                         part=part, row=row, points=points)
+    results = "".join(f'          {name.upper()}_RESULTS: "${{{{steps.{name}.outputs.result}}}}"\n'
+                      for name in names)
+    return WORKFLOW.format(steps=steps, results=results, runners=",".join(names))
+
+
+# ==============================================================================
+# 5. Command line
+# ==============================================================================
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """The command line. Raises UserError."""
+    parser = common.OneLineParser(description=__doc__.split("\n")[0])
     parser.add_argument("methods", nargs="*", metavar="method", help=", ".join(METHODS))
-    parser.add_argument("--parts", default="loss", help="of loss,model,training (default: loss)")
-    parser.add_argument("--out", default="homework", help="folder to write")
-    return parser.parse_args(argv)
+    parser.add_argument("--parts", help="some of loss,model,training (default: loss; with --grade "
+                        "those that are marked in the files)")
+    parser.add_argument("--out", help="folder to write (default: homework, or grades)")
+    parser.add_argument("--grade", metavar="SUBMISSIONS", help="grade the folder with a folder for "
+                        "each student, or with one student's files")
+    parser.add_argument("--seed", type=common.number(int, least=1, most=2**31 - 1),
+                        help="with --grade: draws the numbers to grade with; keep it to yourself")
+    parser.add_argument("--train", action="store_true", help="with --grade: also measure the 20-NN "
+                        "of runs/METHOD-patterns-s0/backbone.pt")
+    parser.add_argument("--classroom", action="store_true",
+                        help="print the workflow for GitHub Classroom")
+    args = parser.parse_args(argv)
+    for method in args.methods:
+        common.check(method in METHODS, f"{method} is no method; try {', '.join(METHODS)}")
+    common.check(args.methods or args.grade, "no method is named; try simclr")
+    repeated = len(set(args.methods)) < len(args.methods)
+    common.check(not repeated, "a method is named twice; name each once")
+    args.parts = args.parts.split(",") if args.parts else [] if args.grade else ["loss"]
+    for part in args.parts:
+        common.check(part in PARTS, f"--parts {part} is no part; try --parts loss,model,training")
+    args.parts = [part for part in PARTS if part in args.parts]
+    common.check((args.seed is None) == (not args.grade), "--grade and --seed need each other; "
+                 "try --grade submissions --seed 7")
+    common.check(args.grade or not args.train, "--train needs --grade")
+    return args
 
 
-def main():
-    args = parse_args()
-    write_handout(args.methods, args.parts.split(","), args.out)
+def run(args):
+    """What the command line asks for."""
+    if args.classroom:
+        print(classroom(args.methods, args.parts), end="")
+    elif args.grade:
+        grade(Path(args.grade), args.methods, args.parts, args.seed, Path(args.out or "grades"),
+              args.train)
+    else:
+        write_handout(args.methods, args.parts, args.out or "homework")
 
 
 if __name__ == "__main__":
-    main()
+    common.main(run, parse_args)

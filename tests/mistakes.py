@@ -1510,12 +1510,17 @@ UPDATE_STEP_MISTAKES = {
 }
 
 
-def training_variant(method, folder, settings, mistake=None):
-    """What check.recording_model notes in a training, and the mean loss of each epoch."""
+def training_data(method, folder, settings):
+    """The images in `folder` as train() reads them."""
     args = importlib.import_module(method).Args(**settings, **check.RECIPE, data_dir=str(folder))
     args, device = common.set_up(args)
     with contextlib.redirect_stdout(io.StringIO()):
-        data = common.load_data(args, device)
+        return common.load_data(args, device)
+
+
+def training_variant(method, data, mistake=None):
+    """What check.recording_model notes in a training, and the mean loss of each epoch."""
+    args = data.args
     torch.manual_seed(args.seed)
     model = check.recording_model(method == "byol")
     optimizer = common.build_optimizer(model, args)
@@ -1548,6 +1553,5 @@ def training_variant(method, folder, settings, mistake=None):
                 model.update_target(progress)
             losses.append(0.0 if mistake == "not watched" else loss.item())
             step += 1
-        model.training = True
         means.append(sum(losses) / len(losses))
     return {**{name: np.array(array) for name, array in model.seen.items()}, "loss": means}
