@@ -36,7 +36,8 @@ HERE = Path(__file__).resolve().parent
 SECONDS = 60  # time limit of a part, without the start of Python
 TRAINING_SECONDS = 170
 DRAWS = 24  # calls of a loss that draws at random
-TOLERANCE = {"float64": 1e-6, "float32": 2e-3, "float16": 2e-3, "training": 1e-4}  # of the largest number, at least 1
+TOLERANCE = {"float64": 1e-6, "float32": 2e-3, "float16": 2e-3, "training": 1e-4}
+# A tolerance is a share of the largest number of an array, at least of 1.
 SHIFT = 1e-4  # a step for the slope of your values
 LARGEST_FILE = 2**24  # bytes that a part may write into one file
 LARGEST_ANSWER = 2**20  # bytes that are read back of it
@@ -380,9 +381,9 @@ def fence(folder):
 
     It stops what Python can see and no more. It is not a sandbox: grade unknown code in a
     container."""
-    readable = [os.path.realpath(p) for p in (sys.prefix, sys.base_prefix, folder, "/dev/null",
-                                              "/dev/urandom", "/proc/cpuinfo", "/usr/share/zoneinfo")]
-    readable += [os.path.realpath(p) for p in sys.path if p]
+    readable = [sys.prefix, sys.base_prefix, folder, "/dev/null", "/dev/urandom", "/proc/cpuinfo",
+                "/usr/share/zoneinfo", *filter(None, sys.path)]
+    readable = [os.path.realpath(place) for place in readable]
     home = os.path.realpath(folder)
     forbidden = ("os.fork", "os.exec", "os.spawn", "os.posix_spawn", "os.system", "os.kill",
                  "subprocess", "socket", "ctypes", "pty", "signal.pthread_kill", "os.putenv")
@@ -549,6 +550,9 @@ def judge_group(group, answered, note):
     mistake = recognise(group, answered, both, any(misses.values()))
     if not mistake and wrong[values]:
         mistake = recognise(group, answered, values, True)
+    slopes = slopes_of(answered)
+    if slopes and not close(*slopes, 1e-4) and not misses["gradient"]:
+        misses["gradient"] = [pair for pair in answered if "direction" in pair[0]]
     if mistake and not any(misses.values()):  # each draw is possible, but not all are made
         misses["value"] = answered
     rows = []
@@ -557,7 +561,11 @@ def judge_group(group, answered, note):
         if not misses[what]:
             row.update(points=points, text="right")
         else:
-            row["text"] = in_short(misses[what], note) or in_full(group, mistake, what, misses[what])
+            row["text"] = in_short(misses[what], note)
+        if not row.get("text"):
+            row["text"] = in_full(group, mistake, what, misses[what])
+            if what == "gradient" and not mistake:
+                row["text"] += slope_hint(answered)
         rows.append(row)
     return rows
 
@@ -648,37 +656,45 @@ def in_full(group, mistake, what, misses):
     if mistake:
         telling = [pair for pair in misses if mistake in pair[0]["mistakes"]]
         shown = (telling or misses)[0]
-    text = difference(*shown, what)
+    text, mine = difference(*shown, what)
     if mistake:
-        return f"{text} This is what one gets when {group['mistakes'][mistake]}."
-    text += f" The case: {in_numbers(shown[0])}."
-    return text + (slope_hint(misses) if what == "gradient" else "")
+        return f"{text} {mine} is what one gets when {group['mistakes'][mistake]}."
+    case = shown[0]
+    return " ".join([text, f"The case: {in_numbers(case)}.", *filter(None, [case.get("hint")])])
 
 
 def difference(case, output, what):
-    """`Your value is 1.9630; 1.5397 is expected.`, or the same of an entry of an array."""
+    """`Your loss is 1.9630; 1.5397 is expected.`, and how the sentence goes on: `1.9630`."""
     names = case["values"] if what == "value" else names_of(case)["gradients"]
     if case["draws"]:
-        seen = sorted({round(float(v), 4) for v in output["value"]})[:4]
-        right = sorted({round(float(o["value"]), 4) for o in case["expected"]})
-        few = ", ".join(map(str, right[:6])) + (", ..." if len(right) > 6 else "")
-        if what == "value":
-            return (f"In {case['draws']} calls your values are {', '.join(map(str, seen))}"
-                    f"{' ...' if len(seen) == 4 else ''}; with random draws, {few} are possible.")
-        return "Your gradient is not one that a random draw can give."
+        return difference_of_draws(case, output, what), "This"
     for name in names:
         mine, right = output.get(name), np.asarray(case["expected"][0][name], float)
-        label = name if name != "value" else case.get("label", "value")
+        label = case.get("label", name) if name == "value" else name
         if mine is None or close(mine, right, TOLERANCE[case["dtype"]]):
             continue
         if mine.shape != right.shape:
-            return f"Your {label} has the shape {list(mine.shape)}; {list(right.shape)} is expected."
+            shapes = [f"the shape {list(x.shape)}" if x.shape else "no dimensions"
+                      for x in (mine, right)]
+            return f"Your {label} has {shapes[0]}; {shapes[1]} is expected.", "This"
         apart = np.where(np.isfinite(mine), np.abs(mine - right), np.inf)
         place = np.unravel_index(np.argmax(apart), right.shape)
         a, b = two_numbers(mine[place], right[place])
         where = f" at {list(map(int, place))}" if place else ""
-        return f"Your {label}{where} is {a}; {b} is expected."
-    return "Value and gradient do not belong together."
+        verb = "are" if name in ("weights", "views", "draws") else "is"
+        return f"Your {label}{where} {verb} {a}; {b} is expected.", "This" if place else a
+    return "Value and gradient do not belong together.", "This"
+
+
+def difference_of_draws(case, output, what):
+    """What is said of many calls of a loss that draws at random."""
+    if what == "gradient":
+        return "Your gradient is not one that a random draw can give."
+    seen = sorted({f"{float(v):.4f}" for v in np.ravel(output["value"])})
+    right = sorted({f"{float(o['value']):.4f}" for o in case["expected"]})
+    first, second = (", ".join(some[:6]) + (", ..." if len(some) > 6 else "")
+                     for some in (seen, right))
+    return f"In {case['draws']} calls, your loss has the values {first}; possible are {second}."
 
 
 def two_numbers(a, b):
@@ -704,15 +720,34 @@ def rounded(value):
     return int(value) if value == int(value) else round(value, 6)
 
 
-def slope_hint(misses):
-    """Is the gradient the slope of the values? `slope` is (f(x + h v) - f(x - h v)) / 2 h."""
-    for case, output in misses:
-        if "slope" in output and "direction" in output:
-            if not close(output["direction"], output["slope"], 1e-4):
-                return (" Your gradient is not the slope of your values either: something cuts or "
-                        "changes it (detach, .item(), no_grad, an operation in place).")
-            return " It is the slope of your values, so look for the mistake in the values."
-    return ""
+def slope_hint(answered):
+    """Whether a wrong gradient is at least the slope of the values."""
+    slopes = slopes_of(answered)
+    if slopes and not close(*slopes, 1e-4):
+        return (" Your gradient is not the slope of your values either: something cuts or changes "
+                "it (detach, no_grad, .item(), .data, numpy).")
+    return " It is the slope of your values, so look for the mistake there." if slopes else ""
+
+
+def slopes_of(answered):
+    """The slope along a direction by differences of the returned values, and by the gradient.
+
+    None if the values are missing or the task has a gradient that is held back on purpose."""
+    base = [pair for pair in answered if "direction" in pair[0] and pair[0]["wrt"]]
+    ends = sorted((case["moved"], out["value"]) for case, out in answered
+                  if "moved" in case and "value" in out)
+    if not base or len(ends) < 2 or "error" in base[0][1]:
+        return None
+    case, output = base[0]
+    apart = (ends[1][1] - ends[0][1]) / (2 * SHIFT)
+    if "probe" in case["inputs"]:
+        probe = np.array(case["inputs"]["probe"])
+        if apart.shape != probe.shape:
+            return None
+        apart = (apart * probe).sum()
+    along = sum((output[f"gradient of {name}"] * np.array(direction)).sum()
+                for name, direction in case["direction"].items())
+    return along, apart
 
 
 # ==============================================================================

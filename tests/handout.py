@@ -164,7 +164,8 @@ def function_case(function, group, number, inputs, settings, rng):
     wrt = [name for name, array in inputs.items() if array.dtype.kind == "f"]
     case = {"kind": "function", "name": str(number), "group": group["name"], "extra": "",
             "call": function.call, "order": function.order.split(), "lists": function.lists,
-            "settings": settings, "wrt": wrt, "values": ["value"], "dtype": "float64", "draws": 0}
+            "settings": settings, "wrt": wrt, "values": ["value"], "dtype": "float64", "draws": 0,
+            "label": "result" if function.tensor else "loss"}
 
     def right(given):
         out = function.reference(**given, **settings)
@@ -193,8 +194,8 @@ def model_case(model, group, number, inputs, settings, rng):
     wrt = list(model.wrt)
     case = {"kind": "model", "name": str(number), "group": group["name"], "extra": "",
             "call": model.call, "settings": settings, "wrt": wrt, "values": list(model.values),
-            "dtype": "float64", "draws": 0, "does": model.does, "times": model.times,
-            "progress": list(progress), "stand_in": False}
+            "dtype": "float64", "draws": 0, "label": "loss", "does": model.does,
+            "times": model.times, "progress": list(progress), "stand_in": False}
     args = {**settings, "progress": (*progress, None)[0]}
     fill_in(case, model, inputs, lambda given: [model.reference(given, args, False, inputs)],
             lambda given, mistake: [model.variant(given, args, False, mistake)])
@@ -299,7 +300,8 @@ def right_outcomes(inputs, wrt, held, evaluate, probe=None):
 
         for place in np.ndindex(inputs[name].shape) if name not in held else ():
             h = 1e-5  # differences of the fourth order
-            near, far = moved(place, h) - moved(place, -h), moved(place, 2 * h) - moved(place, -2 * h)
+            near = moved(place, h) - moved(place, -h)
+            far = moved(place, 2 * h) - moved(place, -2 * h)
             gradients[(slice(None), *place)] = (8 * near - far) / (12 * h)
         for outcome, gradient in zip(outcomes, gradients):
             outcome[f"gradient of {name}"] = gradient
@@ -358,7 +360,7 @@ def case_tells(case, a, b):
 
 
 def more_cases(function, cases, rng):
-    """Cases without answers of mistakes: in float32, moved a little, in float16, and a large one."""
+    """Cases without answers of mistakes: float32, moved a little, float16, and a large one."""
     first = next(case for case in [*cases[1:], cases[0]] if not case["draws"])
     more = [{**first, "name": f"{first['name']} in float32", "dtype": "float32", "mistakes": {}}]
     inputs = {name: np.array(array) for name, array in first["inputs"].items()}
@@ -383,9 +385,10 @@ def values_only(function, case, inputs, name):
     settings = case["settings"]
     given = {key: array for key, array in inputs.items() if key != "probe"}
     value = function.reference(**given, **settings)
+    value = value[0] if isinstance(value, list) else value
     return {**case, "name": f"{case['name']} {name}", "wrt": [], "mistakes": {},
             "inputs": {key: array.tolist() for key, array in inputs.items()},
-            "expected": [{"value": np.array(value[0] if isinstance(value, list) else value).tolist()}]}
+            "expected": [{"value": np.array(value).tolist()}]}
 
 
 def large_case(function, case):
@@ -449,7 +452,8 @@ def readme(methods, parts, answers):
         equations = re.search(r"^Loss: .*?(?=\n\n)", docstring, re.S | re.M)[0]
         paper = re.search(r"^Paper: .*?(?=\nCode:)", docstring, re.S | re.M)[0]
         text += f"\n## methods/{method}.py\n\n{docstring.splitlines()[0]}\n"
-        text += f"```\n{paper}\n{equations}\n```\n\n| part | what to write | points |\n|---|---|---|\n"
+        text += f"\n```\n{paper}\n{equations}\n```\n\n"
+        text += "| part | what to write | points |\n|---|---|---|\n"
         for part in parts:
             asked = answers[method][part]
             for words, group in zip(asked["asked"], points_of(asked)):

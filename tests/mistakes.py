@@ -1,4 +1,4 @@
-"""The usual mistakes, computed: every loss a third time, in float64 torch, with a word that chooses a mistake.
+"""The usual mistakes, computed: every loss a third time, with a word that chooses a mistake.
 
 handout.py writes the wrong values of these functions, with their sentences, beside the right ones
 of reference.py, so that a check can say which mistake it sees. Nothing here is handed out. With
@@ -682,8 +682,8 @@ WMSE = [
         variant=whitened_views, cases=wmse_cases, reference=wmse_reference, lists=("views",),
         share=5,
         mistakes={**LOSS_OF_WHITE,
-                  "length first": "the embeddings are brought to length 1 before they are whitened: "
-                                  "it is the other way round",
+                  "length first": "the embeddings are brought to length 1 before they are "
+                                  "whitened: it is the other way round",
                   **{key: WHITEN[key] for key in ("not centred", "axis", "transposed", "inverse",
                                                   "coloured", "no root", "added", "no eps",
                                                   "detached")}}),
@@ -893,7 +893,7 @@ def channel_whiten_cases(rng):
 
 
 def in_rounds(views, groups, w_size, w_iter, eps, mistake=None):
-    """The outcomes of one round: a cut of the rows, and for each slice and view a cut of channels."""
+    """The outcomes of one round: cuts of the rows, and of the channels of each slice and view."""
     views = list(views)
     d = views[0].shape[1]
     orders = some_cuts(d, groups)
@@ -1415,7 +1415,7 @@ QUEUE_MISTAKES = {
     "long keys": "the keys in the queue do not have length 1: divide each by its length",
     "queries": "queries join the queue: keys join it",
     "all views": "the first view's keys join the queue too: that view is only a query",
-    "last view": "with three views, only the last view's keys join: those of all views but the first",
+    "last view": "with three views, only the last view's keys join: all but the first view's do",
     "target late": "the target moves after the keys are computed: it moves before (Eq. 2)",
     "no update": "the target does not move: call update_target before the keys are computed",
 }
