@@ -603,19 +603,20 @@ def recognise(group, answered, what, wrong):
     """The mistake that explains the outputs of all cases, or None.
 
     If no output is wrong by itself, a mistake is one that makes some of the right draws only."""
+    found = {}
     for key in group["mistakes"]:
         cases = [pair for pair in answered if key in pair[0]["mistakes"]]
         explained = cases and all(is_like(*pair, pair[0]["mistakes"][key], what) for pair in cases)
         if explained and (wrong or any(is_narrower(case, key) for case, _ in cases)):
-            return key
-    return None
+            found[key] = sum(len(case["mistakes"][key]) for case, _ in cases)
+    return min(found, key=found.get, default=None)  # the one that makes the fewest draws
 
 
 def is_narrower(case, key):
     """Does a mistake never make some of the right draws?"""
-    made = [outcome["value"] for outcome in case["mistakes"][key]]
+    made = [outcome.get("value") for outcome in case["mistakes"][key]]
     tolerance = TOLERANCE[case["dtype"]]
-    return not all(any(close(right["value"], value, tolerance) for value in made)
+    return not all(any(close(right.get("value"), value, tolerance) for value in made)
                    for right in case["expected"])
 
 
@@ -673,8 +674,9 @@ def in_full(group, mistake, what, misses):
     """What is wrong with a value or a gradient, and if it is known, why."""
     shown = misses[0]
     if mistake:
-        telling = [pair for pair in misses if mistake in pair[0]["mistakes"]]
-        shown = (telling or misses)[0]
+        known = [pair for pair in misses if mistake in pair[0]["mistakes"]]
+        telling = [pair for pair in known if what == "value" and is_narrower(pair[0], mistake)]
+        shown = (telling or known or misses)[0]
     text, mine = difference(*shown, what)
     if mistake:
         return f"{text} {mine} is what one gets when {group['mistakes'][mistake]}."

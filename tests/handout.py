@@ -38,7 +38,7 @@ import common  # noqa: E402
 
 METHODS = tuple(mistakes.LOSSES)
 PARTS = ("loss", "model", "training")
-BEGIN, END = "# ---- your code: {} ----", "# ---- end of your code ----"
+BEGIN, END = "# YOUR CODE HERE ({})", "# END OF YOUR CODE"  # the first as in nbgrader
 
 # ==============================================================================
 # 1. Blanks
@@ -143,8 +143,9 @@ def group_of(function, seed):
     for attempt in range(100):
         rng = np.random.default_rng([seed, attempt])
         make = model_case if model else function_case
-        cases = [make(function, group, number, *given, rng)
-                 for number, given in enumerate(function.cases(rng))]
+        with np.errstate(all="ignore"):  # where all ReLUs are 0: drawn anew below
+            cases = [make(function, group, number, *given, rng)
+                     for number, given in enumerate(function.cases(rng))]
         if not all(is_sound(case) for case in cases) or alike(group, cases):
             continue
         more = more_cases(function, cases, rng) if not model else [
@@ -458,7 +459,7 @@ def readme(methods, parts, answers):
             asked = answers[method][part]
             for words, group in zip(asked["asked"], points_of(asked)):
                 text += f"| {part} | {words} | {group} |\n"
-    return text
+    return text + (STEP_IN_WORDS if "training" in parts else "")
 
 
 def points_of(answers):
@@ -476,9 +477,9 @@ Each file in `methods/` is a self-supervised method that runs, but for the lines
 write. A place for your code looks like this:
 
 ```python
-    # ---- your code: loss ----
+    # YOUR CODE HERE (loss)
     raise NotImplementedError
-    # ---- end of your code ----
+    # END OF YOUR CODE
 ```
 
 Replace the `raise` by your code. Leave names and arguments as they are. The docstring above the
@@ -492,9 +493,9 @@ of your own. Everything that `common.py` has may be used.
 python3 -m venv .venv
 source .venv/bin/activate
 pip install -r requirements.txt
-python check.py                    # all parts; pytest does the same
-python check.py {first} {part:8}     # one part
-python check.py --train {first}    # trains on `patterns`, for three minutes at most
+python check.py                  # all parts; pytest does the same
+python check.py {first} {part}  # one part
+python check.py --train {first}  # trains on `patterns`, for three minutes at most
 ```
 
 In a notebook in this folder: `import check; check.check("{first}", "{part}")`.
@@ -507,6 +508,22 @@ In a notebook in this folder: `import check; check.check("{first}", "{part}")`.
 - You will be graded on other numbers than those in `answers/`. Hand in the files in `methods/`.
 - Work in this order: first `loss`, then `model`, then `training`, as far as they are asked.
   A model can be right though its loss is not yet.
+"""
+
+STEP_IN_WORDS = """
+## The step of train()
+
+The text around the place is the same in all files. A step does this, in some order:
+
+- It seeds torch's random draws with the number that `common.step_seed` gives for the run's seed and
+  the step.
+- It makes the views of the batch with `data.augment`, and calls `network` with them for the loss.
+  The call stands inside `run.guard(step)` and `torch.autocast(**bf16)`.
+- It sets `lr` of each group in `optimizer.param_groups`: the group's `peak_lr`, times the factor of
+  `common.learning_rate`, unless the group is `constant`. The lines below need the name `factor`.
+- It clears the gradients, computes new ones and lets the optimizer step.
+- BYOL: it moves the slow copy with `update_target`. The progress is `step` / `run.total_steps`.
+- It tells `run.watch` the step and the loss, and counts the step.
 """
 
 # ==============================================================================

@@ -1443,7 +1443,7 @@ def forward_of(method, variant, reference, known, points, wrt, asked):
 
 
 def update_of(method, known, progress):
-    names = [f"target_backbone.1.weight", "target_projector.0.weight"]
+    names = ["target_backbone.1.weight", "target_projector.0.weight"]
     return model_of(
         method, does="update_target", mistakes=known, points={"value": 2}, values=tuple(names),
         asked="moves the weights of the slow copy in place", progress=progress,
@@ -1521,8 +1521,8 @@ def training_data(method, folder, settings):
 def training_variant(method, data, mistake=None):
     """What check.recording_model notes in a training, and the mean loss of each epoch."""
     args = data.args
-    torch.manual_seed(args.seed)
     model = check.recording_model(method == "byol")
+    torch.manual_seed(args.seed)
     optimizer = common.build_optimizer(model, args)
     total = args.epochs * data.steps_per_epoch
     step, means = 0, []

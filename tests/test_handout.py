@@ -196,13 +196,12 @@ def test_a_model_or_step_with_a_usual_mistake_gets_its_own_sentence(method, part
 @pytest.mark.parametrize("method", METHODS)
 def test_the_reference_solution_gets_every_point_and_the_untouched_handout_none(method, tmp_path):
     texts = [(method, part, text) for part in handout.PARTS for text in (SOURCES[method], handout.blanked(SOURCES[method], handout.PARTS)[0])]
-    for seed in (0, 23):
-        for rows, (_, part, text) in zip(grade_texts(tmp_path, texts, seed), texts):
-            whole = text == SOURCES[method]
-            assert sum(row["of"] for row in rows if not row["extra"]) == 10
-            for row in rows:
-                assert row["points"] == (row["of"] if whole else 0), row
-                assert row["text"] == "right" if whole else row["extra"] or row["text"] == "not written yet", row
+    for rows, (_, part, text) in zip(grade_texts(tmp_path, texts, seed=23), texts):
+        whole = text == SOURCES[method]
+        assert sum(row["of"] for row in rows if not row["extra"]) == 10
+        for row in rows:
+            assert row["points"] == (row["of"] if whole else 0), row
+            assert row["text"] == "right" if whole else row["extra"] or row["text"] == "not written yet", row
 
 
 OTHER_STYLE = {
