@@ -423,6 +423,8 @@ def fence(folder):
             writes = any(c in (mode or "") for c in "wax+") or (flags or 0) & os.O_ACCMODE
             if not inside(path, [home, os.devnull] if writes else readable):
                 raise PermissionError(f"opening {path} is not allowed here")
+        if event in ("os.listdir", "os.scandir") and not inside(arguments[0] or ".", readable):
+            raise PermissionError(f"listing {arguments[0]} is not allowed here")
         if event.startswith(changes):
             if not all(inside(a, [home]) for a in arguments if isinstance(a, (str, bytes))):
                 raise PermissionError(f"{event} is not allowed here")
@@ -581,10 +583,12 @@ def judge_group(group, answered, note):
             row.update(points=points, text="right")
         else:
             row["text"] = in_short(misses[what], note)
+            if row["text"] and len(misses[what]) < len(answered):
+                row["text"] += f" The case: {in_numbers(misses[what][0][0])}."
         if not row.get("text"):
             row["text"] = in_full(group, mistake, what, misses[what])
             if what == "gradient" and not mistake:
-                row["text"] += slope_hint(answered)
+                row["text"] += slope_hint(answered, wrong[values])
         rows.append(row)
     return rows
 
@@ -680,8 +684,12 @@ def in_full(group, mistake, what, misses):
     text, mine = difference(*shown, what)
     if mistake:
         return f"{text} {mine} is what one gets when {group['mistakes'][mistake]}."
-    case = shown[0]
-    return " ".join([text, f"The case: {in_numbers(case)}.", *filter(None, [case.get("hint")])])
+    text += f" The case: {in_numbers(shown[0])}."
+    if what == "gradient" and group.get("hint"):
+        numbers = [shown[1].get(name, 0) for name in names_of(shown[0])["gradients"]]
+        if not all((np.abs(array) < 1e6).all() for array in numbers):
+            text += f" {group['hint']}"
+    return text
 
 
 def difference(case, output, what):
@@ -734,7 +742,9 @@ def in_numbers(case):
     parts = [f"{name} = {json.dumps(rounded(value))}" for name, value in arrays.items()]
     parts += [f"{name} = {value}" for name, value in case["settings"].items()]
     text = ", ".join(parts)
-    return text if len(text) < 1500 else f"case {case['name']} of answers/"
+    if len(text) > 700:
+        text = f"case {case['name']} of `{case['group']}` in answers/, {case['settings']}"
+    return text
 
 
 def rounded(value):
@@ -743,13 +753,15 @@ def rounded(value):
     return int(value) if value == int(value) else round(value, 6)
 
 
-def slope_hint(answered):
+def slope_hint(answered, values_are_wrong):
     """Whether a wrong gradient is at least the slope of the values."""
     slopes = slopes_of(answered)
     if slopes and not close(*slopes, 1e-4):
         return (" Your gradient is not the slope of your values either: something cuts or changes "
                 "it (detach, no_grad, .item(), .data, numpy).")
-    return " It is the slope of your values, so look for the mistake there." if slopes else ""
+    if slopes and values_are_wrong:
+        return " It is the slope of your values, so look for the mistake there."
+    return ""
 
 
 def slopes_of(answered):

@@ -133,7 +133,7 @@ def answers_of(method, part, seed):
 def group_of(function, seed):
     """(group, cases) of what is asked. Draws until every two mistakes can be told apart."""
     model = isinstance(function, mistakes.Model)
-    group = {"name": function.call, "mistakes": function.mistakes}
+    group = {"name": function.call, "mistakes": function.mistakes, "hint": function.hint}
     if model:
         queue = ", the queue" if function.values == ("queue",) else ""
         group.update(name=f"{function.call}.{function.does}{queue}", points=function.points)
@@ -182,8 +182,6 @@ def function_case(function, group, number, inputs, settings, rng):
     fill_in(case, function, inputs, right, wrong, probe)
     if any(len(outcomes) > 1 for outcomes in (case["expected"], *case["mistakes"].values())):
         case["draws"] = check.DRAWS
-    if function.hint[0] == number:
-        case["hint"] = function.hint[1]
     return case
 
 

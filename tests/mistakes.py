@@ -36,7 +36,7 @@ class Function:
     cases(rng): pairs (inputs, settings), the smallest first. held: inputs that should get no
     gradient. lists: inputs that are passed as lists. large: shapes and settings of a case that
     takes too long in a loop over entries. tensor: the result is not a scalar. share: of the ten
-    points of a part. hint: (number of a case, what is special about it)."""
+    points of a part. hint: said of a gradient that is not finite, or huge."""
 
     call: str
     order: str
@@ -50,7 +50,7 @@ class Function:
     large: object = None
     tensor: bool = False
     share: int = 10
-    hint: tuple = (-1, "")
+    hint: str = ""
 
 
 def integers(rng, *shape):
@@ -62,9 +62,10 @@ def integers(rng, *shape):
 
 
 def pair(rng, n, d, s=2):
-    """s views [n, d]: alike but not equal, correlated channels, not centred."""
+    """s views [n, d]: alike but not equal, correlated channels, not centred, one decimal."""
     shared, mix = rng.standard_normal((n, d)), np.eye(d) + 0.3 * rng.standard_normal((d, d))
-    return [(shared + 0.5 * rng.standard_normal((n, d))) @ mix + 0.3 for _ in range(s)]
+    views = [(shared + 0.5 * rng.standard_normal((n, d))) @ mix + 0.3 for _ in range(s)]
+    return [view.round(1) for view in views]
 
 
 def identity(s):
@@ -75,8 +76,8 @@ def unit(z, dim=1):
     return z / z.norm(dim=dim, keepdim=True)
 
 
-EQUAL = ("The eigenvalues of S are equal here, and autograd's gradient of eigh divides by their "
-         "differences.")
+EQUAL = ("Where eigenvalues of S are equal, autograd's gradient of eigh divides by 0: "
+         "InverseSquareRoot says what to do.")
 
 # ==============================================================================
 # SimCLR and MoCo
@@ -324,7 +325,7 @@ def cross_correlation(z1, z2, lambd, mistake=None):
     n, d = z1.shape
     if mistake == "itself":
         z2 = z1
-    divisor = n - 1 if mistake == "unbiased" else n
+    divisor = n - 1 if mistake in ("unbiased", "std") else n
     if mistake == "rows":
         z1, z2 = unit(z1) * math.sqrt(d), unit(z2) * math.sqrt(d)
     else:
@@ -335,7 +336,7 @@ def cross_correlation(z1, z2, lambd, mistake=None):
             if mistake == "outside":
                 spread = variance.sqrt() + 1e-5
             else:
-                spread = (variance + (0 if mistake == "no eps" else 1e-5)).sqrt()
+                spread = (variance + (0 if mistake in ("no eps", "std") else 1e-5)).sqrt()
             if mistake == "variance":
                 spread = spread.square()
             if mistake == "not scaled":
@@ -385,6 +386,8 @@ BARLOW = [Function(
         "not scaled": "the channels are not scaled: divide by their standard deviation",
         "variance": "the channels are divided by the variance: divide by its root",
         "no eps": "1e-5 is not added to the variance: a constant channel would give 0 / 0",
+        "std": "std() is taken: its variance has the divisor N - 1, where a batch norm has N, "
+               "and 1e-5 is not added to it",
         "outside": "1e-5 is added to the standard deviation: add it to the variance, in the root",
         "rows": "rows are brought to one length: standardise each channel over the batch instead",
         "not divided": "C is not divided by N (Eq. 2)",
@@ -546,6 +549,14 @@ def whiten_cases(rng):
         yield dict(z=pair(rng, 6, 3, 1)[0]), dict(kind=kind, eps=0.0)
     yield dict(z=pair(rng, 6, 3, 1)[0]), dict(kind="cholesky", eps=0.2)
     yield dict(z=pair(rng, 6, 3, 1)[0]), dict(kind="zca", eps=0.2)
+    yield dict(z=equal_rows(rng)), dict(kind="zca", eps=0.0)
+
+
+def equal_rows(rng, rows=4, columns=3):
+    """Columns of mean 0 with covariance I: all eigenvalues are equal, up to rounding."""
+    z = np.linalg.qr(rng.standard_normal((rows + 1, columns + 1)))[0]
+    z = np.linalg.qr(np.c_[np.ones(rows + 1), z[:, :columns]])[0][:, 1:]
+    return z * math.sqrt(rows + 1)
 
 
 WHITEN = {
@@ -672,8 +683,9 @@ WMSE = [
     Function(
         call="whiten", order="z kind eps",
         asked="Y with mean 0 and covariance I for `cholesky` and `zca`, variance 1 for `bn`, and z "
-              "itself for `none` (`pca` is not checked: its signs are free)",
-        variant=whiten, cases=whiten_cases, reference=ref.whiten, tensor=True, share=5,
+              "itself for `none`; the gradient of `zca` is finite where eigenvalues are equal (`pca` is "
+              "not checked: its signs are free)",
+        variant=whiten, cases=whiten_cases, reference=ref.whiten, tensor=True, share=5, hint=EQUAL,
         large=(dict(z=(20_000, 8)), dict(kind="cholesky", eps=0.0)),
         mistakes=WHITEN),
     Function(
@@ -722,13 +734,6 @@ def decorrelate(z, groups, permutation=None, mistake=None):
     if mistake == "permuted twice":
         return y[:, order]
     return y[:, order if mistake == "inverse order" else order.argsort()]
-
-
-def equal_rows(rng, rows=4, columns=3):
-    """Columns of mean 0 with covariance I: all eigenvalues are equal, up to rounding."""
-    z = np.linalg.qr(rng.standard_normal((rows + 1, columns + 1)))[0]
-    z = np.linalg.qr(np.c_[np.ones(rows + 1), z[:, :columns]])[0][:, 1:]
-    return z * math.sqrt(rows + 1)
 
 
 def decorrelate_cases(rng):
@@ -806,7 +811,7 @@ SHUFFLED_DBN = [
               "the gradient is finite where eigenvalues are equal",
         variant=decorrelate, cases=decorrelate_cases, reference=ref.decorrelate, tensor=True,
         share=5, large=(dict(z=(20_000, 8)), dict(groups=2, permutation=None)),
-        hint=(3, EQUAL),
+        hint=EQUAL,
         mistakes={**DECORRELATE,
                   "not shuffled": "the permutation is ignored: it orders the channels before they "
                                   "are cut into groups",
@@ -976,7 +981,7 @@ CW_RGP = [
         asked="Y_k = S_k^(-1/2) X_k (Eq. 2) for each group k of permuted channels, all back in "
               "place; the gradient is finite where eigenvalues are equal",
         variant=channel_whiten, cases=channel_whiten_cases, reference=ref.channel_whiten,
-        tensor=True, share=5, hint=(3, EQUAL),
+        tensor=True, share=5, hint=EQUAL,
         large=(dict(z=(8, 20_000)), dict(groups=2, permutation=None, eps=0.0)),
         mistakes={**CHANNEL_WHITEN,
                   "not shuffled": "the permutation is ignored: it orders the channels before they "
