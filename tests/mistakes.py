@@ -683,8 +683,8 @@ WMSE = [
     Function(
         call="whiten", order="z kind eps",
         asked="Y with mean 0 and covariance I for `cholesky` and `zca`, variance 1 for `bn`, and z "
-              "itself for `none`; the gradient of `zca` is finite where eigenvalues are equal (`pca` is "
-              "not checked: its signs are free)",
+              "itself for `none`; the gradient of `zca` is finite where eigenvalues are equal (`pca` "
+              "is not checked: its signs are free)",
         variant=whiten, cases=whiten_cases, reference=ref.whiten, tensor=True, share=5, hint=EQUAL,
         large=(dict(z=(20_000, 8)), dict(kind="cholesky", eps=0.0)),
         mistakes=WHITEN),

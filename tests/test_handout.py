@@ -461,6 +461,21 @@ def test_a_process_that_a_part_leaves_behind_is_ended(tmp_path):
     assert "sleep 4321" not in subprocess.run(["ps", "ax"], capture_output=True, text=True).stdout
 
 
+@pytest.mark.parametrize("value", [np.zeros(()), np.zeros((3, 2)), np.full(24, np.nan), np.zeros(24), np.zeros((0,))], ids=lambda v: str(v.shape))
+@pytest.mark.parametrize("draws", [0, 24])
+def test_arrays_of_any_shape_are_judged(value, draws):
+    """What a hostile process returns must not end the grading of the others."""
+    right = [{"value": x, "gradient of z": [x, 0.0]} for x in (1.0, 2.0)]
+    case = dict(name="0", group="f", extra="", wrt=["z"], values=["value"], dtype="float64", draws=draws, settings={}, inputs={"z": [1.0, 2.0]},
+                expected=right if draws else right[:1], mistakes={"m": [{"value": 5.0, "gradient of z": [5.0, 0.0]}]})
+    moved = [{**case, "wrt": [], "mistakes": {}, "moved": sign, "draws": 0} for sign in (1, -1)]
+    part = {"groups": [{"name": "f", "points": {"value": 6, "gradient": 4}, "mistakes": {"m": "x"}}],
+            "cases": [{**case, "direction": {"z": [1.0, 1.0]}}, *moved]}
+    for gradient in (np.zeros(()), np.zeros((24, 2)), value):
+        rows = check.judge_anything(part, [{"value": value, "gradient of z": gradient}, {"value": value}, {"value": np.zeros((2, 2))}], "")
+        assert check.total(rows) == 0 and all(row["text"] for row in rows)
+
+
 # ---------------------------------------------------------------------------------------------- the commands
 def submit(folder, **files):
     folder.mkdir(parents=True)
