@@ -311,7 +311,7 @@ def work(path):
     import torch
 
     torch.set_num_threads(1)
-    adopt_orphans()
+    control_process(36, 1)  # PR_SET_CHILD_SUBREAPER: what a part leaves behind becomes a child
     try:
         load_module("common", plan["common"])
     except BaseException:  # the method file then says what is wrong with it
@@ -342,12 +342,12 @@ def run_forked(folder, plan):
     return f"time limit of {plan['seconds']} seconds" if late else ended
 
 
-def adopt_orphans():
-    """Linux: what a part starts, and leaves behind, becomes a child of this process."""
+def control_process(option, value):
+    """Linux's prctl; nothing elsewhere."""
     if sys.platform == "linux":
         import ctypes
 
-        ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+        ctypes.CDLL(None).prctl(option, value)
 
 
 def kill_all(pid):
@@ -367,7 +367,8 @@ def run_spawned(folder, plan):
     """Answer in a new Python (systems that cannot fork) -> how it ended."""
     command = [sys.executable, "-I", __file__, "--answer", str(folder), plan["common"]]
     with open(folder / "output.txt", "wb") as output:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        child = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output,
+                                 stderr=output)
         try:
             return "" if child.wait(plan["seconds"] + 20) == 0 else "signal"
         except subprocess.TimeoutExpired:
@@ -380,6 +381,7 @@ def confine(folder, plan):
     import resource
 
     os.setpgid(0, 0)
+    control_process(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the process that forked it
     os.chdir(folder)
     null = os.open(os.devnull, os.O_RDONLY)
     output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
@@ -444,7 +446,7 @@ def run_parts(parts, root, seconds, strict=False):
 
     Gives for each part (outputs, note): a dict of arrays for each case, or {"error": text}, and
     how the process ended. root: the folder with common.py."""
-    with tempfile.TemporaryDirectory(prefix="check-") as place:
+    with tempfile.TemporaryDirectory(prefix="check-", ignore_cleanup_errors=True) as place:
         place = Path(place).resolve()
         (place / "check.py").write_bytes(Path(__file__).read_bytes())
         folders = [place / f"{os.urandom(8).hex()}" for _ in parts]
@@ -456,7 +458,7 @@ def run_parts(parts, root, seconds, strict=False):
         (place / "plan.json").write_text(json.dumps(plan))
         notes = start(place, seconds * len(parts) + 120)
         notes += ["signal"] * (len(parts) - len(notes))
-        return [(read_results(folder / "results", len(part["cases"])), note)
+        return [(read_results(folder / "results", part["cases"]), note)
                 for part, folder, note in zip(parts, folders, notes)]
 
 
@@ -504,30 +506,35 @@ def start(place, seconds):
         except subprocess.TimeoutExpired:
             worker.kill()
             said, _ = worker.communicate()
+        finally:  # after Ctrl-C too
+            worker.kill()
     return [json.loads(line) for line in said.decode().splitlines()]
 
 
-def read_results(folder, count):
+def read_results(folder, cases):
     """What a part has written -> for each case a dict of arrays, or of its error."""
-    found = [{} for _ in range(count)]
-    for path in folder.iterdir():
-        if path.is_symlink() or not path.is_file():
-            continue
-        with open(path, "rb") as file:
-            content = file.read(LARGEST_ANSWER + 1)
-        number, _, name = path.name.partition(".")
-        if path.name == "error":
-            words = in_words(content)
-            return [{"error": words} for _ in range(count)]
-        if not number.isdecimal() or int(number) >= count or len(content) > LARGEST_ANSWER:
-            continue
-        if name == "error":
-            found[int(number)]["error"] = in_words(content)
-        else:
-            array = read_array(content)
+    failed = read_file(folder / "error")
+    if failed is not None:
+        return [{"error": in_words(failed)} for _ in cases]
+    found = []
+    for number, case in enumerate(cases):
+        outputs = {}
+        for name in [*names_of(case)["both"], "bits"]:
+            array = read_array(read_file(folder / f"{number}.{name}.npy"))
             if array is not None:
-                found[int(number)][name.removesuffix(".npy")] = array
+                outputs[name] = array
+        failed = read_file(folder / f"{number}.error")
+        if failed is not None:
+            outputs["error"] = in_words(failed)
+        found.append(outputs)
     return found
+
+
+def read_file(path):
+    """The bytes of a plain file that is not too large, or None."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST_ANSWER:
+        return None
+    return path.read_bytes()
 
 
 def in_words(content):
@@ -536,6 +543,8 @@ def in_words(content):
 
 def read_array(content):
     """A float64 array from the bytes of an .npy file, or None. Never a pickle."""
+    if content is None:
+        return None
     try:
         array = np.load(io.BytesIO(content), allow_pickle=False)
         return array if isinstance(array, np.ndarray) and array.dtype == np.float64 else None

@@ -3,6 +3,7 @@
 handout.py writes the wrong values of these functions, with their sentences, beside the right ones
 of reference.py, so that a check can say which mistake it sees. Nothing here is handed out. With
 `mistake=None` each function agrees with reference.py (tests/test_handout.py).
+`python tests/mistakes.py` prints all sentences.
 
 A function whose loss draws at random gives a list: the loss of every possible draw.
 A sentence goes on after "This is what one gets when ...".
@@ -683,8 +684,8 @@ WMSE = [
     Function(
         call="whiten", order="z kind eps",
         asked="Y with mean 0 and covariance I for `cholesky` and `zca`, variance 1 for `bn`, and z "
-              "itself for `none`; the gradient of `zca` is finite where eigenvalues are equal (`pca` "
-              "is not checked: its signs are free)",
+              "itself for `none`; the gradient of `zca` is finite where eigenvalues are equal "
+              "(`pca` is not checked: its signs are free)",
         variant=whiten, cases=whiten_cases, reference=ref.whiten, tensor=True, share=5, hint=EQUAL,
         large=(dict(z=(20_000, 8)), dict(kind="cholesky", eps=0.0)),
         mistakes=WHITEN),
@@ -1560,3 +1561,26 @@ def training_variant(method, data, mistake=None):
             step += 1
         means.append(sum(losses) / len(losses))
     return {**{name: np.array(array) for name, array in model.seen.items()}, "loss": means}
+
+
+# ==============================================================================
+# The table
+# ==============================================================================
+
+
+def table():
+    """All mistakes with their sentences, in Markdown."""
+    text = "| what | mistake | This is what one gets when ... |\n|---|---|---|\n"
+    for method, losses in LOSSES.items():
+        for asked in [*losses, *MODELS[method]]:
+            queue = ", the queue" if getattr(asked, "values", ()) == ("queue",) else ""
+            name = f"{asked.call}.{asked.does}{queue}" if isinstance(asked, Model) else asked.call
+            for key, sentence in asked.mistakes.items():
+                text += f"| `{name}` | {key} | {sentence} |\n"
+    for key, sentence in {**STEP_MISTAKES, **UPDATE_STEP_MISTAKES}.items():
+        text += f"| `train` | {key} | {sentence} |\n"
+    return text
+
+
+if __name__ == "__main__":
+    print(table(), end="")

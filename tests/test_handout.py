@@ -20,7 +20,6 @@ from conftest import METHODS, ROOT, is_one_line_error, run_script
 
 SOURCES = {method: (ROOT / "methods" / f"{method}.py").read_text() for method in METHODS}
 LIGHT = ("simclr", "moco", "byol", "simsiam", "barlow", "vicreg")  # answers within a second
-slow_but = lambda quick: [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]  # noqa: E731
 
 
 @functools.cache
@@ -237,8 +236,11 @@ def whiten(z, kind="cholesky", eps=0.0):
     if kind == "bn":
         return x / s.diagonal().sqrt()
     if kind == "zca":
-        values, u = torch.linalg.eigh(s)
-        return x @ u @ torch.diag(values ** -0.5) @ u.T
+        scale, eye = s.detach().norm(), torch.eye(len(s), dtype=s.dtype)
+        y, root = s / scale, eye
+        for _ in range(30):  # Newton's iteration: no eigenvectors, whose gradient may be NaN
+            y, root = y @ (3 * eye - root @ y) / 2, (3 * eye - root @ y) @ root / 2
+        return x @ root / scale.sqrt()
     return (torch.linalg.inv(torch.linalg.cholesky(s)) @ x.T).T
 
 def wmse_loss(views, w_size=128, w_iter=1, kind="cholesky", eps=0.0, generator=None):
@@ -412,7 +414,7 @@ HOSTILE = {
     "flood": ("while True: print('x' * 10_000)", "File too large"),
     "big file": ("open('x', 'wb').write(b'0' * 10**8)", "File too large"),
     "read": (f"print(open({str(ROOT / 'methods' / 'simclr.py')!r}).read())", "not allowed"),
-    "import": (f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}]; import reference", "not allowed"),
+    "import": (f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}]; import reference", "No module named"),
     "system": ("import os; os.system('cat /etc/passwd')", "not allowed"),
     "run": ("import subprocess; subprocess.run(['ls'])", "not allowed"),
     "fork": ("import os\nfor _ in range(20): os.fork()", "not allowed"),
