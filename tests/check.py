@@ -153,9 +153,22 @@ def call_model(module, case, inputs):
     finally:
         vars(module).update(kept)
     state = model.state_dict()
-    for name in set(case["values"]) - {"value"}:
+    for name in set(case["values"]) - {"value", *outputs}:
         outputs[name] = state[name].double().numpy()
     return outputs
+
+
+def use_keys(model, images):
+    """MoCo's keys of some images, and 1.0 if the target saw the images in another order."""
+    import torch
+
+    seen = []
+    model.target_backbone.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    for seed in range(8):
+        torch.manual_seed(seed)
+        keys = model.keys(images)
+    shuffled = any(not torch.equal(x, images) for x in seen)
+    return {"keys": keys.detach().double().numpy(), "shuffled": float(shuffled)}
 
 
 def use_model(model, case, views):
@@ -165,6 +178,8 @@ def use_model(model, case, views):
     if case["does"] == "update_target":
         model.update_target(*case["progress"])
         return {}
+    if case["does"] == "keys":
+        return use_keys(model, views[0])
     for _ in range(case["times"]):
         loss = model(views)
     if not isinstance(loss, torch.Tensor) or loss.dim():
@@ -314,8 +329,11 @@ def work(path):
     control_process(36, 1)  # PR_SET_CHILD_SUBREAPER: what a part leaves behind becomes a child
     try:
         load_module("common", plan["common"])
-    except BaseException:  # the method file then says what is wrong with it
-        sys.modules.pop("common", None)
+    except Exception as error:
+        words = f"common.py cannot be imported: {in_one_line(error, plan['common'])}"
+        for folder in plan["jobs"]:
+            (Path(folder) / "results" / "error").write_text(words)
+        return
     for folder in plan["jobs"]:
         sys.stdout.flush()
         run = run_forked if hasattr(os, "fork") and sys.platform == "linux" else run_spawned
@@ -732,7 +750,9 @@ def difference(case, output, what):
         place = np.unravel_index(np.argmax(apart), right.shape)
         a, b = two_numbers(mine[place], right[place])
         where = f" at {list(map(int, place))}" if place else ""
-        verb = "are" if name in ("weights", "views", "draws") else "is"
+        verb = "are" if name in ("weights", "views", "draws", "keys") else "is"
+        if name == "shuffled":
+            return "Your keys are right, but the target sees the images in their order.", "This"
         return f"Your {label}{where} {verb} {a}; {b} is expected.", "This" if place else a
     return "Value and gradient do not belong together.", "This"
 

@@ -539,7 +539,8 @@ def submissions_in(folder):
     own = [folder / place / f"{method}.py" for method in METHODS for place in ("", "methods")]
     if any(path.is_file() for path in own):
         return [(folder.resolve().name, folder)]
-    found = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.is_symlink()]
+    found = [path for path in sorted(folder.iterdir())
+             if path.is_dir() and not path.is_symlink() and not path.name.startswith((".", "__"))]
     common.check(found, f"--grade {folder} has no folders in it; give the one with a folder for "
                  "each student")
     return [(path.name, path) for path in found]

@@ -1404,6 +1404,28 @@ def moco_reference(method, inputs, args, stand_in, held, times=1):
     return {"value": value, "queue": queue}
 
 
+def keys_variant(method, inputs, args, stand_in, mistake=None):
+    """MoCo's keys of the first view, in the order of its images."""
+    prefix = "" if mistake == "online keys" else "target_"
+    h = inputs["views"][0].flatten(1) @ inputs[f"{prefix}backbone.1.weight"].T
+    k = torch_head(h, inputs, f"{prefix}projector", "L")
+    k = k if mistake == "long keys" else unit(k)
+    return {"keys": k, "shuffled": torch.tensor(float(mistake != "not shuffled"))}
+
+
+def keys_reference(method, inputs, args, stand_in, held):
+    images = inputs["views"][0]
+    h = images.reshape(len(images), -1) @ inputs["target_backbone.1.weight"].T
+    k = ref.unit_rows(numpy_head(h, inputs, "target_projector", "L"))
+    return {"keys": k, "shuffled": 1.0}
+
+
+KEYS_MISTAKES = {
+    "not shuffled": "the images are not shuffled: with batch norm, batch statistics would then "
+                    "tell which key belongs to which query (section 3.3 of the paper)",
+    "long keys": "the keys do not have length 1: divide each row by its length",
+    "online keys": "the keys come from the online network: they come from the target",
+}
 MOCO_MISTAKES = {
     "queue first": "the keys join the queue before the logits are computed: afterwards",
     "no update": "the keys come from the target before it moves: call update_target first (Eq. 2)",
@@ -1476,15 +1498,20 @@ MODELS["byol"] = [
                "each view passes the heads by itself"),
     update_of("byol", BYOL_UPDATE_MISTAKES, ((0.3,), (0.8,)))]
 MODELS["moco"] = [
-    forward_of("moco", moco_variant, moco_reference, MOCO_MISTAKES, {"value": 3, "gradient": 2},
+    forward_of("moco", moco_variant, moco_reference, MOCO_MISTAKES, {"value": 2, "gradient": 2},
                BACKBONE, "Eq. 1, the mean over pairs of views: the earlier is the query, the later "
                "the key; target, keys, logits and queue in this order"),
     update_of("moco", UPDATE_MISTAKES, ((), ())),
-    model_of("moco", does="forward", times=2, mistakes=QUEUE_MISTAKES, points={"value": 3},
+    model_of("moco", does="forward", times=2, mistakes=QUEUE_MISTAKES, points={"value": 2},
              values=("queue",), asked="the queue after two calls of forward: the keys of all views "
              "but the first join at its end, and the oldest leave",
              variant=lambda *given, **more: moco_variant("moco", *given, times=2, **more),
-             reference=lambda *given, **more: moco_reference("moco", *given, times=2, **more))]
+             reference=lambda *given, **more: moco_reference("moco", *given, times=2, **more)),
+    model_of("moco", does="keys", mistakes=KEYS_MISTAKES, points={"value": 2},
+             values=("keys", "shuffled"), asked="the keys of some images, in their order; the "
+             "target sees the images in a random order",
+             variant=lambda *given, **more: keys_variant("moco", *given, **more),
+             reference=lambda *given, **more: keys_reference("moco", *given, **more))]
 
 # ==============================================================================
 # Training: the step of train()

@@ -314,6 +314,8 @@ WRONG_MODELS = {
                              "    pairs = itertools.combinations(range(len(views)), 2)\n"
                              "    losses = [info_nce_loss(q[i], k[j - 1], self.queue, self.args.temperature) for i, j in pairs]\n"
                              "    return sum(losses) / len(losses)\nMoCo.forward = forward\n",
+    ("moco", "not shuffled"): "def keys(self, x):\n    with torch.no_grad():\n"
+                              "        return F.normalize(self.target_projector(self.target_backbone(x)), dim=1)\nMoCo.keys = keys\n",
     ("simclr", "batches"): "def forward(self, views):\n    z = [self.projector(self.backbone(x)) for x in views]\n"
                            "    losses = [nt_xent_loss(a, b, self.args.temperature) for a, b in itertools.combinations(z, 2)]\n"
                            "    return sum(losses) / len(losses)\nSimCLR.forward = forward\n",
