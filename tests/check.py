@@ -882,7 +882,7 @@ def check(method=None, part=None, row=None):
         print(f"\n{method}, {part}: {total(rows)} of {total(rows, 'of')} points")
         for one in rows:
             points = f"{one['points']}/{one['of']}" + (" extra" if one["extra"] else "")
-            print(f"  {one['name']:36} {points:10} {one['text']}")
+            print(f"  {one['name']:42} {points:10} {one['text']}")
         won, most = won + total(rows), most + total(rows, "of")
         extra += sum(one["points"] for one in rows if one["extra"])
     print(f"\nTogether: {won} of {most} points" + (f", and {extra} extra" if extra else ""))

@@ -118,9 +118,9 @@ def remarks(body):
 
 def answers_of(method, part, seed):
     """The part as check.py reads it: `groups` with points and sentences, `cases` with answers."""
-    made = {"asked": [], "groups": [], "cases": []}
     if part == "training":
         return training_answers(method, seed)
+    made = {"asked": [], "groups": [], "cases": []}
     table = {"loss": mistakes.LOSSES, "model": mistakes.MODELS}[part]
     for function in table[method]:
         group, cases = group_of(function, seed)
@@ -678,7 +678,7 @@ STEP = """      - id: {id}
         with:
           test-name: "{name}"
           setup-command: pip install -r requirements.txt
-          command: python check.py {method} {part} "{row}"
+          command: 'python check.py {method} {part} "{row}"'
           timeout: 10
           max-score: {points}
 """

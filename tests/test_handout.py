@@ -537,7 +537,7 @@ def test_the_workflow_for_github_classroom_has_a_step_for_each_row_of_points():
     ids = re.findall(r"- id: (\S+)", text)
     assert len(set(ids)) == 4 and f"runners: {','.join(ids)}" in text
     assert all(f'{name.upper()}_RESULTS: "${{{{steps.{name}.outputs.result}}}}"' in text for name in ids)
-    assert 'python check.py simclr loss "nt_xent_loss: value"' in text
+    assert "command: 'python check.py simclr loss \"nt_xent_loss: value\"'\n" in text  # quoted: it has a colon
 
 
 @pytest.mark.slow
