@@ -359,7 +359,7 @@ UNKNOWN = {  # right names, and mistakes that are in no table
     "moco": ("def info_nce_loss(q, k, queue, temperature=0.1):\n    return F.cross_entropy(q @ queue.T, torch.zeros(len(q)).long())\n",
              "Your loss is "),
     "byol": ("def byol_loss(p, z):\n    return (2 - 2 * F.cosine_similarity(p, z))\n", "has the shape [2]; no dimensions is expected"),
-    "simsiam": ("def negative_cosine(p, z):\n    return -float(F.cosine_similarity(p, z).mean())\n", "TypeError: negative_cosine returns float"),
+    "simsiam": ("def negative_cosine(p, z):\n    return -F.cosine_similarity(p, z).mean().item()\n", "TypeError: negative_cosine returns float"),
     "barlow": ("def barlow_twins_loss(z1, z2):\n    return z1.sum()\n", "TypeError: barlow_twins_loss() takes 2 positional"),
     "vicreg": ("def vicreg_loss(z1, z2, inv_weight=25.0, var_weight=25.0, cov_weight=1.0):\n"
                "    return torch.tensor(float('nan')) * z1.sum()\n", "Your loss is nan; "),
