@@ -567,7 +567,7 @@ def test_classes_missing_in_test_keep_the_numbers_of_train(tmp_path):
 
 def stream_flags(root, out, *more):
     return ["--dataset", "folder", "--data-dir", root, "--out", out, "--batch-size", 16, "--w-size", 16, "--proj-dim", 64, "--groups", 2,
-            "--w-iter", 1, "--epochs", 1, "--precision", "fp32", "--log-every", 1, *more]
+            "--w-iter", 1, "--epochs", 1, "--precision", "fp32", "--log-every", 1, "--optimizer", "adam", *more]
 
 
 @pytest.fixture(scope="module")
