@@ -45,20 +45,20 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #
 #   1715  main               run train(); print an expected error as one line
 #   1406  parse_args         Args from the command line
-#   1901  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1903  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
 #   1331  Command line: flags from Args, checks, and sizes to propose
 #   1611  Messages and errors
-#   1782  Several processes
-#   1949  Data sets by name
-#   2039  Folders of images
-#   2465  Streaming
-#   2582  Recipes of augmentation
-#   2656  ResNets, Vision Transformer, LARS, Muon
-#   2799  Run folder and signals
-#   2980  Resume
-#   3210  Files of a run
-#   3288  Trained weights
+#   1784  Several processes
+#   1951  Data sets by name
+#   2041  Folders of images
+#   2467  Streaming
+#   2584  Recipes of augmentation
+#   2658  ResNets, Vision Transformer, LARS, Muon
+#   2801  Run folder and signals
+#   2982  Resume
+#   3212  Files of a run
+#   3290  Trained weights
 
 import argparse
 import collections
@@ -1736,6 +1736,8 @@ def main(function, parse):
         sys.unraisablehook = lambda _: None  # torch's half-made loaders fail once more as they go
         for process in multiprocessing.active_children():
             process.kill()
+            with contextlib.suppress(RuntimeError):  # torch's, which hears that it was killed
+                process.join()
         message = f"error: {words}"
     if message:
         if rank() > 0:

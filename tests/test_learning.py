@@ -110,7 +110,7 @@ CHANGE_THE_LOSS = [
 ]
 CHANGE_THE_STEP = [  # what the first step does, not what it starts from
     "moco --momentum 0", "byol --momentum 0", "simsiam --no-stop-gradient",
-    "simclr --optimizer sgd", "cw_rgp --optimizer adam", "moco --optimizer adam",
+    "simclr --optimizer sgd", "cw_rgp --optimizer muon", "moco --optimizer adam",
     "barlow --optimizer lars", "vicreg --lr-bias 0.1", "shuffled_dbn --weight-decay 0.1",
 ]
 RUN = ["moco --queue-size 100", "moco --queue-size 16", "moco --views 3 --queue-size 128", "moco --views 3 --queue-size 100", "simclr --views 3", "byol --views 3", "vicreg --views 3",
