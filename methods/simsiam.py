@@ -21,7 +21,7 @@ Diff it with: byol.py (a moving average as the target)
 
 Deviations:
     The projector is that of the paper's CIFAR-10 runs; the predictor is the ImageNet one.
-    The paper's optimizer there is SGD at 0.03 times batch / 256, with weight decay 5e-4.
+    On CIFAR-10 the paper takes SGD at 0.03 times batch / 256, with weight decay 5e-4.
 
 Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
     Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.

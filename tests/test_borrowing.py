@@ -182,7 +182,8 @@ def test_the_page_on_features_runs(trained, small_folder, tmp_path, monkeypatch,
 def start(flags, method, tmp_path, name, file, *more):
     """A run with --init and a rate next to 0: its result and the weights, which are those of the start."""
     out = tmp_path / name
-    result = run_here(method, flags(method, "--epochs", 1, "--init", file, "--lr", 1e-12, "--warmup", 0, "--out", out, *more))
+    argv = flags(method, "--epochs", 1, "--init", file, "--optimizer", "adam", "--lr", 1e-12, "--warmup", 0, "--out", out, *more)
+    result = run_here(method, argv)
     return result, torch.load(out / "last.pt", weights_only=True)["model"] if result.status == 0 else None
 
 
