@@ -5,7 +5,7 @@ Code: facebookresearch/barlowtwins (official)
 
 Idea: Correlate every channel of one view with every channel of the other, over the batch.
     Each channel should correlate perfectly with its counterpart, and not with the others.
-    A constant channel correlates with nothing, and equal channels with each other.
+    A constant channel correlates with nothing, equal channels with each other; both cost.
 
 Loss: for embeddings Z1, Z2 [N, d] of two views
     C = Z1^T Z2 / N, every channel standardised over the batch before            [d, d] (Eq. 2)

@@ -1,11 +1,11 @@
-"""CW-RGP (Weng et al., NeurIPS 2022): whiten samples over channel groups, match views.
+"""CW-RGP (Weng et al., NeurIPS 2022): whiten samples over channel groups, then match the views.
 
 Paper: "An Investigation into Whitening Loss for Self-supervised Learning", arXiv 2210.03586
 Code: winci-ai/CW-RGP (official)
 
 Idea: Two views of an image should have the same embedding once the embeddings are whitened.
     Channel whitening makes samples uncorrelated over the channels, so batches may be small.
-    Random groups demand more: rank w in each. Equal images lack it, so L is NaN; --eps mixes in I.
+    Random groups demand more: each must have rank w. Of equal images L is NaN, unless --eps > 0.
 
 Loss: for views of a slice of w images, Z [w, d], and each of g random groups k of channels
     X = Z - mean over the channels, of all groups

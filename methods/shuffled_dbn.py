@@ -1,10 +1,10 @@
-"""Shuffled-DBN (Hua et al., ICCV 2021): whiten random groups of channels, match the views.
+"""Shuffled-DBN (Hua et al., ICCV 2021): whiten random groups of channels, then match the views.
 
 Paper: "On Feature Decorrelation in Self-Supervised Learning", arXiv 2105.00470
 Code: PatrickHua/FeatureDecorrelationSSL (the first author's)
 
 Idea: Two views of an image should have the same embedding once the embeddings are whitened.
-    Decorrelated batch norm (DBN) whitens groups of channels, so that a batch suffices for many.
+    Decorrelated batch norm (DBN) whitens groups of channels, so a batch suffices for all of them.
     The groups change with every batch and view, so that no two channels can stay correlated.
 
 Loss: for views of a batch, Z [N, d], and each of g random groups k of channels

@@ -3,7 +3,7 @@
 Paper: "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning"
 Code: facebookresearch/vicreg (official); paper: arXiv 2105.04906
 
-Idea: Three terms each say what they want. Invariance: two views have the same embedding.
+Idea: The loss has three terms. Invariance: two views have the same embedding.
     Variance: every channel varies over the batch. Covariance: no two channels are correlated.
     The last two look at one view at a time, so the branches need not share anything.
 

@@ -25,16 +25,15 @@ import tempfile
 import tokenize
 from pathlib import Path
 
-import numpy as np
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[1:1] = [str(ROOT), str(ROOT / "methods"), str(ROOT / "tests")]
+import common  # noqa: E402  (before torch: it says how torch's threads wait for each other)
+
 import check  # noqa: E402
 import mistakes  # noqa: E402
+import numpy as np  # noqa: E402
 import reference  # noqa: E402
-
-import common  # noqa: E402
+import torch  # noqa: E402
 
 METHODS = tuple(mistakes.LOSSES)
 PARTS = ("loss", "model", "training")
