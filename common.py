@@ -121,7 +121,7 @@ DATASETS = ("patterns", "cifar10", "cifar100", "stl10", "tinyimagenet", "folder"
 def flag(default, help, least=None, most=None, above=None, below=None, choices=None, example=None):
     """A field of Args with a help text and bounds; `above` and `below` are exclusive.
 
-    choices: the allowed words, in one string. example: the value that a message tells to try."""
+    choices: the allowed words, in one string. example: the value that a message proposes."""
     metadata = {"help": help, "least": least, "most": most, "above": above, "below": below}
     metadata.update(choices=choices and choices.split(), example=example)
     return dataclasses.field(default=default, metadata=metadata)
@@ -221,7 +221,7 @@ ENDINGS = []  # an ExitStack of the train() that runs
 
 
 def gives_back(train):
-    """Decorates train(): however it ends, what at_end() was given is called."""
+    """Decorates train(): however it ends, the functions given to at_end() are called."""
 
     @functools.wraps(train)
     def train_alone(*args, **more):
@@ -587,8 +587,8 @@ def build_optimizer(model, args):
 
     Biases and norm layers have the peak rate --lr-bias, and LARS neither decays nor adapts them.
     Under Muon the filters of convolutions have --lr-filters. The rate of a group at a step is
-    group["peak_lr"] times the schedule's factor, or times 1 if group["constant"]. That is so in a
-    module with the attribute `constant_lr = True` (SimSiam's predictor)."""
+    group["peak_lr"] times the schedule's factor, or times 1 if group["constant"]: the parameters of
+    a module with the attribute `constant_lr = True` (SimSiam's predictor)."""
     constant = set()
     for module in model.modules():
         if getattr(module, "constant_lr", False):
@@ -1301,9 +1301,9 @@ def row_in_words(row):
 def collapse_in_words(figures, dim):
     """A sentence if the figures of collapse_metrics show a collapse, else an empty string.
 
-    The limits separate the nine default runs on `patterns` at commit 2212f11 (two seeds: std_sqrt_d
-    at least 0.60, stable_rank_sq 1.10, rank_1pct 5) from those without what prevents collapse
-    (below 0.1, or at most 1.03, or at most 4)."""
+    At commit 2212f11, with Adam on `patterns`, the limits separated the nine default runs (two
+    seeds: std_sqrt_d at least 0.60, stable_rank_sq 1.10, rank_1pct 5) from those without what
+    prevents collapse (below 0.1, or at most 1.03, or at most 4)."""
     if figures["std_sqrt_d"] < 0.1:
         return ("COLLAPSE: all embeddings are nearly one point "
                 f"(std*sqrt(d) {figures['std_sqrt_d']:.3f}, healthy: near 1)")

@@ -21,16 +21,16 @@ What prevents collapse:
 Diff it with: simsiam.py (no moving average), moco.py (negatives, no predictor)
 
 Deviations:
-    The widths and tau_base are those of the W-MSE authors' BYOL on CIFAR-10.
+    The widths are those of the W-MSE authors' BYOL on CIFAR-10; their tau_base is 0.99.
     The target starts as a copy of the online network; the official one has its own random start.
     Jitter, blur and crop are torchvision's; the official crop is clipped and not antialiased.
 
 Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
     Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.
     With more than two views, the loss is the mean over all pairs of views.
-    Muon for the filters of `tiny`, at 0.1: weak features are learned as fast as strong ones.
-    Adam with weight decay 1e-6 at 3e-3 (BYOL: 1e-3) for the rest of it, and for all of a ResNet.
-    The rate rises for a tenth of the run, at most 500 steps (MoCo: 150), then falls as a cosine.
+    Muon at a rate of 0.1 for the filters of `tiny`: it learns weak features as fast as strong ones.
+    Adam at 3e-3 (BYOL: 1e-3) with weight decay 1e-6 for all else, and for other backbones.
+    Both rates rise for a tenth of the run, at most 500 steps (MoCo: for 150), and fall as a cosine.
     The backbone sees one view at a time. A ResNet's residual blocks start as the identity, but
     not in the official code of MoCo, W-MSE, Shuffled-DBN and (below ResNet-50) BYOL.
 
@@ -62,8 +62,8 @@ import torch.nn.functional as F  # noqa: E402
 class Args(common.Args):
     method: str = "byol"
     lr: float = 1e-3
-    proj_hidden: int = 1024  # of projector and predictor; the paper on ImageNet: 4096
-    proj_dim: int = 64  # the paper on ImageNet: 256
+    proj_hidden: int = 1024  # of projector and predictor
+    proj_dim: int = 64
     proj_layers: int = 2
     momentum: float = common.flag(0.97, "share of the target kept at first", least=0, most=1)
     predictor: str = common.flag("mlp", "`none` removes it: collapses", choices="mlp none")

@@ -1,10 +1,10 @@
-"""Shuffled-DBN (Hua et al., ICCV 2021): whiten random groups of channels, match the views.
+"""Shuffled-DBN (Hua et al., ICCV 2021): whiten random groups of channels, then match the views.
 
 Paper: "On Feature Decorrelation in Self-Supervised Learning", arXiv 2105.00470
 Code: PatrickHua/FeatureDecorrelationSSL (the first author's)
 
 Idea: Two views of an image should have the same embedding once the embeddings are whitened.
-    Decorrelated batch norm (DBN) whitens groups of channels, so that a batch suffices for many.
+    Decorrelated batch norm (DBN) whitens groups of channels, so a batch suffices for all of them.
     The groups change with every batch and view, so that no two channels can stay correlated.
 
 Loss: for views of a batch, Z [N, d], and each of g random groups k of channels
@@ -28,9 +28,9 @@ Deviations:
 Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
     Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.
     With more than two views, the loss is the mean over all pairs of views.
-    Muon for the filters of `tiny`, at 0.1: weak features are learned as fast as strong ones.
-    Adam with weight decay 1e-6 at 3e-3 (BYOL: 1e-3) for the rest of it, and for all of a ResNet.
-    The rate rises for a tenth of the run, at most 500 steps (MoCo: 150), then falls as a cosine.
+    Muon at a rate of 0.1 for the filters of `tiny`: it learns weak features as fast as strong ones.
+    Adam at 3e-3 (BYOL: 1e-3) with weight decay 1e-6 for all else, and for other backbones.
+    Both rates rise for a tenth of the run, at most 500 steps (MoCo: for 150), and fall as a cosine.
     The backbone sees one view at a time. A ResNet's residual blocks start as the identity, but
     not in the official code of MoCo, W-MSE, Shuffled-DBN and (below ResNet-50) BYOL.
 

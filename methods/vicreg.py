@@ -3,7 +3,7 @@
 Paper: "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning"
 Code: facebookresearch/vicreg (official); paper: arXiv 2105.04906
 
-Idea: Three terms each say what they want. Invariance: two views have the same embedding.
+Idea: The loss has three terms. Invariance: two views have the same embedding.
     Variance: every channel varies over the batch. Covariance: no two channels are correlated.
     The last two look at one view at a time, so the branches need not share anything.
 
@@ -29,9 +29,9 @@ Deviations:
 Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
     Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.
     With more than two views, the loss is the mean over all pairs of views.
-    Muon for the filters of `tiny`, at 0.1: weak features are learned as fast as strong ones.
-    Adam with weight decay 1e-6 at 3e-3 (BYOL: 1e-3) for the rest of it, and for all of a ResNet.
-    The rate rises for a tenth of the run, at most 500 steps (MoCo: 150), then falls as a cosine.
+    Muon at a rate of 0.1 for the filters of `tiny`: it learns weak features as fast as strong ones.
+    Adam at 3e-3 (BYOL: 1e-3) with weight decay 1e-6 for all else, and for other backbones.
+    Both rates rise for a tenth of the run, at most 500 steps (MoCo: for 150), and fall as a cosine.
     The backbone sees one view at a time. A ResNet's residual blocks start as the identity, but
     not in the official code of MoCo, W-MSE, Shuffled-DBN and (below ResNet-50) BYOL.
 

@@ -4,7 +4,7 @@
     python tests/claims.py exact             check those that are exact (seconds, no training)
     python tests/claims.py A4                run a claim, here its parts A4-loss, A4-rank, ...
     python tests/claims.py all --jobs 2      run all; what is in --cache is not trained again
-    python tests/claims.py gradients RUN     the gradient of a run as positive and negative term
+    python tests/claims.py gradients RUN     the gradient of a run as a sum of two terms
 
 A direction is a sum of figures of runs that differ in one thing, such as kNN of one minus kNN of
 the other. Runs with the same seed have the same order of images and the same views. There are five

@@ -23,14 +23,14 @@ SOURCES = {name: (ROOT / "methods" / f"{name}.py").read_text() for name in METHO
 # Shuffled-DBN draws its own groups in place of W-MSE's slices.
 # The numbers may only fall: the test fails if a diff grows by more than two lines, and asks to lower them if it shrinks.
 DIFFS = {
-    ("byol", "simsiam"): ((76, 48), (78, 48)),
-    ("barlow", "vicreg"): ((65, 38), (68, 40)),
-    ("simclr", "barlow"): ((74, 38), (76, 44)),
+    ("byol", "simsiam"): ((75, 47), (78, 48)),
+    ("barlow", "vicreg"): ((64, 37), (68, 40)),
+    ("simclr", "barlow"): ((73, 37), (76, 44)),
     ("wmse", "cw_rgp"): ((98, 72), (94, 67)),
     ("simclr", "moco"): ((128, 96), (120, 86)),
     ("moco", "byol"): ((135, 101), (130, 94)),
     ("wmse", "shuffled_dbn"): ((125, 100), (118, 94)),
-    ("barlow", "wmse"): ((142, 107), (134, 104)),
+    ("barlow", "wmse"): ((141, 106), (134, 104)),
 }
 
 
