@@ -162,6 +162,7 @@ def function_case(function, group, number, inputs, settings, rng):
     """One case of a function with its answers, a plain dict for JSON."""
     inputs = {name: np.asarray(array) for name, array in inputs.items()}
     wrt = [name for name, array in inputs.items() if array.dtype.kind == "f"]
+    wrt = [] if number in function.values_only else wrt
     case = {"kind": "function", "name": str(number), "group": group["name"], "extra": "",
             "call": function.call, "order": function.order.split(), "lists": function.lists,
             "settings": settings, "wrt": wrt, "values": ["value"], "dtype": "float64", "draws": 0,
@@ -178,7 +179,8 @@ def function_case(function, group, number, inputs, settings, rng):
     probe = None
     if function.tensor:
         probe = rng.standard_normal(right(inputs)[0]["value"].shape).round(2)
-    fill_in(case, function, inputs, right, wrong, probe)
+    known = function.values_only.get(number, function.mistakes)
+    fill_in(case, function, inputs, right, wrong, known, probe)
     if any(len(outcomes) > 1 for outcomes in (case["expected"], *case["mistakes"].values())):
         case["draws"] = check.DRAWS
     return case
@@ -196,7 +198,7 @@ def model_case(model, group, number, inputs, settings, rng):
             "times": model.times, "progress": list(progress), "stand_in": False}
     args = {**settings, "progress": (*progress, None)[0]}
     fill_in(case, model, inputs, lambda given: [model.reference(given, args, False, inputs)],
-            lambda given, mistake: [model.variant(given, args, False, mistake)])
+            lambda given, mistake: [model.variant(given, args, False, mistake)], model.mistakes)
     return case
 
 
@@ -260,8 +262,8 @@ def weights_of(model, settings, rng):
     return weights
 
 
-def fill_in(case, function, inputs, right, wrong, probe=None):
-    """Put inputs, right answers and those of all mistakes into the case.
+def fill_in(case, function, inputs, right, wrong, known, probe=None):
+    """Put inputs, right answers and those of the known mistakes into the case.
 
     The key `none` has the right ones by mistakes.py, to compare."""
     case["inputs"] = {name: array.tolist() for name, array in inputs.items()}
@@ -271,7 +273,7 @@ def fill_in(case, function, inputs, right, wrong, probe=None):
     case["expected"] = plain(expected, case)
     case["mistakes"] = {key: plain(wrong_outcomes(inputs, case["wrt"], lambda given: wrong(
         given, None if key == "none" else key), probe), case)
-        for key in ("none", *function.mistakes)}
+        for key in ("none", *known)}
 
 
 def plain(outcomes, case):
@@ -347,6 +349,8 @@ def alike(group, cases):
 
 def case_tells(case, a, b):
     """Do two mistakes (None: the right answer) have different outcomes in a case?"""
+    if not {a, b} <= {None, *case["mistakes"]}:
+        return False
     first, second = (case["expected"] if key is None else case["mistakes"][key] for key in (a, b))
     names = check.names_of(case)["both"]
 
@@ -542,6 +546,9 @@ def submissions_in(folder):
              if path.is_dir() and not path.is_symlink() and not path.name.startswith((".", "__"))]
     common.check(found, f"--grade {folder} has no folders in it; give the one with a folder for "
                  "each student")
+    clash = [path.name for path in found if path.name.lower() == "grades.csv"]
+    common.check(not clash, "--grade: a folder is called grades.csv, as the table will be; "
+                 "rename it")
     return [(path.name, path) for path in found]
 
 
@@ -561,7 +568,7 @@ def files_in(folder, wanted):
 def file_of(folder, method):
     """The student's file of a method, or None: in methods/, or else where it lies."""
     found = [path for path in files_in(folder, f"{method}.py")
-             if path.stat().st_size <= LARGEST_SOURCE]
+             if path.stat().st_size <= LARGEST_SOURCE and os.access(path, os.R_OK)]
     return min(found, key=lambda path: (path.parent.name != "methods", len(path.parts)),
                default=None)
 
@@ -598,9 +605,9 @@ def grade(folder, methods, parts, seed, out, train=False):
                 rows[method, "trained"] = [trained_row(place, method)]
         write_results(out if len(submissions) == 1 else out / student, rows)
         table.append(grades_row(student, rows))
-        print(f"{student}: {table[-1]['points']} of {table[-1]['of']} points, "
+        print(f"{table[-1]['student']}: {table[-1]['points']} of {table[-1]['of']} points, "
               f"{table[-1]['extra']} extra", flush=True)
-    with open(out / "grades.csv", "w", newline="") as file:
+    with open(out / "grades.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(table[0]))
         writer.writeheader()
         writer.writerows(table)
@@ -609,7 +616,8 @@ def grade(folder, methods, parts, seed, out, train=False):
 
 def grades_row(student, rows):
     """A line of grades.csv."""
-    name = student if student[:1] not in "=+-@" else f"'{student}"  # no formula for a spreadsheet
+    name = student.encode(errors="replace").decode()  # names of another encoding
+    name = name if name[:1] not in "=+-@" else f"'{name}"  # no formula for a spreadsheet
     points = {f"{method} {part}": check.total(found) for (method, part), found in rows.items()}
     extra = sum(row["points"] for found in rows.values() for row in found if row["extra"])
     most = sum(check.total(found, "of") for found in rows.values())

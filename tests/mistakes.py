@@ -14,7 +14,7 @@ import importlib
 import io
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import check
 import numpy as np
@@ -36,8 +36,9 @@ class Function:
     outcomes. reference: the same in numpy, without mistakes. order: the arguments by their place.
     cases(rng): pairs (inputs, settings), the smallest first. held: inputs that should get no
     gradient. lists: inputs that are passed as lists. large: shapes and settings of a case that
-    takes too long in a loop over entries. tensor: the result is not a scalar. share: of the ten
-    points of a part. hint: said of a gradient that is not finite, or huge."""
+    takes too long in a loop over entries. values_only: numbers of cases that have too many draws
+    for gradients, each with the mistakes that it is for. tensor: the result is not a scalar.
+    share: of the ten points of a part. hint: said of a gradient that is not finite, or huge."""
 
     call: str
     order: str
@@ -49,6 +50,7 @@ class Function:
     held: tuple = ()
     lists: tuple = ()
     large: object = None
+    values_only: dict = field(default_factory=dict)
     tensor: bool = False
     share: int = 10
     hint: str = ""
@@ -676,7 +678,8 @@ LOSS_OF_WHITE = {
     "whole": "the whole batch is whitened at once: whiten slices of w_size rows",
     "own slices": "each view is cut into slices of its own: the cut is the same for all views",
     "neighbours": "the slices are neighbouring rows, always the same: cut at random",
-    "one round": "w_iter is ignored: cut w_iter times, take the mean",
+    "one round": "w_iter is ignored, or all rounds have the same cut: cut anew in each of w_iter "
+                 "rounds, take the mean",
     "rounds added": "the rounds are added up: take the mean of w_iter rounds",
 }
 
@@ -916,6 +919,9 @@ def in_rounds(views, groups, w_size, w_iter, eps, mistake=None):
         each = itertools.product(orders, repeat=len(views) * len(slices))
         if mistake == "shared":
             each = (c * len(views) for c in itertools.product(orders, repeat=len(slices)))
+        if mistake == "all slices":
+            each = ([order for order in c for _ in slices]
+                    for c in itertools.product(orders, repeat=len(views)))
         for choice in each:
             white = []
             for v, view in enumerate(views):
@@ -958,6 +964,7 @@ def cw_cases(rng):
     yield case(4, 2, 4, 1, eps=0.1)
     yield case(4, 2, 4, 1, rounds=2, eps=0.1)
     yield case(2, 2, 4, 2, eps=0.2)
+    yield case(4, 2, 4, 2, eps=0.2)
 
 
 CHANNEL_WHITEN = {
@@ -996,7 +1003,7 @@ CW_RGP = [
         asked="2 - 2 cos of the whitened slices, with random groups of its own for each slice and "
               "view; the mean over images, pairs of views and rounds",
         variant=channel_whitened_views, cases=cw_cases, reference=cw_reference, lists=("views",),
-        share=5,
+        share=5, values_only={5: ("all slices",)},
         mistakes={
             **{key: LOSS_OF_WHITE[key] for key in (
                 "length", "first pair", "pairs added", "entries", "half", "sign", "one-way",
@@ -1004,6 +1011,7 @@ CW_RGP = [
             "whole": "the whole batch is whitened at once: whiten slices of w_size rows",
             "same rows": "the slices are neighbouring rows, always the same: cut at random",
             "shared": "all views have the same groups: draw groups for each view and slice",
+            "all slices": "all slices have the same groups: draw groups for each slice too",
             "neighbours": "the groups are neighbouring channels, always the same: draw them",
             **{key: CHANNEL_WHITEN[key] for key in ("not centred", "over samples", "group mean",
                                                     "axis", "cholesky", "coloured", "no root",
@@ -1421,8 +1429,8 @@ def keys_reference(method, inputs, args, stand_in, held):
 
 
 KEYS_MISTAKES = {
-    "not shuffled": "the images are not shuffled: with batch norm, batch statistics would then "
-                    "tell which key belongs to which query (section 3.3 of the paper)",
+    "not shuffled": "the images are not shuffled at random: with batch norm, batch statistics "
+                    "would then tell which key belongs to which query (section 3.3 of the paper)",
     "long keys": "the keys do not have length 1: divide each row by its length",
     "online keys": "the keys come from the online network: they come from the target",
 }
@@ -1439,7 +1447,7 @@ MOCO_MISTAKES = {
 }
 QUEUE_MISTAKES = {
     "newest first": "new keys join at the front: the oldest key is first, the newest last",
-    "newest leave": "the newest keys leave: the oldest leave",
+    "newest leave": "the queue does not change: new keys join it, and the oldest leave",
     "long keys": "the keys in the queue do not have length 1: divide each by its length",
     "queries": "queries join the queue: keys join it",
     "all views": "the first view's keys join the queue too: that view is only a query",
@@ -1470,8 +1478,11 @@ def forward_of(method, variant, reference, known, points, wrt, asked):
         reference=lambda *given, **more: reference(method, *given, **more))
 
 
+TARGET_BIAS = {"moco": "target_projector.0.bias", "byol": "target_projector.1.bias"}
+
+
 def update_of(method, known, progress):
-    names = ["target_backbone.1.weight", "target_projector.0.weight"]
+    names = ["target_backbone.1.weight", "target_projector.0.weight", TARGET_BIAS[method]]
     return model_of(
         method, does="update_target", mistakes=known, points={"value": 2}, values=tuple(names),
         asked="moves the weights of the slow copy in place", progress=progress,

@@ -200,7 +200,7 @@ def test_the_reference_solution_gets_every_point_and_the_untouched_handout_none(
         assert sum(row["of"] for row in rows if not row["extra"]) == 10
         for row in rows:
             assert row["points"] == (row["of"] if whole else 0), row
-            assert row["text"] == "right" if whole else row["extra"] or row["text"] == "not written yet", row
+            assert row["text"] == "right" if whole else row["extra"] or row["text"].endswith("is not written yet"), row
 
 
 OTHER_STYLE = {
@@ -400,6 +400,42 @@ def three(z1, z2, w):
     return weighted + mistakes.three_terms(z1.detach(), z2.detach(), 0.0, 0.0, w[2])
 
 
+@pytest.mark.slow
+def test_a_backward_that_is_not_written_costs_the_gradient_only(tmp_path):
+    start = "    def backward(ctx, gradient):\n"
+    text = SOURCES["cw_rgp"].replace(start, f"{start}        raise NotImplementedError\n")
+    (rows,) = grade_texts(tmp_path, [("cw_rgp", "loss", text)])
+    assert [row["name"] for row in lost(rows)] == ["channel_whiten: gradient", "cw_rgp_loss: gradient"]
+    assert all(re.fullmatch(r"line \d+ is not written yet", row["text"]) for row in lost(rows))
+
+
+def keys_in_order(model, order):
+    """MoCo's keys of a model whose target sees the images in one order, put back."""
+    def keys(x):
+        found = torch.empty_like(x)
+        found[order] = model.target_backbone(x[order])
+        return found
+
+    return keys
+
+
+def test_a_shuffle_that_is_always_the_same_is_seen():
+    model = SimpleNamespace(target_backbone=torch.nn.Flatten())
+    images = torch.arange(12.0).view(6, 2)
+    model.keys = keys_in_order(model, torch.arange(6).flip(0))
+    assert check.use_keys(model, images)["shuffled"] == 0
+    model.keys = lambda x: keys_in_order(model, torch.randperm(6))(x)
+    assert check.use_keys(model, images)["shuffled"] == 1
+
+
+@pytest.mark.slow
+def test_an_error_in_a_step_is_said_of_all_its_rows_and_a_step_that_is_not_counted_is_named(tmp_path):
+    text = SOURCES["barlow"].replace("            step += 1\n", "")
+    (rows,) = grade_texts(tmp_path, [("barlow", "training", text)])
+    assert len(rows) == 3 and all("is 1 added to `step`?" in row["text"] for row in rows), rows
+    assert "resume" not in rows[1]["text"]
+
+
 # ---------------------------------------------------------------------------------------------- submissions that are not one
 BLANK = handout.blanked(SOURCES["simclr"], ["loss"])[0]
 ESCAPE = """
@@ -420,6 +456,7 @@ HOSTILE = {
     "system": ("import os; os.system('cat /etc/passwd')", "not allowed"),
     "run": ("import subprocess; subprocess.run(['ls'])", "not allowed"),
     "fork": ("import os\nfor _ in range(20): os.fork()", "not allowed"),
+    "spawn": ("import multiprocessing.util as m; m.spawnv_passfds(b'/bin/ls', [b'ls'], ())", "not allowed"),
     "kill": ("import os; os.kill(os.getppid(), 9)", "not allowed"),
     "ctypes": ("import ctypes; ctypes.CDLL(None).getppid()", "not allowed"),
     "patch torch": ("import torch, numpy as np\ntorch.autograd.grad = lambda *a, **k: [torch.zeros(1)]\n"
@@ -460,8 +497,10 @@ def test_whatever_a_file_does_it_gains_nothing_and_costs_that_part_only(tmp_path
 @pytest.mark.skipif(sys.version_info < (3, 11) or sys.platform != "linux", reason="fork_exec has other arguments")
 def test_a_process_that_a_part_leaves_behind_is_ended(tmp_path):
     code = ESCAPE.replace("{v}", "process_group")
-    (rows,) = grade_texts(tmp_path, [("simclr", "loss", hostile(code, SOURCES["simclr"]))])
-    assert lost(rows) == []  # it could start it
+    (tmp_path / "0.py").write_text(hostile(code, SOURCES["simclr"]))
+    part = {**answers("simclr", "loss"), "method": "simclr", "part": "loss", "file": tmp_path / "0.py"}
+    (rows,) = check.grade([part], ROOT, seconds=30)  # not strict, so that it can start it
+    assert lost(rows) == []
     assert "sleep 4321" not in subprocess.run(["ps", "ax"], capture_output=True, text=True).stdout
 
 
@@ -538,6 +577,14 @@ def test_the_workflow_for_github_classroom_has_a_step_for_each_row_of_points():
     assert len(set(ids)) == 4 and f"runners: {','.join(ids)}" in text
     assert all(f'{name.upper()}_RESULTS: "${{{{steps.{name}.outputs.result}}}}"' in text for name in ids)
     assert "command: 'python check.py simclr loss \"nt_xent_loss: value\"'\n" in text  # quoted: it has a colon
+
+
+def test_a_folder_with_the_tables_name_is_refused_before_and_any_name_can_be_written(tmp_path):
+    (tmp_path / "Grades.csv").mkdir()
+    with pytest.raises(handout.common.UserError, match="rename it"):
+        handout.submissions_in(tmp_path)
+    row = handout.grades_row("M\udc81ller", {})  # a name in another encoding, as a zip file brings it
+    assert row["student"].encode() == b"M?ller"
 
 
 @pytest.mark.slow
