@@ -10,11 +10,11 @@
 
 Contents, by line number (`python tests/test_common.py` writes them):
      82  command line             the flags, and what is refused before measuring
-    188  a run and its data       from a checkpoint to networks; a hash shows that these stay
-    359  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
-    598  report                   what is printed, and written by --json
-    709  pictures and files       --views, --neighbors, --plot, --save
-    901  all runs                 one after the other
+    187  a run and its data       from a checkpoint to networks; a hash shows that these stay
+    358  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
+    597  report                   what is printed, and written by --json
+    708  pictures and files       --views, --neighbors, --plot, --save
+    900  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -122,8 +122,7 @@ def parse_args(argv=None):
     add("--views", metavar="FILE.png", help="random views as in training (of one run)")
     add("--json", metavar="FILE", help="all figures as JSON")
     add("--save", metavar="FILE.npz", help="H, Z, labels, file names of images (of one run)")
-    add("--split", choices=("train", "test", "all"), default="all",
-        help="the images of --save (default: all)")
+    add("--split", choices=("train", "test", "all"), default="all", help="of --save (default: all)")
     add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=number(int, least=1, example=500), metavar="N",
         help="images that pass the backbone together (default: 500, fewer above 64 pixels)")
