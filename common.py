@@ -3293,14 +3293,12 @@ def git_revision():
 def load_backbone(run, device="cpu"):
     """(network, prepare) of a run's folder or last.pt; network(prepare(images)) is H [N, features].
 
-    The network is in eval mode, without gradients. prepare makes float32 [N, 3, size, size] of a
-    list of image files or of uint8 [N, 3, H, W] (RGB), as for the run's kNN. Raises UserError."""
-    load = load_last if os.path.isdir(run) else load_checkpoint
-    checkpoint = load(os.fspath(run))
+    The network is in eval mode, without gradients. prepare makes float32 [N, 3, size, size] of an
+    image file, of a list of them or of uint8 [N, 3, H, W] (RGB), as for kNN. Raises UserError."""
+    checkpoint = (load_last if os.path.isdir(run) else load_checkpoint)(os.fspath(run))
     check(checkpoint, f"{run}: no last.pt in this folder; try runs/<run>/last.pt")
     name, statistics = checkpoint["args"]["backbone"], checkpoint["data_statistics"]
-    network, _ = build_backbone(name, statistics["size"])
-    weights = backbone_weights(checkpoint)
+    network, weights = build_backbone(name, statistics["size"])[0], backbone_weights(checkpoint)
     check(weights.keys() == network.state_dict().keys(), f"{run}: its backbone is not --backbone "
           f"{name}; load backbone.pt into your own")
     network.load_state_dict(weights)
@@ -3311,6 +3309,7 @@ def load_backbone(run, device="cpu"):
                   f"images are {described(images)}; try uint8 [N, 3, H, W]")
             x = centre_view(images.float() / 255, statistics["size"])
         else:
+            images = [images] if isinstance(images, (str, os.PathLike)) else images
             x = torch.cat([prepare_file(os.fspath(path), statistics) for path in images])
         mean, std = (torch.tensor(statistics[name]).view(3, 1, 1) for name in ("mean", "std"))
         return ((x.cpu() - mean) / std).to(device)
@@ -3333,10 +3332,11 @@ def backbone_weights(checkpoint):
 
 
 def start_from(path, model):
-    """Copy the weights in the file of --init into the model's backbones (the slow copy's too) where
-    name and shape fit, and say what did not. Raises UserError if less than half fits."""
+    """Copy what fits of the file of --init into all backbones of the model, or raise UserError."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, about other formats
+            found = torch.load(path, map_location="cpu", weights_only=True)
         found = backbone_weights(found) if "format" in found else found
         finite = all(w.isfinite().all() for w in found.values())
     except Exception as error:  # torch raises many kinds for what is no file of tensors

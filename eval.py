@@ -12,9 +12,9 @@ Contents, by line number (`python tests/test_common.py` writes them):
      82  command line             the flags, and what is refused before measuring
     187  a run and its data       from a checkpoint to networks; a hash shows that these stay
     358  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
-    599  report                   what is printed, and written by --json
-    710  pictures and files       --views, --neighbors, --plot, --save
-    902  all runs                 one after the other
+    597  report                   what is printed, and written by --json
+    708  pictures and files       --views, --neighbors, --plot, --save
+    900  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -122,8 +122,7 @@ def parse_args(argv=None):
     add("--views", metavar="FILE.png", help="random views as in training (of one run)")
     add("--json", metavar="FILE", help="all figures as JSON")
     add("--save", metavar="FILE.npz", help="H, Z, labels, file names of images (of one run)")
-    add("--split", choices=("train", "test", "all"), default="all",
-        help="the images of --save (default: all)")
+    add("--split", choices=("train", "test", "all"), default="all", help="of --save (default: all)")
     add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=number(int, least=1, example=500), metavar="N",
         help="images that pass the backbone together (default: 500, fewer above 64 pixels)")
@@ -139,6 +138,7 @@ def parse_args(argv=None):
                  "--dataset folder needs --data-dir DIR, the folder of your images")
     for flag in ("plot", "neighbors", "views", "json", "save"):
         check_writable(f"--{flag}", getattr(args, flag))
+    common.check(args.save or args.split == "all", "--split is of --save; try --save features.npz")
     common.check(len(args.runs) == 1 or not (args.neighbors or args.views or args.save),
                  f"--neighbors, --views, --save: of one run; try {args.runs[0]}")
     return args
@@ -300,8 +300,8 @@ def load_data(run, args, device):
     wanted.data_dir = args.data_dir or wanted.data_dir
     data = common.load_data(wanted, device, run.statistics)
     if "held out" in data.test_note and data.fingerprint != run.fingerprint:
-        common.warn(f"--data-dir {data.args.data_dir} has changed since the run, so some test "
-                    "images may have been trained on")
+        common.warn(f"--data-dir {data.args.data_dir} has other images than the run saw, so some "
+                    "test images may have been trained on")
     wanted.seed = args.seed  # only now: the run's seed drew the images that are held out
     if run.statistics:
         use_statistics(data, run.statistics)
@@ -536,8 +536,6 @@ def supervised(run, data, args):
     recipe = SimpleNamespace(**vars(run.args))
     recipe.precision, recipe.num_workers = args.precision, args.num_workers
     rows, started = torch.arange(len(data.train_labels)), time.monotonic()
-    common.check(len(rows) >= recipe.batch_size, f"--supervised: {len(rows)} training images are "
-                 f"fewer than the run's batch of {recipe.batch_size}; try it on more images")
     backbone = copy.deepcopy(run.untrained.backbone)
     layer = train_classifier(backbone, run.h[0].shape[1], data, rows, recipe, "supervised")
     minutes = common.format_seconds(time.monotonic() - started)
@@ -919,6 +917,9 @@ def run(args):
                      "--split test: there are no test images; try --split train")
         common.check(data.labelled or not (args.finetune or args.supervised), "--finetune, "
                      "--supervised need labelled training and test images; try it without")
+        count, batch = len(data.labelled_train), trained.args.batch_size
+        common.check(count >= batch or not args.supervised, f"--supervised: {count} training "
+                     f"images are fewer than the run's batch of {batch}; try it on more images")
         with unchanged(trained.model) as digest:
             reports.append(evaluate(trained, data, args))
             if args.finetune:

@@ -77,7 +77,7 @@ OF_EVAL = [
     ("run --probe-epochs -1", "--probe-epochs", "try 500"),
     ("run --probe-epochs 1.5", "--probe-epochs", "try 500"), ("run --label-fraction 0", "--label-fraction", "try 0.1"),
     ("run --label-fraction 1.01", "--label-fraction", "try 0.1"), ("run --label-fraction 10%", "--label-fraction", "try 0.1"),
-    ("run --finetune 0", "--finetune", "try 0.1"), ("run --split half", "--split", TRY), ("run --save f.npy", "--save f.npy", TRY),
+    ("run --finetune 0", "--finetune", "try 0.1"), ("run --split half", "--split", TRY), ("run --split test", "--split", "--save"), ("run --save f.npy", "--save f.npy", TRY),
     ("run --seed -1", "--seed", "try 0"), ("run --batch-size 0", "--batch-size", "try 500"), ("run --device tpu", "--device", TRY),
     ("run --precision fp64", "--precision", TRY), ("run --num-workers -1", "--num-workers", "try 2"),
     ("run --plot curves.pdf", "--plot curves.pdf", "try curves.pdf.png"),

@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -77,7 +78,8 @@ def test_the_split_that_is_asked_for(trained, tmp_path):
 def test_a_held_out_part_and_images_without_labels(trained, small_folder, tmp_path):
     """Held-out images are the split `test`; without labels there is none, and each label is -1."""
     shutil.copytree(small_folder / "train", tmp_path / "classes")
-    found, _ = saved(tmp_path / "held.npz", trained, "--data-dir", tmp_path / "classes")
+    found, result = saved(tmp_path / "held.npz", trained, "--data-dir", tmp_path / "classes")
+    assert "classes has other images than the run saw" in result.err
     assert set(found["split"]) == {"train", "test"} and len(set(found["file_names"])) == 64
     test = found["file_names"][found["split"] == "test"]
     assert 8 <= len(test) <= 16 and {os.path.dirname(name) for name in test} == {f"class{i}" for i in range(4)}
@@ -122,6 +124,7 @@ def test_a_loaded_backbone_is_ready(trained, small_folder):
     mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
     torch.testing.assert_close(prepare(paths), (pixels / 255 - mean) / std)
     torch.testing.assert_close(prepare(pixels), prepare(paths))
+    assert torch.equal(prepare(paths[0]), prepare(paths[:1])) and torch.equal(prepare(str(paths[0])), prepare(paths[:1]))  # one file
 
 
 def test_large_long_and_deep_images_are_prepared_too(trained, tmp_path):
@@ -246,12 +249,12 @@ class Payload:
 
 @pytest.mark.parametrize("kind, words", [
     ("missing", "is no file"), ("folder", "is no file"), ("text", "no file of weights"), ("list", "no file of weights"),
-    ("cut short", "no file of weights"), ("malicious", "no file of weights"), ("nan", "not finite"), ("numbers", "no file of weights"),
+    ("cut short", "no file of weights"), ("malicious", "no file of weights"), ("pickle", "no file of weights"), ("nan", "not finite"), ("numbers", "no file of weights"),
     ("other network", "0 of the backbone's 30 tensors fit"), ("other resnet", "of the backbone's 30 tensors fit"), ("empty", "0 of the backbone's")])
 def test_a_file_that_does_not_fit_is_one_line_and_leaves_no_folder(trained, flags, tmp_path, kind, words):
     file, given = tmp_path / "weights.pt", torch.load(trained / "backbone.pt", weights_only=True)
     content = {"list": [1, 2], "nan": {name: w * float("nan") for name, w in given.items()}, "numbers": {"a": 1, "b": 2.0}, "empty": {},
-               "other network": nn.Linear(3, 4).state_dict(), "malicious": Payload(str(tmp_path / "executed")),
+               "other network": nn.Linear(3, 4).state_dict(), "malicious": Payload(str(tmp_path / "executed")), "pickle": Payload(str(tmp_path / "executed")),
                "other resnet": torchvision.models.resnet18().state_dict()}.get(kind, given)
     torch.save(content, file)
     if kind in ("missing", "folder"):
@@ -260,6 +263,8 @@ def test_a_file_that_does_not_fit_is_one_line_and_leaves_no_folder(trained, flag
         file.mkdir()
     if kind == "text":
         file.write_text("weights")
+    if kind == "pickle":
+        file.write_bytes(pickle.dumps(content, protocol=4))  # torch has a warning about it, which is not shown
     if kind == "cut short":
         file.write_bytes(file.read_bytes()[:-300])
     result = run_here("cw_rgp", flags("cw_rgp", "--init", file))

@@ -633,4 +633,4 @@ def test_training_with_labels_needs_labels_and_a_batch_of_images(trained, small_
         assert is_one_line_error(result) and "need labelled training and test images" in result.err
     few = make_folder(tmp_path / "few", train=20, test=8)
     result = run_here("eval", [*QUICK, trained, "--data-dir", few, "--supervised"])
-    assert is_one_line_error(result) and "fewer than the run's batch of 32" in result.err
+    assert is_one_line_error(result) and "fewer than the run's batch of 32" in result.err and "evaluated on" not in result.out
