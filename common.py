@@ -43,22 +43,22 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1715  main               run train(); print an expected error as one line
-#   1406  parse_args         Args from the command line
-#   1903  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1719  main               run train(); print an expected error as one line
+#   1410  parse_args         Args from the command line
+#   1907  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1331  Command line: flags from Args, checks, and sizes to propose
-#   1611  Messages and errors
-#   1784  Several processes
-#   1951  Data sets by name
-#   2041  Folders of images
-#   2467  Streaming
-#   2584  Recipes of augmentation
-#   2658  ResNets, Vision Transformer, LARS, Muon
-#   2801  Run folder and signals
-#   2982  Resume
-#   3212  Files of a run
-#   3290  Trained weights
+#   1335  Command line: flags from Args, checks, and sizes to propose
+#   1615  Messages and errors
+#   1788  Several processes
+#   1955  Data sets by name
+#   2045  Folders of images
+#   2471  Streaming
+#   2588  Recipes of augmentation
+#   2662  ResNets, Vision Transformer, LARS, Muon
+#   2805  Run folder and signals
+#   2986  Resume
+#   3216  Files of a run
+#   3294  Trained weights
 
 import argparse
 import collections
@@ -1299,20 +1299,24 @@ def row_in_words(row):
 
 
 def collapse_in_words(figures, dim):
-    """A sentence if the figures of collapse_metrics show a collapse, else an empty string.
+    """A sentence if the figures of Z, and rank_h of H, show a collapse, else an empty string.
 
-    At commit 2212f11, with Adam on `patterns`, the limits separated the nine default runs (two
-    seeds: std_sqrt_d at least 0.60, stable_rank_sq 1.10, rank_1pct 5) from those without what
-    prevents collapse (below 0.1, or at most 1.03, or at most 4)."""
+    figures: of collapse_metrics, and rank_h if it is known. Two images or fewer cannot tell. The
+    runs in methods/README.md, `What collapses`, are the reason for the limits."""
+    if dim < 2:
+        return ""
     if figures["std_sqrt_d"] < 0.1:
         return ("COLLAPSE: all embeddings are nearly one point "
                 f"(std*sqrt(d) {figures['std_sqrt_d']:.3f}, healthy: near 1)")
     if figures["rank_1pct"] < min(5, dim / 2):
         return (f"DIMENSIONAL COLLAPSE: the embeddings fill few of their {dim:.0f} dimensions "
                 f"(rank_1pct {figures['rank_1pct']:.0f})")
-    if figures["stable_rank_sq"] < 1.1:
-        return ("DIMENSIONAL COLLAPSE: one direction has nearly all of the embeddings' variance "
-                f"(stable_rank_sq {figures['stable_rank_sq']:.2f}, 1 is the least)")
+    if dim >= 10 and figures["rankme"] < 2.5:
+        return ("DIMENSIONAL COLLAPSE: one direction has nearly all of the embeddings "
+                f"(rankme {figures['rankme']:.2f}, 1 is the least)")
+    if dim >= 10 and figures.get("rank_h", dim) < 10:
+        return ("DIMENSIONAL COLLAPSE: the backbone's output H fills few dimensions "
+                f"(rank_h {figures['rank_h']:.0f})")
     return ""
 
 

@@ -13,8 +13,8 @@ Contents, by line number (`python tests/test_common.py` writes them):
     187  a run and its data       from a checkpoint to networks; a hash shows that these stay
     358  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
     597  report                   what is printed, and written by --json
-    708  pictures and files       --views, --neighbors, --plot, --save
-    900  all runs                 one after the other
+    711  pictures and files       --views, --neighbors, --plot, --save
+    903  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -699,7 +699,10 @@ def say_collapse(results, how):
         cells = [f"{figures[column]:.{n}f}" for column, n in zip(columns, digits)]
         say_row(FEATURES[name], cells, widths)
     common.say(f"  {how}")
-    words = common.collapse_in_words(found["Z"], results["Z"]["dim"]) if "Z" in found else ""
+    words = ""
+    if "Z" in found:
+        figures = {**found["Z"], "rank_h": found.get("H", {}).get("rank_1pct", math.inf)}
+        words = common.collapse_in_words(figures, figures["dim"])
     if words:
         common.say(f"  {words}")
 

@@ -453,11 +453,13 @@ def test_what_is_measured_is_no_output_of_a_step(evaluated):
 # ---- words about collapse ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("std, stable, rank, dim, word", [
-    (0.099, 5, 50, 64, "COLLAPSE"), (0.101, 5, 50, 64, ""), (0.4, 5, 50, 64, ""), (0.9, 1.09, 50, 64, "DIMENSIONAL"), (0.9, 1.11, 50, 64, ""),
-    (0.9, 1.04, 50, 64, "DIMENSIONAL"), (0.9, 5, 4, 64, "DIMENSIONAL"), (0.9, 5, 5, 64, ""), (0.9, 5, 2, 4, ""), (0.9, 5, 1, 4, "DIMENSIONAL")])
-def test_the_limits_of_a_collapse(std, stable, rank, dim, word):
-    words = common.collapse_in_words({"std_sqrt_d": std, "stable_rank_sq": stable, "rank_1pct": rank}, dim)
+@pytest.mark.parametrize("std, rankme, rank, rank_h, dim, word", [
+    (0.099, 9, 50, 50, 64, "COLLAPSE"), (0.101, 9, 50, 50, 64, ""), (0.4, 9, 50, 50, 64, ""),
+    (0.9, 2.4, 50, 50, 64, "DIMENSIONAL"), (0.9, 2.6, 50, 50, 64, ""), (0.9, 9, 4, 50, 64, "DIMENSIONAL"), (0.9, 9, 5, 50, 64, ""),
+    (0.9, 9, 50, 9, 64, "DIMENSIONAL"), (0.9, 9, 50, 10, 64, ""), (0.9, 2.4, 5, 5, 9, ""), (0.9, 2.4, 5, 50, 10, "DIMENSIONAL"),
+    (0.9, 9, 2, 4, 4, ""), (0.9, 9, 1, 4, 4, "DIMENSIONAL"), (0.0, 1, 1, 1, 1, ""), (0.0, 1, 1, 1, 2, "COLLAPSE")])
+def test_the_limits_of_a_collapse(std, rankme, rank, rank_h, dim, word):
+    words = common.collapse_in_words({"std_sqrt_d": std, "rankme": rankme, "rank_1pct": rank, "rank_h": rank_h}, dim)
     assert words.split(" ")[0].rstrip(":") == word
 
 
