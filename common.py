@@ -51,14 +51,14 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #   1611  Messages and errors
 #   1782  Several processes
 #   1949  Data sets by name
-#   2039  Folders of images
-#   2465  Streaming
-#   2582  Recipes of augmentation
-#   2656  ResNets, Vision Transformer, LARS, Muon
-#   2799  Run folder and signals
-#   2980  Resume
-#   3210  Files of a run
-#   3288  Trained weights
+#   2032  Folders of images
+#   2403  Streaming
+#   2520  Recipes of augmentation
+#   2594  ResNets, Vision Transformer, LARS, Muon
+#   2737  Run folder and signals
+#   2918  Resume
+#   3148  Files of a run
+#   3226  Trained weights
 
 import argparse
 import collections
@@ -1971,25 +1971,20 @@ def load_by_name(args, device):
 
 def load_torchvision(args, device):
     """cifar10, cifar100 or stl10 as Data, by torchvision's own classes."""
-    kind, archive = {
-        "cifar10": (torchvision.datasets.CIFAR10, "cifar-10-python.tar.gz"),
-        "cifar100": (torchvision.datasets.CIFAR100, "cifar-100-python.tar.gz"),
-        "stl10": (torchvision.datasets.STL10, "stl10_binary.tar.gz"),
-    }[args.dataset]
+    kind = getattr(torchvision.datasets, args.dataset.upper())
+    stl10 = args.dataset == "stl10"
     splits = [{"train": True}, {"train": False}]
-    if args.dataset == "stl10":
-        splits = [{"split": "train"}, {"split": "test"}, {"split": "unlabeled"}]
-    parts = []
+    if stl10:
+        splits = [{"split": name} for name in ("train", "test", "unlabeled")]
+    images, labels = [], []
     for split in splits:
         open_split = functools.partial(kind, args.data_dir, **split)
-        parts.append(local_or_downloaded(args, archive, open_split))
-    train, test = parts[:2]
-    if args.dataset == "stl10":
-        return Data(args, device, train=train.data, labels=train.labels, test=test.data,
-                    test_labels=test.labels, class_names=train.classes, unlabeled=parts[2].data)
-    images = [part.data.transpose(0, 3, 1, 2) for part in parts]  # -> [N, 3, 32, 32]
-    return Data(args, device, train=images[0], labels=train.targets, test=images[1],
-                test_labels=test.targets, class_names=train.classes)
+        part = local_or_downloaded(args, kind.filename, open_split)
+        images.append(part.data if stl10 else part.data.transpose(0, 3, 1, 2))  # [N, 3, H, W]
+        labels.append(part.labels if stl10 else part.targets)
+    return Data(args, device, train=images[0], labels=labels[0], test=images[1],
+                test_labels=labels[1], class_names=part.classes,
+                unlabeled=images[2] if stl10 else None)
 
 
 def local_or_downloaded(args, archive, open_dataset):
@@ -2001,8 +1996,7 @@ def local_or_downloaded(args, archive, open_dataset):
             return open_dataset(download=False)
         say(f"{args.dataset}: not in {args.data_dir}, downloading it")
         return open_dataset(download=True)
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile,
-            http.client.HTTPException) as error:
+    except Exception as error:  # of a network, an archive or a disk
         reason = " ".join(str(error).split())[:120]
         raise UserError(
             f"--dataset {args.dataset}: no complete copy in --data-dir {args.data_dir} and the "
@@ -2031,19 +2025,21 @@ def load_tinyimagenet(args, device):
     with open(annotations) as file:
         rows = [line.split("\t")[:2] for line in file if line.strip()]
     test = [(os.path.join("val", "images", name), wnid) for name, wnid in rows]
-    skipped = collections.defaultdict(list)
-    return data_from_files(args, device, root, split="train", train=train, test=test, note="",
-                           skipped=skipped)
+    skipped.clear()  # what is not to be read, such as *_boxes.txt
+    return data_from_files(args, device, root, train=train, test=test, skipped=skipped)
 
 
 # ==== Folders of images ====
 
 IMAGE_KINDS = torchvision.datasets.folder.IMG_EXTENSIONS
-LEFTOVERS = re.compile(r"\.|(__macosx|__pycache__|\$recycle\.bin|system volume information|"
-                       r"lost\+found|@eadir|[@#]recycle)$", re.IGNORECASE)
-# train, Testing, validation ...; with something in groups 1 or 3 only like a split: train2017
-SPLIT = re.compile(r"(.*[^a-z])?(train|test|val)(?:ing|id|idation)?(set|data|[^a-z].*)?")
-NEAR_SPLIT = re.compile(r"dev|eval\w*|hold.?out|unlabell?ed|extra|pred\w*|infer\w*").fullmatch
+IGNORED = re.compile(r"\.|(labels\.csv|__macosx|__pycache__|\$recycle\.bin|lost\+found|@eadir|"
+                     r"system volume information|[@#]recycle)$", re.IGNORECASE)
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
+          "val": "val", "valid": "val", "validation": "val"}
+# Beside a folder like train, these may be splits, too: train2017, seg_test, dev ...
+LIKE_A_SPLIT = re.compile(
+    r"(?:.*[^a-z])?(train|test|val|dev|eval|pred|infer|extra|unlabell?ed|hold.?out)"
+    r"(?:ing|id|idation|uation|ict\w*|ence)?(?:set|data|[^a-z].*)?")
 
 
 def load_folder(args, device, root, statistics=None):
@@ -2055,9 +2051,8 @@ def load_folder(args, device, root, statistics=None):
     splits = find_splits(root, paths)
     parts = {kind: with_classes(root, splits[kind], paths, skipped) for kind in splits}
     train, place, test, note = parts.pop("train"), os.path.join(root, splits["train"]), [], ""
-    check(len(train) > 1, f"--data-dir {root}: {'only one image' if train else 'no images'} in "
-          f"{place}; skipped: {in_words(skipped) or 0}; try a folder of {' '.join(IMAGE_KINDS)}")
-    names = check_classes(root, place, train)
+    names = {name for _, name in train} - {None}
+    check_classes(root, place, names)
     for kind in sorted(parts):  # test before val, unless it has no labels
         if parts[kind] and not test and (parts[kind][0][1] or not (names and args.test_fraction)):
             test, note = parts[kind], f" ({splits[kind]}/)"
@@ -2066,33 +2061,30 @@ def load_folder(args, device, root, statistics=None):
     strange = sorted({name for _, name in test if names} - {*names, None})
     check(not strange, f"--data-dir {root}: {note[2:-1]}{listed(strange)} has no "
           f"counterpart in {place}; remove it, or add training images of it")
-    return data_from_files(args, device, root, split=splits["train"], train=train, test=test,
-                           note=note, skipped=skipped, statistics=statistics)
+    data = data_from_files(args, device, root, train=train, test=test, skipped=skipped,
+                           note=note, statistics=statistics)
+    check_classes(root, place, data.class_names)
+    return data
 
 
-def check_classes(root, place, train):
-    """The sorted classes of training images, not only one."""
-    names = sorted({name for _, name in train} - {None})
+def check_classes(root, place, names):
+    """Raise UserError if there is only one class."""
     inside = os.path.join(place, *names)
     remedy = f"try --data-dir {inside}" if os.path.isdir(inside) else "labels.csv needs another"
-    check(len(names) != 1, f"--data-dir {root}: only one class, {names}, has no use; {remedy}")
-    return names
+    check(len(names) != 1, f"--data-dir {root}: only one class, {[*names]}, has no use; {remedy}")
 
 
 def list_images(root, skipped):
     """The images below root, sorted, relative to it. skipped: what is wrong -> such files."""
     found, seen, tops = [], set(), [root]
 
-    def locked(error):
-        top = os.path.relpath(error.filename, root)
-        needed = top == "." or SPLIT.fullmatch(top.lower()) and os.sep not in top
-        check(not needed, f"{error.filename} may not be read; try chmod")
-        skipped["folder(s) that may not be read"].append(top)
+    def refuse(error):
+        raise UserError(f"{error.filename} may not be read; try chmod")
 
-    walk = itertools.chain.from_iterable(os.walk(top, onerror=locked) for top in tops)
+    walk = itertools.chain.from_iterable(os.walk(top, onerror=refuse) for top in tops)
     for folder, inside, names in walk:
         real = os.path.join(os.path.realpath(folder), "")
-        inside[:] = sorted(name for name in inside if not LEFTOVERS.match(name))
+        inside[:] = sorted(name for name in inside if not IGNORED.match(name))
         if real in seen or (folder != root and os.path.realpath(root).startswith(real)):
             skipped["link(s) to a folder that is read already"].append(folder)
             inside.clear()
@@ -2100,18 +2092,18 @@ def list_images(root, skipped):
         seen.add(real)
         tops += filter(os.path.islink, [os.path.join(folder, name) for name in inside])
         before = len(found)
-        for name in names:
+        for name in itertools.filterfalse(IGNORED.match, names):
             path, kind = os.path.join(folder, name), os.path.splitext(name)[1].lower()
-            why = "not a regular file"
             if kind not in IMAGE_KINDS:
                 why = f"of a kind that is not read ({shown(kind) or 'no extension'})"
+                skipped[why].append(path)
             elif os.path.isfile(path):
-                why = ""
-            if not LEFTOVERS.match(name):
-                (skipped[why] if why else found).append(path)
+                found.append(os.path.relpath(path, root))
+            else:
+                skipped["not a regular file"].append(path)
         if not inside and len(found) == before:
             skipped["folder(s) without images"].append(folder)
-    return sorted(os.path.relpath(path, root) for path in found)
+    return sorted(found)
 
 
 def find_splits(root, paths):
@@ -2119,20 +2111,19 @@ def find_splits(root, paths):
 
     A folder called train is a split if those beside it are."""
     tops = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
-    found = {name: SPLIT.fullmatch(name.lower()) for name in tops}
-    like = {name: match[2] for name, match in found.items() if match}
-    exact = [name for name in like if not found[name][1] and not found[name][3]]
+    exact = [name for name in tops if name.lower() in SPLITS]
+    splits = {SPLITS[name.lower()]: name for name in exact}
+    if "train" in splits and len(splits) == len(tops):
+        return splits
+    like = {name: match[1] for name in tops if (match := LIKE_A_SPLIT.fullmatch(name.lower()))}
     kinds = set(like.values())
-    if exact == tops and "train" in kinds and len(kinds) == len(tops):
-        return {like[name]: name for name in tops}
-    clear = "train" not in kinds or kinds == {"train"}
+    classes = "train" not in kinds or kinds == {"train"}
     if exact:  # a class called train
-        holds_images = exact[0] in {os.path.dirname(path) for path in paths}
-        clear = kinds == {"train"} and len(exact) == 1 and holds_images
-    near = [name for name in tops if clear and "train" in kinds and NEAR_SPLIT(name.lower())]
-    check(clear and not near, f"--data-dir {root}: {listed([*like, *near])} may "
-          "be training and test images or classes; leave "
-          f"only train, test and val there, or move all classes into {os.path.join(root, 'train')}")
+        holds_images = exact[0] in map(os.path.dirname, paths)
+        classes = kinds == {"train"} and len(exact) == 1 and holds_images
+    check(classes, f"--data-dir {root}: {listed([*like])} may be training and test images or "
+          "classes; leave only train, test and val there, or move all classes into "
+          f"{os.path.join(root, 'train')}")
     return {"train": ""}
 
 
@@ -2143,10 +2134,7 @@ def with_classes(root, folder, paths, skipped):
     mine = [path for path in paths if path.startswith(base)]
     for place in (folder, ""):
         if os.path.isfile(os.path.join(root, place, "labels.csv")):
-            skipped.pop("of a kind that is not read (.csv)", None)
             table = read_labels(root, place)
-            check(not (table and paths) or table.keys() & set(paths), f"--data-dir {root}: "
-                  f"labels.csv names none of the images; its first is {listed([*table][:1])}")
             skipped["not in labels.csv"] += [path for path in mine if path not in table]
             return [(path, table[path]) for path in mine if path in table]
     named = [(path, path[len(base):].split(os.sep)[0]) for path in mine]
@@ -2162,27 +2150,22 @@ def with_classes(root, folder, paths, skipped):
 
 def read_labels(root, folder):
     """{path: class} of root/folder/labels.csv."""
-    source, table, rows = os.path.join(root, folder, "labels.csv"), {}, {}
+    source, table = os.path.join(root, folder, "labels.csv"), {}
     try:
         with open(source, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
-            for row in reader:
-                if "".join(row).strip():
-                    rows.setdefault(tuple(row), reader.line_num)
+            rows = [(reader.line_num, row) for row in reader if "".join(row).strip()]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{source} cannot be read ({error}); save it as UTF-8 text") from error
-    (first, _), *rest = list(rows.items()) or [((), 1)]
-    first = ",".join(first)
+    first = ",".join(rows[0][1]) if rows else ""
     check(first == "file,label", f"{source}: the first line is {first!r} and should be file,label")
-    for row, line in rest:
-        path = os.path.join(os.path.abspath(root), folder, row[0].strip().replace("\\", "/"))
-        known, path = os.path.isfile(path), os.path.relpath(path, root)
-        known = known and path not in table and not path.startswith("..")
-        check(known and row[0] != "labels.csv" and len(row) == 2 and row[1].strip(),
-              f"{source}, line {line}: "
-              f"{','.join(row)!r}: no such file, a second line for it, or not one label; "
-              "try a line like image.png,cat")
-        table[path] = row[1].strip()
+    for line, row in rows[1:]:
+        label, path = row[-1].strip(), row[0].strip().replace("\\", "/")
+        path = os.path.relpath(os.path.join(root, folder, path), root)
+        known = os.path.isfile(os.path.join(root, path)) and not path.startswith("..")
+        check(known and len(row) == 2 and label and table.setdefault(path, label) == label,
+              f"{source}, line {line}: {','.join(row)!r}: no such file, a second label for it, or "
+              "not one label; try a line like image.png,cat")
     return table
 
 
@@ -2191,7 +2174,7 @@ def hold_out(args, images):
     the path, so that a file more or less does not move the others."""
     members, test = collections.defaultdict(list), set()
     for i, (path, name) in enumerate(images):
-        key = f"{args.seed} {path}".replace(os.sep, "/").encode(errors="surrogateescape")
+        key = f"{args.seed} {path}".encode(errors="surrogateescape")
         members[name].append((hashlib.sha256(key).digest(), i))
     for mine in members.values():
         count = min(len(mine) - 1, max(1, round(args.test_fraction * len(mine))))
@@ -2201,16 +2184,15 @@ def hold_out(args, images):
 
 # Bytes of images that are kept on a GPU, or without one by all processes of a machine together.
 MEMORY_LIMIT = 6 * 2**30
+UNREAD_PIXELS = "of a pixel kind that is not read"
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def data_from_files(args, device, root, split, train, test, note, skipped, statistics=None):
+def data_from_files(args, device, root, train, test, skipped, note="", statistics=None):
     """Data from lists of (path, class or None), decoded once into memory if the images fit there.
 
-    Otherwise they are Files. Raises UserError if there are too few. split: of the training."""
-    first = train
-    if not test and train[0][1] and args.test_fraction:
-        first = [train[i] for i in hold_out(args, train)[0]]
-    median, scale, measured = survey(root, first, statistics)
+    Otherwise they are Files. Raises UserError if there are too few."""
+    median, scale, measured = survey(root, train, statistics)
     args.image_size = args.image_size or min(64, median)
     side = args.image_size if median <= args.image_size else math.ceil(args.image_size * 8 / 7)
     copies = 1 if device.type == "cuda" else from_environment("LOCAL_WORLD_SIZE", 1)
@@ -2218,29 +2200,31 @@ def data_from_files(args, device, root, split, train, test, note, skipped, stati
     loaded = []
     for images in (train, test):
         paths = [os.path.join(root, path) for path, _ in images]
-        files = Files(paths, args.image_size, side, scale)
-        part, good = read_files(files, stream, args.num_workers, skipped)
+        kept = 0 if stream else side
+        pixels, good = read_files(paths, kept, scale, args.num_workers, skipped)
         images[:] = [images[i] for i in good]
-        loaded.append(part)
+        loaded.append(pixels)
     words = in_words(skipped)
-    check(len(train) > 1, f"--data-dir {args.data_dir}: {len(train) or 'none'} of the "
-          f"files can be read; skipped: {words}; try another --data-dir")
+    check(len(train) > 1, f"--data-dir {root}: {'only one image' if train else 'no images'} to "
+          f"train on; skipped: {words or 0}; try a folder of {' '.join(IMAGE_KINDS)}")
     for what in ("unreadable", "too large", "smaller than 8x8", UNREAD_PIXELS):
         names = sorted(skipped[what])
         if names:
             warn(f"skipped {len(names)} {what}: {', '.join(names[:3])}")
-    class_names = check_classes(root, os.path.join(root, split), train)
-    class_names = sorted({*class_names, *(name for _, name in test if class_names)} - {None})
+    class_names = sorted({name for _, name in (*train, *test) if train[0][1]} - {None})
     if class_names and not test and args.test_fraction:
-        train, test = move_held_out(args, train, loaded)
-        note = f" (held out: --test-fraction {args.test_fraction:g})"
+        rows, note = hold_out(args, train), f" (held out: --test-fraction {args.test_fraction:g})"
+        loaded = [loaded[0][mine] for mine in rows]
+        train, test = ([train[i] for i in mine] for mine in rows)
     number_of, parts = {name: i for i, name in enumerate(class_names)}, []
-    for images, part in zip((train, test), loaded, strict=True):
+    for images, pixels in zip((train, test), loaded, strict=True):
         labels = [number_of[name] for _, name in images if name in number_of]
+        paths = [os.path.join(root, path) for path, _ in images]
+        part = Files(paths, args.image_size, side, scale) if stream else pixels
         parts += [part if images else None, labels or None]
     data = Data(args, device, *parts, class_names)
     crc = "\n".join(f"{path}\t{name}" for path, name in (*train, ("", ""), *test))
-    crc = zlib.crc32(crc.replace(os.sep, "/").encode(errors="surrogateescape"))
+    crc = zlib.crc32(crc.encode(errors="surrogateescape"))
     data.fingerprint = f"{len(train)} files, {crc:08x}{measured if scale else ''}"
     data.statistics["scale"], data.test_note = scale, note
     data.files = [[path for path, _ in images] for images in (train, test)]
@@ -2248,44 +2232,17 @@ def data_from_files(args, device, root, split, train, test, note, skipped, stati
     return data
 
 
-def move_held_out(args, images, loaded):
-    """(training, test images) of those that were loaded."""
-    pixels, rows = loaded[0], hold_out(args, images)
-    if isinstance(pixels, Files):
-        more = pixels.size, pixels.side, pixels.scale
-        loaded[:] = [Files([pixels.paths[i] for i in mine], *more) for mine in rows]
-    else:
-        loaded[1] = pixels[rows[1]]
-        for new, old in enumerate(rows[0]):
-            pixels[new] = pixels[old]
-        loaded[0] = pixels[: len(rows[0])]
-    return [[images[i] for i in mine] for mine in rows]
-
-
-UNREAD_PIXELS = "of a pixel kind that is not read"
-warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-def open_image(path):
-    """Image.open, but not of a pipe, which would hang."""
-    return Image.open(path if os.path.isfile(path) else io.BytesIO())
-
-
 def kind_of(image):
     """The kind of pixels of a Pillow image that is not loaded yet; None if Pillow misreads them."""
-    decoder = str(image.tile[:1])  # colours of 16 bits have the mode RGB, too
-    kind = {"I": "32 bits", "F": "floats"}.get(image.mode, "8 bits")
-    if image.mode.startswith("I;") or (kind == "8 bits" and re.search("(?<!BGR);16", decoder)):
-        kind = "16 bits"
-    tags, colours = getattr(image, "tag_v2", {}), image.mode.startswith("RGB")
-    if kind == "8 bits":  # not signed, nor above 255
-        right = max(tags.get(258, (1,))) <= 8 and set(tags.get(339, (1,))) <= {1, 4}
-        right = right and not ("ppm" in decoder and image.tile[0].args[1] > 255)
-    else:  # not CMYK, LA, a transparent colour, planes, white as 0
-        right = image.mode[0] in "IF" or (colours and re.search("RGBA?;16[LBN]", decoder))
-        right = right and "transparency" not in image.info and tags.get(262) != 0
-        right = right and not (colours and tags.get(284) == 2) and max(tags.get(258, (1,))) <= 32
-    return kind if right else None
+    decoder, tags = str(image.tile[:1]), getattr(image, "tag_v2", {})
+    bits, forms = max(tags.get(258, (1,))), set(tags.get(339, (1,)))
+    deep_colours = re.search("RGBA?;16[LBN]", decoder)  # their mode is RGB, as of 8 bits
+    kind = {"I": "32 bits", "F": "floats"}.get(image.mode, "16 bits")
+    if image.mode[0] not in "IF" and not deep_colours:  # neither signed nor of 16 bits
+        return "8 bits" if bits <= 8 and forms <= {1, 4} and ";16" not in decoder else None
+    wrong = "transparency" in image.info or tags.get(262) == 0  # one colour; white as 0
+    wrong = wrong or bits > 32 or (deep_colours and tags.get(284) == 2)  # planes
+    return None if wrong else kind
 
 
 def survey(root, train, statistics):
@@ -2295,14 +2252,16 @@ def survey(root, train, statistics):
     scale: None for images of 8 bits, else [kind, low, high]; low and high of grey_range become 0
     and 255 in all images."""
     sides, kinds, values, rng = [], [], [], np.random.default_rng(0)
-    for path, _ in train[::-(-len(train) // 200)]:
-        with contextlib.suppress(Exception), open_image(os.path.join(root, path)) as image:
+    for path, _ in train[:: len(train) // 200 + 1]:
+        path = os.path.join(root, path)
+        with contextlib.suppress(Exception), Image.open(path) as image:
             kind = kind_of(image)
-            kinds += [kind] if kind else []
-            sides += [min(image.size)] if kind and min(image.size) >= 8 else []
-            if kind not in (None, "8 bits"):
-                x = deep_pixels(image.filename)[..., :3]
-                values.append(rng.choice(x[np.isfinite(x)], 10_000))
+            if kind and min(image.size) >= 8:
+                kinds.append(kind)
+                sides.append(min(image.size))
+                if kind != "8 bits":
+                    x = deep_pixels(path)[..., :3]
+                    values.append(rng.choice(x[np.isfinite(x)], 10_000))
     sides, kind, scale = sorted(sides) or [8], max(kinds or ["8 bits"], key=kinds.count), None
     note = f" (median of sides {sides[0]} to {sides[-1]})" if sides[0] < sides[-1] else ""
     if kind != "8 bits":
@@ -2337,28 +2296,39 @@ def grey_range(x):
 def deep_pixels(path):
     """The numbers of an image of more than 8 bits: float64 [H, W, channels]."""
     with Image.open(path) as image, Image.open(path) as swapped:
-        ImageOps.exif_transpose(image, in_place=True)
-        pixels = np.array(image, dtype=np.float64)
-        unsigned = set(getattr(image, "tag_v2", {}).get(339, (1,))) == {1}
-        if image.format == "TIFF" and image.mode == "I" and unsigned:
+        unsigned = "I;32N" in str(image.tile)
+        pixels = np.array(ImageOps.exif_transpose(image), dtype=np.float64)
+        if unsigned:
             pixels[pixels < 0] += 2**32
         if pixels.ndim == 2:
             return pixels[..., None]
         # Of colours Pillow gives the high byte, and with the bytes swapped the low one.
         for i, tile in enumerate(swapped.tile):
-            raw, *rest = [tile.args] if isinstance(tile.args, str) else tile.args
+            raw, *rest = (tile.args,) if isinstance(tile.args, str) else tile.args
             raw = raw[:-1] + ("L" if raw[-1] == "B" else "B")
-            swapped.tile[i] = tile._replace(args=(raw, *rest) if rest else raw)
-        ImageOps.exif_transpose(swapped, in_place=True)
-        return 256 * pixels + np.array(swapped)
+            swapped.tile[i] = tile._replace(args=(raw, *rest))
+        return 256 * pixels + np.array(ImageOps.exif_transpose(swapped))
 
 
-def to_8_bits(x, low, high):
-    """Numbers [H, W, 1, 3 or 4 channels] -> uint8 [H, W, 3], transparent ones over white."""
-    colours = 255 * ((x[..., :3] - low) / (high - low)).clip(0, 1)
-    if x.shape[2] == 4:
-        colours = 255 + (colours - 255) * x[..., 3:] / 65535
-    return np.rint(colours).astype(np.uint8).repeat(3 // colours.shape[2], 2)
+def to_rgb(image, kind, scale):
+    """The pixels of a Pillow image of this kind as uint8 [H, W, 3], transparent ones over white."""
+    path, expected = image.filename, scale[0] if scale else "8 bits"
+    check(kind == expected, f"{path} has pixels of {kind}, and others or the run's are of "
+          f"{expected}, which no one scale suits; convert it to {expected}")
+    if scale:
+        _, low, high = scale
+        x = deep_pixels(path)
+        check(np.isfinite(x).all(), f"{path} has pixels that are not finite (NaN); "
+              "replace them or remove the file")
+        colours = 255 * ((x[..., :3] - low) / (high - low)).clip(0, 1)
+        if x.shape[2] == 4:
+            colours = 255 + (colours - 255) * x[..., 3:] / 65535
+        return np.rint(colours).astype(np.uint8).repeat(3 // colours.shape[2], 2)
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
 
 
 def read_image(path, scale=None, skipped=None):
@@ -2366,76 +2336,44 @@ def read_image(path, scale=None, skipped=None):
     is transparent. None if it cannot be used; then its path is added to skipped[why]."""
     why, skipped = "unreadable", collections.defaultdict(list) if skipped is None else skipped
     try:
-        with open_image(path) as image:
-            kind, expected = kind_of(image), scale[0] if scale else "8 bits"
-            if kind is None:
-                why = UNREAD_PIXELS
-                raise ValueError
-            check(kind == expected, f"{path} has pixels of {kind}, and others or the run's "
-                  f"are of {expected}, which no one scale suits; convert it to {expected}")
-            if min(image.size) < 8:
-                why = "smaller than 8x8"
-                raise ValueError
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-                skipped["file's further pages"].append(path)
-            if scale:
-                x = deep_pixels(path)
-                check(np.isfinite(x).all(), f"{path} has pixels that are not finite (NaN); "
-                      "replace them or remove the file")
-                return torch.from_numpy(to_8_bits(x, *scale[1:])).permute(2, 0, 1)
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        with Image.open(path) as image:
+            kind = kind_of(image)
+            if kind and min(image.size) >= 8:
+                if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                    skipped["file's further pages"].append(path)
+                return torch.from_numpy(to_rgb(image, kind, scale)).permute(2, 0, 1)
+            why = "smaller than 8x8" if kind else UNREAD_PIXELS
     except (MemoryError, UserError):
         raise
-    except Exception as error:  # decoders raise errors of all kinds
-        if isinstance(error, Image.DecompressionBombError):
-            why = "too large"
-        elif os.path.isfile(path) and is_tiff(path):
-            why = UNREAD_PIXELS
-        skipped[why].append(path)
-        return None
-
-
-def is_tiff(path):
-    """Whether Pillow knows a TIFF but for its kind of pixels, such as floats of 64 bits."""
-    try:
-        TiffImagePlugin.TiffImageFile(path)
-    except Exception as error:
-        return "pixel mode" in str(error)
+    except Image.DecompressionBombError:
+        why = "too large"
+    except Exception:  # decoders raise errors of all kinds
+        pass
+    skipped[why].append(path)
+    return None
 
 
 def to_square(image, side):
-    """Resize the shorter edge to `side`, take the centre: uint8 [3, H, W] -> [3, side, side]."""
-    if tuple(image.shape[1:]) == (side, side):
-        return image
-    height, width = image.shape[1:]
-    top, left = max(0, height - 4 * width) // 2, max(0, width - 4 * height) // 2
-    image = image[:, top:height - top, left:width - left]
-    image = functional.resize(image, side, antialias=True)
-    return functional.center_crop(image, side)
+    """The square in the centre, resized: uint8 [3, H, W] -> [3, side, side]."""
+    square = functional.center_crop(image, min(image.shape[1:]))
+    return functional.resize(square, [side, side], antialias=True)
 
 
-def read_files(files, stream, num_workers, skipped):
-    """The images that can be read, uint8 [N, 3, side, side] or `stream` Files, and their rows."""
+def read_files(paths, side, scale, num_workers, skipped):
+    """(images that can be read, uint8 [N, 3, side, side], their rows). side 0 keeps no pixels."""
     def read(path):
-        image = read_image(path, files.scale, skipped)
-        return image if image is None or stream else to_square(image, files.side)
+        image = read_image(path, scale, skipped)
+        return to_square(image, side) if side and image is not None else image
 
-    count, good = 0 if stream else len(files), []
-    images = torch.empty(count, 3, files.side, files.side, dtype=torch.uint8)
+    images, good = torch.empty(len(paths), 3, side, side, dtype=torch.uint8), []
     with multiprocessing.pool.ThreadPool(max(1, num_workers)) as pool:
-        found = said(pool.imap(read, files.paths, 16), len(files), "reading images")
+        found = said(pool.imap(read, paths, 16), len(paths), "reading images")
         for i, image in enumerate(found):
             if image is not None:
-                if not stream:
+                if side:
                     images[len(good)] = image
                 good.append(i)
-    if stream:
-        images = Files([files.paths[i] for i in good], files.size, files.side, files.scale)
-    return images if stream else images[: len(good)], good
+    return images[: len(good)], good
 
 
 def listed(names):
