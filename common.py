@@ -53,12 +53,12 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #   1949  Data sets by name
 #   2032  Folders of images
 #   2403  Streaming
-#   2520  Recipes of augmentation
-#   2594  ResNets, Vision Transformer, LARS, Muon
-#   2737  Run folder and signals
-#   2918  Resume
-#   3148  Files of a run
-#   3226  Trained weights
+#   2508  Recipes of augmentation
+#   2582  ResNets, Vision Transformer, LARS, Muon
+#   2725  Run folder and signals
+#   2906  Resume
+#   3136  Files of a run
+#   3214  Trained weights
 
 import argparse
 import collections
@@ -2407,8 +2407,7 @@ class Files:
     """Images on the disk, decoded and cropped by loader processes that stay for the run."""
 
     def __init__(self, paths, size, side, scale=None):
-        """size: of a view; side: of the centre squares for measuring, as in memory; in pixels.
-        scale: see survey."""
+        """size: of a view; side: of the squares for measuring; in pixels. scale: see survey."""
         self.paths, self.size, self.side, self.scale = paths, size, side, scale
         self.rows = torch.arange(len(paths))  # which of the paths
         self.pin_memory = False
@@ -2425,11 +2424,14 @@ class Files:
 
     def __getitem__(self, task):
         """In a loader process: a task of crops() -> the views, (image,) -> its centre square."""
-        index, *crop = task
-        image = read_or_next(self.paths, self.scale, index)
-        if not crop:
+        index, *draw = task
+        path = self.paths[index]
+        image = read_image(path, self.scale)
+        check(image is not None, f"{path} vanished or broke; put it back and go on with "
+              "--resume, or train afresh with another --out")
+        if not draw:
             return to_square(image, self.side)
-        step, row, recipe, seed = crop
+        step, row, recipe, seed = draw
         views = []
         for number_of_view, view in enumerate(recipe):
             crop = next((op for op in view if op[0] == "crop"), None)
@@ -2449,12 +2451,12 @@ class Files:
             yield [view.to(device, non_blocking=True) for view in views]
 
     def centres(self, index, batch_size, num_workers):
-        """Centre squares of the images `index` for measuring: yields uint8 [n, 3, side, side]."""
+        """Centre squares of the images `index`: yields uint8 [n, 3, side, side]."""
         parts = self.rows[index].split(batch_size)
         yield from self.read(([(i,) for i in part.tolist()] for part in parts), num_workers)
 
     def read(self, tasks, num_workers):
-        """The results of lists of tasks. A UserError of a process comes without a traceback."""
+        """The results of lists of tasks. A UserError comes without its process's traceback."""
         if not self.idle:
             self.idle.append(torch.utils.data.DataLoader(
                 self, batch_sampler=Tasks(), num_workers=num_workers,
@@ -2472,8 +2474,7 @@ class Files:
 
 
 def end_processes(loaders):
-    """End the processes of loaders now: of those in a traceback, torch ends the queues first, and
-    waits 20 s."""
+    """End the processes of loaders now. Of those in a traceback, torch would wait 20 s for them."""
     while loaders:
         iterator = loaders.pop()._iterator
         if hasattr(iterator, "_shutdown_workers"):
@@ -2488,7 +2489,7 @@ class Tasks:
 
 
 def leave_signals(_worker):
-    """Let a loader process outlive Ctrl-C, and SIGTERM by five seconds, until the run is saved."""
+    """Let a loader process outlive signals (SIGTERM by five seconds), until the run is saved."""
     for number_ in STOP_SIGNALS:
         signal.signal(number_, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: threading.Timer(5, os._exit, (0,)).start())
@@ -2502,19 +2503,6 @@ def crop_one(image, crop, size, rng):
     interpolation = torchvision.transforms.InterpolationMode(crop[3])
     return functional.resized_crop(image, top, left, height, width, [size, size], interpolation,
                                    antialias=True)
-
-
-def read_or_next(paths, scale, index):
-    """Image `index`, uint8 [3, H, W]. If it cannot be read, warn and take the next one."""
-    for i in range(index, index + len(paths)):
-        path = paths[i % len(paths)]
-        image = read_image(path, scale)
-        if image is not None:
-            return image
-        check(os.path.exists(path), f"{path} vanished; put it back and go on with --resume, "
-              "or train afresh with another --out")
-        warn(f"{path} cannot be read as an image; the next one takes its place")
-    raise UserError("none of the image files can be read; try another --data-dir")
 
 
 # ==== Recipes of augmentation ====
