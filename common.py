@@ -11,54 +11,54 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #
 # Part I, what a method file calls:
 #
-#    121  flag               a field of Args: default, help, bounds
-#    131  Args               the flags that all nine methods share
-#    209  world_size         the number of processes (MoCo)
-#    214  rank               this process's number among them (MoCo)
-#    223  gives_back         signal handlers, lock and processes, when train() ends
-#    249  set_up             device, precision, other processes
-#    290  load_data          read or draw the data set: Data
-#    538  build_backbone     the network whose output is H
-#    585  build_optimizer    Adam, SGD, LARS or Muon
-#    624  Run                the run's folder, checkpoints, log and checks
-#    857  distribute         the model for several processes, or compiled
-#    647  Run.resume         the step to start from, usually 0
-#    359  Data.batches       the batches of an epoch, uint8
-#    869  step_seed          the seed of a step's random draws
-#    374  Data.augment       the random views of a batch
-#   1132  learning_rate      the schedule's factor at a step
-#    660  Run.guard          a failed decomposition becomes a clear error
-#   1148  gather             embeddings of all processes, with gradient
-#    664  Run.watch          note whether loss and gradients are finite
-#    671  Run.progress       stop if they were not; show the status line
-#    682  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    690  Run.mean_loss      the mean loss of the epoch
-#   1158  extract            H of a set of images
-#   1180  project            Z of H
-#   1191  collapse_metrics   how much of its space a set of embeddings fills
-#   1262  knn_accuracy       accuracy of a vote among the nearest training images
-#    699  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    740  Run.save_backbone  write backbone.pt
-#    748  Run.close          print the scores
+#    120  flag               a field of Args: default, help, bounds
+#    130  Args               the flags that all nine methods share
+#    208  world_size         the number of processes (MoCo)
+#    213  rank               this process's number among them (MoCo)
+#    222  gives_back         signal handlers, lock and processes, when train() ends
+#    248  set_up             device, precision, other processes
+#    289  load_data          read or draw the data set: Data
+#    537  build_backbone     the network whose output is H
+#    584  build_optimizer    Adam, SGD, LARS or Muon
+#    623  Run                the run's folder, checkpoints, log and checks
+#    856  distribute         the model for several processes, or compiled
+#    646  Run.resume         the step to start from, usually 0
+#    358  Data.batches       the batches of an epoch, uint8
+#    868  step_seed          the seed of a step's random draws
+#    373  Data.augment       the random views of a batch
+#   1131  learning_rate      the schedule's factor at a step
+#    659  Run.guard          a failed decomposition becomes a clear error
+#   1147  gather             embeddings of all processes, with gradient
+#    663  Run.watch          note whether loss and gradients are finite
+#    670  Run.progress       stop if they were not; show the status line
+#    681  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    689  Run.mean_loss      the mean loss of the epoch
+#   1157  extract            H of a set of images
+#   1179  project            Z of H
+#   1190  collapse_metrics   how much of its space a set of embeddings fills
+#   1261  knn_accuracy       accuracy of a vote among the nearest training images
+#    698  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    739  Run.save_backbone  write backbone.pt
+#    747  Run.close          print the scores
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1715  main               run train(); print an expected error as one line
-#   1406  parse_args         Args from the command line
-#   1901  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1714  main               run train(); print an expected error as one line
+#   1405  parse_args         Args from the command line
+#   1900  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1331  Command line: flags from Args, checks, and sizes to propose
-#   1611  Messages and errors
-#   1782  Several processes
-#   1949  Data sets by name
-#   2032  Folders of images
-#   2403  Streaming
-#   2508  Recipes of augmentation
-#   2582  ResNets, Vision Transformer, LARS, Muon
-#   2725  Run folder and signals
-#   2906  Resume
-#   3136  Files of a run
-#   3214  Trained weights
+#   1330  Command line: flags from Args, checks, and sizes to propose
+#   1610  Messages and errors
+#   1781  Several processes
+#   1948  Data sets by name
+#   2027  Folders of images
+#   2398  Streaming
+#   2503  Recipes of augmentation
+#   2576  ResNets, Vision Transformer, LARS, Muon
+#   2712  Run folder and signals
+#   2893  Resume
+#   3123  Files of a run
+#   3201  Trained weights
 
 import argparse
 import collections
@@ -70,7 +70,6 @@ import datetime
 import errno
 import functools
 import hashlib
-import http.client
 import inspect
 import io
 import itertools
@@ -104,7 +103,7 @@ import torch.distributed as dist  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import torchvision  # noqa: E402
-from PIL import Image, ImageOps, TiffImagePlugin  # noqa: E402  (come with torchvision)
+from PIL import Image, ImageOps  # noqa: E402  (come with torchvision)
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_map_only  # noqa: E402
 from torchvision.transforms.v2 import functional  # noqa: E402
@@ -1955,7 +1954,6 @@ COLOUR_STATISTICS = {
     "stl10": ((0.43, 0.42, 0.39), (0.27, 0.26, 0.27)),
     "tinyimagenet": ((0.480, 0.448, 0.398), (0.277, 0.269, 0.282)),
 }
-TINYIMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
 
 def load_by_name(args, device):
@@ -2011,11 +2009,8 @@ def load_tinyimagenet(args, device):
 
     def open_folder(download):
         if download:
-            archive = os.path.join(args.data_dir, os.path.basename(TINYIMAGENET_URL))
-            if os.path.isfile(archive) and not zipfile.is_zipfile(archive):
-                os.remove(archive)  # cut short by an interrupted download
             fetch = torchvision.datasets.utils.download_and_extract_archive
-            fetch(TINYIMAGENET_URL, args.data_dir)
+            fetch("http://cs231n.stanford.edu/tiny-imagenet-200.zip", args.data_dir)
         if not os.path.isfile(annotations):
             raise RuntimeError(f"no {annotations}")
 
@@ -2023,8 +2018,8 @@ def load_tinyimagenet(args, device):
     skipped = collections.defaultdict(list)
     train = with_classes(root, "train", list_images(root, skipped), skipped)
     with open(annotations) as file:
-        rows = [line.split("\t")[:2] for line in file if line.strip()]
-    test = [(os.path.join("val", "images", name), wnid) for name, wnid in rows]
+        rows = csv.reader(file, delimiter="\t")
+        test = [(os.path.join("val", "images", name), wnid) for name, wnid, *_ in rows]
     skipped.clear()  # what is not to be read, such as *_boxes.txt
     return data_from_files(args, device, root, train=train, test=test, skipped=skipped)
 
@@ -2137,15 +2132,15 @@ def with_classes(root, folder, paths, skipped):
             table = read_labels(root, place)
             skipped["not in labels.csv"] += [path for path in mine if path not in table]
             return [(path, table[path]) for path in mine if path in table]
-    named = [(path, path[len(base):].split(os.sep)[0]) for path in mine]
-    inside = [(path, name) for path, name in named if path != base + name]
-    beside = [path for path, name in named if path == base + name]
-    if beside and len({name for _, name in inside}) < 2:
+    beside = [path for path in mine if os.path.dirname(path) == folder]
+    inside = [path for path in mine if os.path.dirname(path) != folder]
+    classes = [path[len(base):].split(os.sep)[0] for path in inside]
+    if beside and len(set(classes)) < 2:
         return [(path, None) for path in mine]
     check(not beside or len(beside) < len(inside), f"--data-dir {root}: {len(beside)} images lie "
           f"beside the folders of {len(inside)} others; move either away")
     skipped["beside the class folders"] += beside
-    return inside
+    return list(zip(inside, classes))
 
 
 def read_labels(root, folder):
@@ -2561,9 +2556,8 @@ def check_crops(args, data):
 def blur(x, sigma):
     """Gaussian blur of x [n, 3, S, S] with sigma [n] in pixels, as in SimCLR's code.
 
-    Reflected borders, odd kernel of 10 % of the side. The code of MoCo and Barlow Twins uses
-    Pillow, which does not cut the kernel: the same at 224 pixels, but at 32 a sigma of 2 acts like
-    0.8 here."""
+    Reflected borders, odd kernel of 10 % of the side. Pillow (MoCo, Barlow Twins) does not cut the
+    kernel: the same at 224 pixels, but at 32 a sigma of 2 acts like 0.8 here."""
     side = x.shape[-1]
     radius = (side // 10) // 2
     t = torch.arange(radius + 2, device=x.device)
@@ -2584,19 +2578,17 @@ def blur(x, sigma):
 
 def check_backbone(name):
     """Raise UserError if there is no such backbone."""
-    models = torchvision.models.list_models()
-    names = [model for model in models if model.startswith("resnet") and model[6:].isdigit()]
-    names = ["tiny", "vit_tiny", *names]
-    check(name in names, f"--backbone {name} is unknown; try {', '.join(names[:6])}")
+    names = ["tiny", "vit_tiny", *torchvision.models.list_models(include="resnet*")]
+    check(name in names, f"--backbone {name} is unknown; try {', '.join(names)}")
 
 
 def build_resnet(name, image_size):
     """(network, feature_dim) of torchvision's ResNet `name`. Raises UserError if there is none.
 
-    Parameters have torchvision's names. The last batch norm of a block starts at zero (SimSiam,
-    Barlow Twins, VICReg, CW-RGP code). The stem is SimCLR's (appendix B.9) and the W-MSE code's: up
-    to 32 pixels 3x3 with stride 1 without pooling, up to 64 with pooling. Its weights are drawn as
-    those of the other convolutions (W-MSE code: PyTorch's default)."""
+    The last batch norm of a block starts at zero (SimSiam, Barlow Twins, VICReg, CW-RGP code). The
+    stem is SimCLR's (appendix B.9) and the W-MSE code's: up to 32 pixels 3x3 with stride 1 without
+    pooling, up to 64 with pooling; drawn as the other convolutions (W-MSE code: PyTorch's
+    default)."""
     check_backbone(name)
     network = torchvision.models.get_model(name, weights=None, zero_init_residual=True)
     if image_size <= 64:
@@ -2610,8 +2602,8 @@ def build_resnet(name, image_size):
 
 
 def build_vit(image_size, width):
-    """torchvision's VisionTransformer of 3 layers; H is its class token. Patches have 4 x 4 pixels
-    up to 32 pixels, 8 x 8 up to 64, else 16 x 16. Raises UserError if they do not fit."""
+    """torchvision's VisionTransformer of 3 layers; H is its class token. Raises UserError if its
+    patches do not fit."""
     patch = 4 if image_size <= 32 else 8 if image_size <= 64 else 16
     check(image_size % patch == 0, f"--image-size {image_size} is no multiple of vit_tiny's patch, "
           f"{patch}; try --image-size {image_size - image_size % patch}")
@@ -2651,9 +2643,7 @@ class LARS(torch.optim.Optimizer):
                     ratio = group["trust"] * norm / update_norm
                     defined = (norm > 0) & (update_norm > 0)
                     update = update * torch.where(defined, ratio, 1.0)
-                if "velocity" not in self.state[w]:
-                    self.state[w]["velocity"] = torch.zeros_like(w)
-                velocity = self.state[w]["velocity"]
+                velocity = self.state[w].setdefault("velocity", torch.zeros_like(w))
                 velocity.mul_(group["momentum"]).add_(update)
                 w.add_(velocity * -group["lr"])
 
@@ -2668,8 +2658,8 @@ class Muon(torch.optim.Adam):
         w *= sqrt(filters) / |w|
         w -= lr * U
 
-    Every convolution is followed by a norm layer, so only a filter's direction matters. Its length
-    is kept, without weight decay, and lr is about the share of it that a filter moves. Momentum,
+    A norm layer follows every convolution, so only a filter's direction matters. Its length is
+    kept, without weight decay; lr is about the share of it that a filter moves. Momentum,
     iterations and kept length as in the authors' CIFAR-10 code (airbench94_muon); lr is ours."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.6, dtype=torch.float32):
@@ -2681,13 +2671,10 @@ class Muon(torch.optim.Adam):
         """Update the weights by their gradients."""
         gradients = {}
         for group in self.param_groups:
-            if not group["filters"]:
-                continue
             for w in group["params"]:
-                if w.grad is None:
-                    continue
-                self.step_filters(w, group["lr"])
-                gradients[w], w.grad = w.grad, None  # so that Adam skips it
+                if group["filters"] and w.grad is not None:
+                    self.step_filters(w, group["lr"])
+                    gradients[w], w.grad = w.grad, None  # so that Adam skips it
         super().step()
         for w, gradient in gradients.items():
             w.grad = gradient  # Run.watch has yet to look at it
@@ -2707,8 +2694,8 @@ class Muon(torch.optim.Adam):
 def orthogonalise(m, iterations=3):
     """Roughly U V^T of m = U S V^T, by matrix products only: [r, c] -> [r, c].
 
-    Newton-Schulz with the coefficients of Jordan et al. 2024. Three iterations take every singular
-    value above a fiftieth of |m| to between 0.68 and 1.202."""
+    Newton-Schulz (Jordan et al. 2024). Three iterations take every singular value above a fiftieth
+    of |m| to between 0.68 and 1.202."""
     x = m.T if len(m) > m.shape[1] else m
     x = x / x.norm().clamp_min(1e-7)  # singular values at most 1
     gram = x @ x.T
@@ -2718,7 +2705,7 @@ def orthogonalise(m, iterations=3):
         factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
         gram = factor @ gram @ factor  # the Gram matrix of factor @ x
         product = factor @ product
-    x = product @ x  # only once, because the iterations need nothing but the small matrices
+    x = product @ x  # once: the iterations need only the small matrices
     return x.T if len(m) > m.shape[1] else x
 
 
@@ -3225,8 +3212,8 @@ def load_backbone(run, device="cpu"):
     name, statistics = checkpoint["args"]["backbone"], checkpoint["data_statistics"]
     network, _ = build_backbone(name, statistics["size"])
     weights = backbone_weights(checkpoint)
-    check(weights.keys() == network.state_dict().keys(), f"{run}: its backbone is not --backbone "
-          f"{name}; load backbone.pt into your own")
+    check(weights.keys() == network.state_dict().keys(),
+          f"{run}: its backbone is not --backbone {name}; load backbone.pt into your own")
     network.load_state_dict(weights)
 
     def prepare(images):
@@ -3252,8 +3239,8 @@ def prepare_file(path, statistics):
 
 def backbone_weights(checkpoint):
     """{name: tensor} of the backbone alone."""
-    weights, start = checkpoint["model"], "backbone."
-    return {name[len(start):]: weights[name] for name in weights if name.startswith(start)}
+    items = checkpoint["model"].items()
+    return {name[9:]: w for name, w in items if name.startswith("backbone.")}
 
 
 def start_from(path, model):
