@@ -52,13 +52,13 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #   1781  Several processes
 #   1948  Data sets by name
 #   2026  Folders of images
-#   2396  Streaming
-#   2501  Recipes of augmentation
-#   2571  ResNets, Vision Transformer, LARS, Muon
-#   2707  Run folder and signals
-#   2888  Resume
-#   3118  Files of a run
-#   3196  Trained weights
+#   2393  Streaming
+#   2498  Recipes of augmentation
+#   2568  ResNets, Vision Transformer, LARS, Muon
+#   2704  Run folder and signals
+#   2885  Resume
+#   3115  Files of a run
+#   3193  Trained weights
 
 import argparse
 import collections
@@ -2028,8 +2028,7 @@ def load_tinyimagenet(args, device):
 IMAGE_KINDS = torchvision.datasets.folder.IMG_EXTENSIONS
 IGNORED = re.compile(r"\.|(labels\.csv|__macosx|__pycache__|\$recycle\.bin|lost\+found|@eadir|"
                      r"system volume information|[@#]recycle)$", re.IGNORECASE)
-SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
-          "val": "val", "valid": "val", "validation": "val"}
+SPLIT = re.compile("(train|test|val)(?:ing|id|idation)?")
 # Beside a folder like train, these may be splits, too: train2017, seg_test, dev ...
 LIKE_A_SPLIT = re.compile(
     r"(?:.*[^a-z])?(train|test|val|dev|eval|pred|infer|extra|unlabell?ed|hold.?out)"
@@ -2105,17 +2104,17 @@ def find_splits(root, paths):
 
     A folder called train is a split if those beside it are."""
     tops = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
-    exact = [name for name in tops if name.lower() in SPLITS]
-    splits = {SPLITS[name.lower()]: name for name in exact}
+    exact = [name for name in tops if SPLIT.fullmatch(name.lower())]
+    splits = {SPLIT.match(name.lower())[1]: name for name in exact}
     if "train" in splits and len(splits) == len(tops):
         return splits
     like = {name: match[1] for name in tops if (match := LIKE_A_SPLIT.fullmatch(name.lower()))}
     kinds = set(like.values())
-    classes = "train" not in kinds or kinds == {"train"}
+    clear = "train" not in kinds or kinds == {"train"}
     if exact:  # a class called train
         holds_images = exact[0] in map(os.path.dirname, paths)
-        classes = kinds == {"train"} and len(exact) == 1 and holds_images
-    check(classes, f"--data-dir {root}: {listed([*like])} may be training and test images or "
+        clear = kinds == {"train"} and len(exact) == 1 and holds_images
+    check(clear, f"--data-dir {root}: {listed([*like])} may be training and test images or "
           "classes; leave only train, test and val there, or move all classes into "
           f"{os.path.join(root, 'train')}")
     return {"train": ""}
@@ -2178,7 +2177,6 @@ def hold_out(args, images):
 
 # Bytes of images that are kept on a GPU, or without one by all processes of a machine together.
 MEMORY_LIMIT = 6 * 2**30
-UNREAD_PIXELS = "of a pixel kind that is not read"
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -2201,7 +2199,7 @@ def data_from_files(args, device, root, train, test, skipped, note="", statistic
     words = in_words(skipped)
     check(len(train) > 1, f"--data-dir {root}: {'only one image' if train else 'no images'} to "
           f"train on; skipped: {words or 0}; try a folder of {' '.join(IMAGE_KINDS)}")
-    for what in ("unreadable", "too large", "smaller than 8x8", UNREAD_PIXELS):
+    for what in ("unreadable", "too large", "smaller than 8x8"):
         names = sorted(skipped[what])
         if names:
             warn(f"skipped {len(names)} {what}: {', '.join(names[:3])}")
@@ -2228,14 +2226,13 @@ def data_from_files(args, device, root, train, test, skipped, note="", statistic
 def kind_of(image):
     """The kind of pixels of a Pillow image that is not loaded yet; None if Pillow misreads them."""
     decoder, tags = str(image.tile[:1]), getattr(image, "tag_v2", {})
-    bits, forms = max(tags.get(258, (1,))), set(tags.get(339, (1,)))
-    deep_colours = re.search("RGBA?;16[LBN]", decoder)  # their mode is RGB, as of 8 bits
-    kind = {"I": "32 bits", "F": "floats"}.get(image.mode, "16 bits")
-    if image.mode[0] not in "IF" and not deep_colours:  # neither signed nor of 16 bits
-        return "8 bits" if bits <= 8 and forms <= {1, 4} and ";16" not in decoder else None
-    wrong = "transparency" in image.info or tags.get(262) == 0  # one colour; white as 0
-    wrong = wrong or bits > 32 or (deep_colours and tags.get(284) == 2)  # planes
-    return None if wrong else kind
+    colours = re.search("RGBA?;16[LBN]", decoder)  # of 16 bits; their mode is RGB as of 8 bits
+    if image.mode[0] not in "IF" and not colours:  # neither signed nor of 16 bits
+        right = max(tags.get(258, (1,))) <= 8 and set(tags.get(339, (1,))) <= {1, 4}
+        return "8 bits" if right and ";16" not in decoder else None
+    if "transparency" in image.info or tags.get(262) == 0 or (colours and tags.get(284) == 2):
+        return None  # a transparent colour; white as 0; planes
+    return {"I": "32 bits", "F": "floats"}.get(image.mode, "16 bits")
 
 
 def survey(root, train, statistics):
@@ -2269,20 +2266,20 @@ def survey(root, train, statistics):
 def grey_range(x):
     """(low, high, missing): the 0.1 % and 99.9 % quantiles of x [n] without missing pixels.
 
-    Those have a number such as -9999 or 65535, further from the others (16 or more) than these
-    reach."""
+    Such a number, -9999 or 65535, is further from the others (16 or more) than these reach."""
     def ends(x):
         return np.quantile(x, (0.001, 0.999), method="nearest").tolist()
 
-    missing, (low, high) = [], ends(x)
-    for which in 3 * (slice(0, 1), slice(1, 2), slice(2)):  # low, high, both
-        apart = (low, high)[which]
-        others = x[~np.isclose(x[:, None], apart, rtol=1e-3, atol=0).any(1)]
+    missing = []
+    for which in (0, 1, 0, 1, 0, 1):  # low, high
+        end = ends(x)[which]
+        others = x[~np.isclose(x, end, rtol=1e-3, atol=0)]
         if len(np.unique(others)) >= 16:
-            least, most = ends(others)
-            if all(max(least - end, end - most) > most - least for end in apart):
-                missing += [f"{end:g}" for end in apart]
-                x, low, high = others, least, most
+            low, high = ends(others)
+            if max(low - end, end - high) > high - low:
+                missing.append(f"{end:g}")
+                x = others
+    low, high = ends(x)
     return low, high if low < high else low + max(1, abs(low) * 1e-6), missing
 
 
@@ -2335,7 +2332,7 @@ def read_image(path, scale=None, skipped=None):
                 if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                     skipped["file's further pages"].append(path)
                 return torch.from_numpy(to_rgb(image, kind, scale)).permute(2, 0, 1)
-            why = "smaller than 8x8" if kind else UNREAD_PIXELS
+            why = "smaller than 8x8" if kind else why
     except (MemoryError, UserError):
         raise
     except Image.DecompressionBombError:
@@ -2424,21 +2421,21 @@ class Files:
               "--resume, or train afresh with another --out")
         if not draw:
             return to_square(image, self.side)
-        step, row, recipe, seed = draw
-        views = []
-        for number_of_view, view in enumerate(recipe):
+        step, row, views, seed = draw
+        out = []
+        for number_of_view, view in enumerate(views):
             crop = next((op for op in view if op[0] == "crop"), None)
             rng = np.random.default_rng((seed, 2, step, number_of_view, row))
-            views.append(crop_one(image, crop, self.size, rng))
-        return views
+            out.append(crop_one(image, crop, self.size, rng))
+        return out
 
     def crops(self, batches, args, first_step, device):
         """For each row of `batches` [steps, n] a list of views, uint8 [n, 3, size, size].
 
         The crop is drawn from (seed, step, view, row of the global batch)."""
-        recipe = [RECIPES[args.augment][v % len(RECIPES[args.augment])] for v in range(args.views)]
-        first = rank() * batches.shape[1]
-        tasks = ([(image, step, first + i, recipe, args.seed) for i, image in enumerate(images)]
+        recipe, first = RECIPES[args.augment], rank() * batches.shape[1]
+        views = [recipe[v % len(recipe)] for v in range(args.views)]
+        tasks = ([(image, step, first + i, views, args.seed) for i, image in enumerate(images)]
                  for step, images in enumerate(self.rows[batches].tolist(), first_step))
         for views in self.read(tasks, args.num_workers):
             yield [view.to(device, non_blocking=True) for view in views]
