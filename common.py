@@ -52,13 +52,13 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #   1781  Several processes
 #   1948  Data sets by name
 #   2026  Folders of images
-#   2393  Streaming
-#   2498  Recipes of augmentation
-#   2568  ResNets, Vision Transformer, LARS, Muon
-#   2704  Run folder and signals
-#   2885  Resume
-#   3115  Files of a run
-#   3193  Trained weights
+#   2386  Streaming
+#   2491  Recipes of augmentation
+#   2559  ResNets, Vision Transformer, LARS, Muon
+#   2690  Run folder and signals
+#   2871  Resume
+#   3101  Files of a run
+#   3179  Trained weights
 
 import argparse
 import collections
@@ -2037,8 +2037,6 @@ LIKE_A_SPLIT = re.compile(
 
 def load_folder(args, device, root, statistics=None):
     """Your images as Data: train/<class>/* with test or val, or <class>/*, or * without labels."""
-    check(os.path.isdir(root),
-          f"--data-dir {root} is not a folder; try the folder that holds your images")
     skipped = collections.defaultdict(list)
     paths = list_images(root, skipped)
     splits = find_splits(root, paths)
@@ -2072,7 +2070,8 @@ def list_images(root, skipped):
     found, seen, tops = [], set(), [root]
 
     def refuse(error):
-        raise UserError(f"{error.filename} may not be read; try chmod")
+        raise UserError(f"--data-dir {error.filename} ({error.strerror}) cannot be read; "
+                        "try the folder that holds your images, or chmod")
 
     walk = itertools.chain.from_iterable(os.walk(top, onerror=refuse) for top in tops)
     for folder, inside, names in walk:
@@ -2084,7 +2083,6 @@ def list_images(root, skipped):
             continue
         seen.add(real)
         tops += filter(os.path.islink, [os.path.join(folder, name) for name in inside])
-        before = len(found)
         for name in itertools.filterfalse(IGNORED.match, names):
             path, kind = os.path.join(folder, name), os.path.splitext(name)[1].lower()
             if kind not in IMAGE_KINDS:
@@ -2094,8 +2092,6 @@ def list_images(root, skipped):
                 found.append(os.path.relpath(path, root))
             else:
                 skipped["not a regular file"].append(path)
-        if not inside and len(found) == before:
-            skipped["folder(s) without images"].append(folder)
     return sorted(found)
 
 
@@ -2163,8 +2159,8 @@ def read_labels(root, folder):
 
 
 def hold_out(args, images):
-    """(rows to train on, rows held out): --test-fraction of each class, by a hash of the seed and
-    the path, so that a file more or less does not move the others."""
+    """(rows to train on, rows held out): --test-fraction of each class, by a hash of seed and path,
+    so that one file more does not move the others."""
     members, test = collections.defaultdict(list), set()
     for i, (path, name) in enumerate(images):
         key = f"{args.seed} {path}".encode(errors="surrogateescape")
@@ -2181,9 +2177,8 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def data_from_files(args, device, root, train, test, skipped, note="", statistics=None):
-    """Data from lists of (path, class or None), decoded once into memory if the images fit there.
-
-    Otherwise they are Files. Raises UserError if there are too few."""
+    """Data from lists of (path, class or None). Images that fit there are decoded into memory once,
+    others are Files. Raises UserError if there are too few."""
     median, scale, measured = survey(root, train, statistics)
     args.image_size = args.image_size or min(64, median)
     side = args.image_size if median <= args.image_size else math.ceil(args.image_size * 8 / 7)
@@ -2236,11 +2231,9 @@ def kind_of(image):
 
 
 def survey(root, train, statistics):
-    """(median of the shorter sides, scale, words about both) of at most 200 images; the scale of a
-    run with `statistics`.
-
-    scale: None for images of 8 bits, else [kind, low, high]; low and high of grey_range become 0
-    and 255 in all images."""
+    """(median of the shorter sides, scale, words about both) of at most 200 images. The scale is
+    that of `statistics`, if there are any: None for 8 bits, else [kind, low, high], where low and
+    high become 0 and 255."""
     sides, kinds, values, rng = [], [], [], np.random.default_rng(0)
     for path, _ in train[:: len(train) // 200 + 1]:
         path = os.path.join(root, path)
@@ -2303,13 +2296,13 @@ def deep_pixels(path):
 def to_rgb(image, kind, scale):
     """The pixels of a Pillow image of this kind as uint8 [H, W, 3], transparent ones over white."""
     path, expected = image.filename, scale[0] if scale else "8 bits"
-    check(kind == expected, f"{path} has pixels of {kind}, and others or the run's are of "
-          f"{expected}, which no one scale suits; convert it to {expected}")
+    check(kind == expected, f"{path} has pixels of {kind}, others or the run's {expected}, which "
+          f"no one scale suits; convert it to {expected}")
     if scale:
         _, low, high = scale
         x = deep_pixels(path)
-        check(np.isfinite(x).all(), f"{path} has pixels that are not finite (NaN); "
-              "replace them or remove the file")
+        check(np.isfinite(x).all(),
+              f"{path} has pixels that are not finite (NaN); replace them or remove the file")
         colours = 255 * ((x[..., :3] - low) / (high - low)).clip(0, 1)
         if x.shape[2] == 4:
             colours = 255 + (colours - 255) * x[..., 3:] / 65535
@@ -2434,8 +2427,8 @@ class Files:
 
         The crop is drawn from (seed, step, view, row of the global batch)."""
         recipe, first = RECIPES[args.augment], rank() * batches.shape[1]
-        views = [recipe[v % len(recipe)] for v in range(args.views)]
-        tasks = ([(image, step, first + i, views, args.seed) for i, image in enumerate(images)]
+        recipe = [recipe[v % len(recipe)] for v in range(args.views)]
+        tasks = ([(image, step, first + i, recipe, args.seed) for i, image in enumerate(images)]
                  for step, images in enumerate(self.rows[batches].tolist(), first_step))
         for views in self.read(tasks, args.num_workers):
             yield [view.to(device, non_blocking=True) for view in views]
@@ -2467,7 +2460,7 @@ def end_processes(loaders):
     """End the processes of loaders now. Of those in a traceback, torch would wait 20 s for them."""
     while loaders:
         iterator = loaders.pop()._iterator
-        if hasattr(iterator, "_shutdown_workers"):
+        if iterator is not None:
             iterator._shutdown_workers()
 
 
@@ -2507,11 +2500,9 @@ JITTER = ("jitter", 0.4, 0.4, 0.4, 0.1, 0.8)  # brightness, contrast, saturation
 SOFT_JITTER = ("jitter", 0.4, 0.4, 0.2, 0.1, 0.8)
 GREY = ("grey", 0.2)  # probability
 
-# name -> views -> operations, in order. Further views start again at the first listed one, so the
-# views of most recipes are alike and BYOL's alternate.
+# name -> views -> operations, in order. Further views start again at the first listed one.
 RECIPES = {
-    # W-MSE, CW-RGP (htdt/self-supervised). Colours are changed before the crop; streamed images are
-    # cropped as they are read.
+    # W-MSE, CW-RGP (htdt/self-supervised). From memory, colours are changed before the crop.
     "w-mse": [(JITTER, ("grey", 0.1), BICUBIC_CROP, FLIP)],
     # MoCo v2 2003.04297, SimSiam 2011.10566
     "moco-v2": [(CROP, JITTER, GREY, BLUR, FLIP)],
@@ -2521,18 +2512,18 @@ RECIPES = {
     "moco-cifar": [(WIDE_CROP, FLIP, JITTER, GREY)],
     # SimSiam App. D, Shuffled-DBN: MoCo v2 without blur
     "simsiam-cifar": [(CROP, JITTER, GREY, FLIP)],
-    # SimCLR 2002.05709 App. A, google-research/simclr: colour strength 1 with blur
+    # SimCLR 2002.05709 App. A, google-research/simclr
     "simclr": [(WIDE_BICUBIC_CROP, FLIP, ("jitter", 0.8, 0.8, 0.8, 0.2, 0.8), GREY, BLUR)],
     # the same on CIFAR-10: colour strength 1/2 without blur
     "simclr-cifar": [(WIDE_BICUBIC_CROP, FLIP, JITTER, GREY)],
-    # BYOL 2006.07733 App. B, Barlow Twins, VICReg: the views differ in blur and solarisation
+    # BYOL 2006.07733 App. B, Barlow Twins, VICReg
     "byol": [
         (WIDE_BICUBIC_CROP, FLIP, SOFT_JITTER, GREY, ("blur", 1.0, 0.1, 2.0), ("solarize", 0.0)),
         (WIDE_BICUBIC_CROP, FLIP, SOFT_JITTER, GREY, ("blur", 0.1, 0.1, 2.0), ("solarize", 0.2)),
     ],
     # VICReg on CIFAR-10 (vturrisi/solo-learn)
     "vicreg-cifar": [(BICUBIC_CROP, SOFT_JITTER, GREY, ("solarize", 0.1), FLIP)],
-    # ours, for runs of minutes: W-MSE's with larger crops, an easier task
+    # ours, for runs of minutes: W-MSE's with larger crops
     "short": [(JITTER, ("grey", 0.1), ("crop", 0.35, 1.0, "bicubic"), FLIP)],
     "crop-flip": [(CROP, FLIP)],
     "colour-flip": [(JITTER, ("grey", 0.1), FLIP)],
@@ -2541,7 +2532,7 @@ RECIPES = {
 
 
 def check_crops(args, data):
-    """Raise UserError if the images are larger than a view and the recipe does not crop them."""
+    """Raise UserError if images larger than a view are not cropped."""
     crops = all(any(op[0] == "crop" for op in view) for view in RECIPES[args.augment])
     check(crops or not data.must_be_cropped,
           f"--augment {args.augment} does not crop, and the images are larger than "
@@ -2608,14 +2599,9 @@ def build_vit(image_size, width):
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled layer by layer (You et al. 2017, arXiv 1708.03888).
 
-    As in Barlow Twins, VICReg and BYOL:
-
-        update = gradient + weight_decay * w
-        update *= trust * |w| / |update|            (unscaled if either norm is 0)
-        velocity = momentum * velocity + update
-        w -= lr * velocity
-
-    Groups marked "excluded" (biases, norm layers) have neither weight decay nor scaling."""
+    As in Barlow Twins, VICReg and BYOL: the update, gradient + weight_decay * w, is scaled by
+    trust * |w| / |update|. Groups marked "excluded" (biases, norm layers) have neither decay nor
+    scaling."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.9, trust=0.001):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum,
@@ -2632,8 +2618,8 @@ class LARS(torch.optim.Optimizer):
                 if not group["excluded"]:
                     update = update + group["weight_decay"] * w
                     norm, update_norm = w.norm(), update.norm()
-                    ratio = group["trust"] * norm / update_norm
                     defined = (norm > 0) & (update_norm > 0)
+                    ratio = group["trust"] * norm / update_norm
                     update = update * torch.where(defined, ratio, 1.0)
                 velocity = self.state[w].setdefault("velocity", torch.zeros_like(w))
                 velocity.mul_(group["momentum"]).add_(update)
@@ -3224,7 +3210,7 @@ def load_backbone(run, device="cpu"):
 def prepare_file(path, statistics):
     """The centre of an image file for a run with these Data.statistics: [1, 3, size, size]."""
     image, size = read_image(path, statistics["scale"]), statistics["size"]
-    check(image is not None, f"{shown(path)} cannot be read as an image; try another file")
+    check(image is not None, f"{path} cannot be read as an image; try another file")
     side = size if min(image.shape[1:]) <= size else math.ceil(size * 8 / 7)
     return centre_view(to_square(image, side)[None].float() / 255, size)
 
@@ -3236,13 +3222,13 @@ def backbone_weights(checkpoint):
 
 
 def start_from(path, model):
-    """Copy the weights in the file of --init into the model's backbones (the slow copy's too) where
+    """Copy weights from the file of --init into the model's backbones (a slow copy's too) where
     name and shape fit, and say what did not. Raises UserError if less than half fits."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
         found = backbone_weights(found) if "format" in found else found
         finite = all(w.isfinite().all() for w in found.values())
-    except Exception as error:  # torch raises many kinds for what is no file of tensors
+    except Exception as error:  # torch raises many kinds
         raise UserError(f"--init {path} is no file of weights ({type(error).__name__}); "
                         "try runs/<run>/backbone.pt") from error
     check(finite, f"--init {path}: not finite; try an earlier checkpoint")

@@ -315,10 +315,10 @@ def test_nested_class_folders_belong_to_the_class_at_the_top(tmp_path):
     assert data.class_names == ["cat", "dog"] and data.train_labels.tolist() == [0] * 8 + [1] * 4
 
 
-def test_an_empty_class_folder_is_said(tmp_path, capsys):
+def test_an_empty_folder_is_no_class(tmp_path, capsys):
     fill_all(tmp_path, "cat", "dog")
     (tmp_path / "bird").mkdir()
-    assert load(tmp_path).class_names == ["cat", "dog"] and "skipped: 1 folder(s) without images" in first_line(capsys)
+    assert load(tmp_path).class_names == ["cat", "dog"] and "in 2 classes" in first_line(capsys)
 
 
 def test_one_class_is_refused_with_the_folder_to_try(tmp_path):
@@ -1284,7 +1284,7 @@ def walk_without(monkeypatch, *locked):
 def test_a_folder_that_may_not_be_read_is_refused(tmp_path, monkeypatch, name):
     fill_all(tmp_path, "train/cat", "train/dog", "test/cat", "Val/cat")
     walk_without(monkeypatch, tmp_path / name if name else tmp_path)
-    assert f"{tmp_path / name} may not be read; try chmod" in refusal(tmp_path)
+    assert f"{tmp_path / name} (Permission denied) cannot be read; try the folder" in refusal(tmp_path)
 
 
 def test_lines_name_at_most_five(tmp_path, capsys):
