@@ -51,14 +51,14 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #   1610  Messages and errors
 #   1781  Several processes
 #   1948  Data sets by name
-#   2026  Folders of images
-#   2386  Streaming
-#   2491  Recipes of augmentation
-#   2559  ResNets, Vision Transformer, LARS, Muon
-#   2690  Run folder and signals
-#   2871  Resume
-#   3101  Files of a run
-#   3179  Trained weights
+#   2024  Folders of images
+#   2381  Streaming
+#   2486  Recipes of augmentation
+#   2554  ResNets, Vision Transformer, LARS, Muon
+#   2683  Run folder and signals
+#   2864  Resume
+#   3094  Files of a run
+#   3172  Trained weights
 
 import argparse
 import collections
@@ -1986,9 +1986,7 @@ def load_torchvision(args, device):
 
 
 def local_or_downloaded(args, archive, open_dataset):
-    """open_dataset(download=False), or with True if the data is not there.
-
-    Raises UserError, which names the archive to download by hand, if that fails."""
+    """open_dataset(download=False), or with True if the data is not there. Raises UserError."""
     try:
         with contextlib.suppress(RuntimeError):  # torchvision: "not found or corrupted"
             return open_dataset(download=False)
@@ -2062,7 +2060,7 @@ def check_classes(root, place, names):
     """Raise UserError if there is only one class."""
     inside = os.path.join(place, *names)
     remedy = f"try --data-dir {inside}" if os.path.isdir(inside) else "labels.csv needs another"
-    check(len(names) != 1, f"--data-dir {root}: only one class, {[*names]}, has no use; {remedy}")
+    check(len(names) != 1, f"--data-dir {root}: only one class, {[*names]}; {remedy}")
 
 
 def list_images(root, skipped):
@@ -2096,9 +2094,7 @@ def list_images(root, skipped):
 
 
 def find_splits(root, paths):
-    """{"train": its folder, "test": ..., "val": ...}, or {"train": ""} if the folders are classes.
-
-    A folder called train is a split if those beside it are."""
+    """{"train": its folder, "test": ..., "val": ...}, or {"train": ""} if folders are classes."""
     tops = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
     exact = [name for name in tops if SPLIT.fullmatch(name.lower())]
     splits = {SPLIT.match(name.lower())[1]: name for name in exact}
@@ -2107,9 +2103,8 @@ def find_splits(root, paths):
     like = {name: match[1] for name in tops if (match := LIKE_A_SPLIT.fullmatch(name.lower()))}
     kinds = set(like.values())
     clear = "train" not in kinds or kinds == {"train"}
-    if exact:  # a class called train
-        holds_images = exact[0] in map(os.path.dirname, paths)
-        clear = kinds == {"train"} and len(exact) == 1 and holds_images
+    if exact:  # a class called train, which holds images
+        clear = kinds == {"train"} and len(exact) == 1 and exact[0] in map(os.path.dirname, paths)
     check(clear, f"--data-dir {root}: {listed([*like])} may be training and test images or "
           "classes; leave only train, test and val there, or move all classes into "
           f"{os.path.join(root, 'train')}")
@@ -2171,7 +2166,7 @@ def hold_out(args, images):
     return [i for i in range(len(images)) if i not in test], sorted(test)
 
 
-# Bytes of images that are kept on a GPU, or without one by all processes of a machine together.
+# Bytes of images that a GPU keeps, or without one all processes of a machine together.
 MEMORY_LIMIT = 6 * 2**30
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -2294,7 +2289,7 @@ def deep_pixels(path):
 
 
 def to_rgb(image, kind, scale):
-    """The pixels of a Pillow image of this kind as uint8 [H, W, 3], transparent ones over white."""
+    """The pixels of a Pillow image of a kind: uint8 [H, W, 3], transparent ones over white."""
     path, expected = image.filename, scale[0] if scale else "8 bits"
     check(kind == expected, f"{path} has pixels of {kind}, others or the run's {expected}, which "
           f"no one scale suits; convert it to {expected}")
@@ -2315,8 +2310,8 @@ def to_rgb(image, kind, scale):
 
 
 def read_image(path, scale=None, skipped=None):
-    """An image of any kind as RGB uint8 [3, H, W], turned as its EXIF data say, over white where it
-    is transparent. None if it cannot be used; then its path is added to skipped[why]."""
+    """An image as RGB uint8 [3, H, W], turned as its EXIF data say, over white where transparent.
+    None if it cannot be used; then its path is added to skipped[why]."""
     why, skipped = "unreadable", collections.defaultdict(list) if skipped is None else skipped
     try:
         with Image.open(path) as image:
@@ -2472,7 +2467,7 @@ class Tasks:
 
 
 def leave_signals(_worker):
-    """Let a loader process outlive signals (SIGTERM by five seconds), until the run is saved."""
+    """Let a loader process outlive signals, SIGTERM by 5 s, until the run is saved."""
     for number_ in STOP_SIGNALS:
         signal.signal(number_, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: threading.Timer(5, os._exit, (0,)).start())
@@ -2482,10 +2477,10 @@ def crop_one(image, crop, size, rng):
     """A random crop, or the centre if crop is None: uint8 [3, H, W] -> [3, size, size]."""
     if crop is None:
         return to_square(image, size)
-    top, left, height, width = draw_boxes(1, *image.shape[1:], crop[1], crop[2], rng)[0].tolist()
-    interpolation = torchvision.transforms.InterpolationMode(crop[3])
-    return functional.resized_crop(image, top, left, height, width, [size, size], interpolation,
-                                   antialias=True)
+    _, least, most, name = crop
+    box = draw_boxes(1, *image.shape[1:], least, most, rng)[0].tolist()
+    interpolation = torchvision.transforms.InterpolationMode(name)
+    return functional.resized_crop(image, *box, [size, size], interpolation, antialias=True)
 
 
 # ==== Recipes of augmentation ====
@@ -2569,9 +2564,7 @@ def build_resnet(name, image_size):
     """(network, feature_dim) of torchvision's ResNet `name`. Raises UserError if there is none.
 
     The last batch norm of a block starts at zero (SimSiam, Barlow Twins, VICReg, CW-RGP code). The
-    stem is SimCLR's (appendix B.9) and the W-MSE code's: up to 32 pixels 3x3 with stride 1 without
-    pooling, up to 64 with pooling; drawn as the other convolutions (W-MSE code: PyTorch's
-    default)."""
+    stem is SimCLR's (appendix B.9) and the W-MSE code's, but drawn as the other convolutions."""
     check_backbone(name)
     network = torchvision.models.get_model(name, weights=None, zero_init_residual=True)
     if image_size <= 64:
@@ -2599,7 +2592,7 @@ def build_vit(image_size, width):
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled layer by layer (You et al. 2017, arXiv 1708.03888).
 
-    As in Barlow Twins, VICReg and BYOL: the update, gradient + weight_decay * w, is scaled by
+    As in Barlow Twins, VICReg and BYOL, the update, gradient + weight_decay * w, is scaled by
     trust * |w| / |update|. Groups marked "excluded" (biases, norm layers) have neither decay nor
     scaling."""
 
@@ -2637,8 +2630,8 @@ class Muon(torch.optim.Adam):
         w -= lr * U
 
     A norm layer follows every convolution, so only a filter's direction matters. Its length is
-    kept, without weight decay; lr is about the share of it that a filter moves. Momentum,
-    iterations and kept length as in the authors' CIFAR-10 code (airbench94_muon); lr is ours."""
+    kept, without decay; lr is about the share of it that a filter moves. All but lr is as in the
+    authors' CIFAR-10 code (airbench94_muon)."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.6, dtype=torch.float32):
         super().__init__(params, lr=lr, weight_decay=weight_decay, fused=True)
@@ -3196,8 +3189,8 @@ def load_backbone(run, device="cpu"):
 
     def prepare(images):
         if torch.is_tensor(images):
-            check(images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3,
-                  f"images are {described(images)}; try uint8 [N, 3, H, W]")
+            right = images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3
+            check(right, f"images are {described(images)}; try uint8 [N, 3, H, W]")
             x = centre_view(images.float() / 255, statistics["size"])
         else:
             x = torch.cat([prepare_file(os.fspath(path), statistics) for path in images])
