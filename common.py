@@ -11,54 +11,54 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #
 # Part I, what a method file calls:
 #
-#    121  flag               a field of Args: default, help, bounds
-#    131  Args               the flags that all nine methods share
-#    209  world_size         the number of processes (MoCo)
-#    214  rank               this process's number among them (MoCo)
-#    223  gives_back         signal handlers, lock and processes, when train() ends
-#    249  set_up             device, precision, other processes
-#    290  load_data          read or draw the data set: Data
-#    538  build_backbone     the network whose output is H
-#    585  build_optimizer    Adam, SGD, LARS or Muon
-#    624  Run                the run's folder, checkpoints, log and checks
-#    857  distribute         the model for several processes, or compiled
-#    647  Run.resume         the step to start from, usually 0
-#    359  Data.batches       the batches of an epoch, uint8
-#    869  step_seed          the seed of a step's random draws
-#    374  Data.augment       the random views of a batch
-#   1132  learning_rate      the schedule's factor at a step
-#    660  Run.guard          a failed decomposition becomes a clear error
-#   1148  gather             embeddings of all processes, with gradient
-#    664  Run.watch          note whether loss and gradients are finite
-#    671  Run.progress       stop if they were not; show the status line
-#    682  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    690  Run.mean_loss      the mean loss of the epoch
-#   1158  extract            H of a set of images
-#   1180  project            Z of H
-#   1191  collapse_metrics   how much of its space a set of embeddings fills
-#   1262  knn_accuracy       accuracy of a vote among the nearest training images
-#    699  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    740  Run.save_backbone  write backbone.pt
-#    748  Run.close          print the scores
+#    120  flag               a field of Args: default, help, bounds
+#    130  Args               the flags that all nine methods share
+#    208  world_size         the number of processes (MoCo)
+#    213  rank               this process's number among them (MoCo)
+#    222  gives_back         signal handlers, lock and processes, when train() ends
+#    248  set_up             device, precision, other processes
+#    289  load_data          read or draw the data set: Data
+#    537  build_backbone     the network whose output is H
+#    584  build_optimizer    Adam, SGD, LARS or Muon
+#    623  Run                the run's folder, checkpoints, log and checks
+#    856  distribute         the model for several processes, or compiled
+#    646  Run.resume         the step to start from, usually 0
+#    358  Data.batches       the batches of an epoch, uint8
+#    868  step_seed          the seed of a step's random draws
+#    373  Data.augment       the random views of a batch
+#   1131  learning_rate      the schedule's factor at a step
+#    659  Run.guard          a failed decomposition becomes a clear error
+#   1147  gather             embeddings of all processes, with gradient
+#    663  Run.watch          note whether loss and gradients are finite
+#    670  Run.progress       stop if they were not; show the status line
+#    681  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    689  Run.mean_loss      the mean loss of the epoch
+#   1157  extract            H of a set of images
+#   1179  project            Z of H
+#   1190  collapse_metrics   how much of its space a set of embeddings fills
+#   1261  knn_accuracy       accuracy of a vote among the nearest training images
+#    698  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    739  Run.save_backbone  write backbone.pt
+#    747  Run.close          print the scores
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1719  main               run train(); print an expected error as one line
-#   1410  parse_args         Args from the command line
-#   1907  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1718  main               run train(); print an expected error as one line
+#   1409  parse_args         Args from the command line
+#   1906  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1335  Command line: flags from Args, checks, and sizes to propose
-#   1615  Messages and errors
-#   1788  Several processes
-#   1955  Data sets by name
-#   2045  Folders of images
-#   2471  Streaming
-#   2588  Recipes of augmentation
-#   2662  ResNets, Vision Transformer, LARS, Muon
-#   2805  Run folder and signals
-#   2986  Resume
-#   3216  Files of a run
-#   3294  Trained weights
+#   1334  Command line: flags from Args, checks, and sizes to propose
+#   1614  Messages and errors
+#   1787  Several processes
+#   1954  Data sets by name
+#   2030  Folders of images
+#   2387  Streaming
+#   2492  Recipes of augmentation
+#   2560  ResNets, Vision Transformer, LARS, Muon
+#   2689  Run folder and signals
+#   2870  Resume
+#   3100  Files of a run
+#   3178  Trained weights
 
 import argparse
 import collections
@@ -70,7 +70,6 @@ import datetime
 import errno
 import functools
 import hashlib
-import http.client
 import inspect
 import io
 import itertools
@@ -104,7 +103,7 @@ import torch.distributed as dist  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import torchvision  # noqa: E402
-from PIL import Image, ImageOps, TiffImagePlugin  # noqa: E402  (come with torchvision)
+from PIL import Image, ImageOps  # noqa: E402  (come with torchvision)
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_map_only  # noqa: E402
 from torchvision.transforms.v2 import functional  # noqa: E402
@@ -1961,7 +1960,6 @@ COLOUR_STATISTICS = {
     "stl10": ((0.43, 0.42, 0.39), (0.27, 0.26, 0.27)),
     "tinyimagenet": ((0.480, 0.448, 0.398), (0.277, 0.269, 0.282)),
 }
-TINYIMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
 
 def load_by_name(args, device):
@@ -1977,42 +1975,33 @@ def load_by_name(args, device):
 
 def load_torchvision(args, device):
     """cifar10, cifar100 or stl10 as Data, by torchvision's own classes."""
-    kind, archive = {
-        "cifar10": (torchvision.datasets.CIFAR10, "cifar-10-python.tar.gz"),
-        "cifar100": (torchvision.datasets.CIFAR100, "cifar-100-python.tar.gz"),
-        "stl10": (torchvision.datasets.STL10, "stl10_binary.tar.gz"),
-    }[args.dataset]
+    kind = getattr(torchvision.datasets, args.dataset.upper())
+    stl10 = args.dataset == "stl10"
     splits = [{"train": True}, {"train": False}]
-    if args.dataset == "stl10":
-        splits = [{"split": "train"}, {"split": "test"}, {"split": "unlabeled"}]
-    parts = []
+    if stl10:
+        splits = [{"split": name} for name in ("train", "test", "unlabeled")]
+    images, labels = [], []
     for split in splits:
         open_split = functools.partial(kind, args.data_dir, **split)
-        parts.append(local_or_downloaded(args, archive, open_split))
-    train, test = parts[:2]
-    if args.dataset == "stl10":
-        return Data(args, device, train=train.data, labels=train.labels, test=test.data,
-                    test_labels=test.labels, class_names=train.classes, unlabeled=parts[2].data)
-    images = [part.data.transpose(0, 3, 1, 2) for part in parts]  # -> [N, 3, 32, 32]
-    return Data(args, device, train=images[0], labels=train.targets, test=images[1],
-                test_labels=test.targets, class_names=train.classes)
+        part = local_or_downloaded(args, kind.filename, open_split)
+        images.append(part.data if stl10 else part.data.transpose(0, 3, 1, 2))  # [N, 3, H, W]
+        labels.append(part.labels if stl10 else part.targets)
+    return Data(args, device, train=images[0], labels=labels[0], test=images[1],
+                test_labels=labels[1], class_names=part.classes,
+                unlabeled=images[2] if stl10 else None)
 
 
 def local_or_downloaded(args, archive, open_dataset):
-    """open_dataset(download=False), or with True if the data is not there.
-
-    Raises UserError, which names the archive to download by hand, if that fails."""
+    """open_dataset(download=False), or with True if the data is not there. Raises UserError."""
     try:
         with contextlib.suppress(RuntimeError):  # torchvision: "not found or corrupted"
             return open_dataset(download=False)
         say(f"{args.dataset}: not in {args.data_dir}, downloading it")
         return open_dataset(download=True)
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile,
-            http.client.HTTPException) as error:
-        reason = " ".join(str(error).split())[:120]
+    except Exception as error:  # of a network, an archive or a disk
         raise UserError(
             f"--dataset {args.dataset}: no complete copy in --data-dir {args.data_dir} and the "
-            f"download failed ({reason}); put {archive} there yourself, "
+            f"download failed ({error}); put {archive} there yourself, "
             "or train offline with --dataset patterns") from error
 
 
@@ -2023,11 +2012,8 @@ def load_tinyimagenet(args, device):
 
     def open_folder(download):
         if download:
-            archive = os.path.join(args.data_dir, os.path.basename(TINYIMAGENET_URL))
-            if os.path.isfile(archive) and not zipfile.is_zipfile(archive):
-                os.remove(archive)  # cut short by an interrupted download
             fetch = torchvision.datasets.utils.download_and_extract_archive
-            fetch(TINYIMAGENET_URL, args.data_dir)
+            fetch("http://cs231n.stanford.edu/tiny-imagenet-200.zip", args.data_dir)
         if not os.path.isfile(annotations):
             raise RuntimeError(f"no {annotations}")
 
@@ -2035,35 +2021,33 @@ def load_tinyimagenet(args, device):
     skipped = collections.defaultdict(list)
     train = with_classes(root, "train", list_images(root, skipped), skipped)
     with open(annotations) as file:
-        rows = [line.split("\t")[:2] for line in file if line.strip()]
-    test = [(os.path.join("val", "images", name), wnid) for name, wnid in rows]
-    skipped = collections.defaultdict(list)
-    return data_from_files(args, device, root, split="train", train=train, test=test, note="",
-                           skipped=skipped)
+        rows = csv.reader(file, delimiter="\t")
+        test = [(os.path.join("val", "images", name), wnid) for name, wnid, *_ in rows]
+    skipped.clear()  # what is not to be read, such as *_boxes.txt
+    return data_from_files(args, device, root, train=train, test=test, skipped=skipped)
 
 
 # ==== Folders of images ====
 
 IMAGE_KINDS = torchvision.datasets.folder.IMG_EXTENSIONS
-LEFTOVERS = re.compile(r"\.|(__macosx|__pycache__|\$recycle\.bin|system volume information|"
-                       r"lost\+found|@eadir|[@#]recycle)$", re.IGNORECASE)
-# train, Testing, validation ...; with something in groups 1 or 3 only like a split: train2017
-SPLIT = re.compile(r"(.*[^a-z])?(train|test|val)(?:ing|id|idation)?(set|data|[^a-z].*)?")
-NEAR_SPLIT = re.compile(r"dev|eval\w*|hold.?out|unlabell?ed|extra|pred\w*|infer\w*").fullmatch
+IGNORED = re.compile(r"\.|(labels\.csv|__macosx|__pycache__|\$recycle\.bin|lost\+found|@eadir|"
+                     r"system volume information|[@#]recycle)$", re.IGNORECASE)
+SPLIT = re.compile("(train|test|val)(?:ing|id|idation)?")
+# Beside a folder like train, these may be splits, too: train2017, seg_test, dev ...
+LIKE_A_SPLIT = re.compile(
+    r"(?:.*[^a-z])?(train|test|val|dev|eval|pred|infer|extra|unlabell?ed|hold.?out)"
+    r"(?:ing|id|idation|uation|ict\w*|ence)?(?:set|data|[^a-z].*)?")
 
 
 def load_folder(args, device, root, statistics=None):
     """Your images as Data: train/<class>/* with test or val, or <class>/*, or * without labels."""
-    check(os.path.isdir(root),
-          f"--data-dir {root} is not a folder; try the folder that holds your images")
     skipped = collections.defaultdict(list)
     paths = list_images(root, skipped)
     splits = find_splits(root, paths)
     parts = {kind: with_classes(root, splits[kind], paths, skipped) for kind in splits}
     train, place, test, note = parts.pop("train"), os.path.join(root, splits["train"]), [], ""
-    check(len(train) > 1, f"--data-dir {root}: {'only one image' if train else 'no images'} in "
-          f"{place}; skipped: {in_words(skipped) or 0}; try a folder of {' '.join(IMAGE_KINDS)}")
-    names = check_classes(root, place, train)
+    names = {name for _, name in train} - {None}
+    check_classes(root, place, names)
     for kind in sorted(parts):  # test before val, unless it has no labels
         if parts[kind] and not test and (parts[kind][0][1] or not (names and args.test_fraction)):
             test, note = parts[kind], f" ({splits[kind]}/)"
@@ -2072,73 +2056,64 @@ def load_folder(args, device, root, statistics=None):
     strange = sorted({name for _, name in test if names} - {*names, None})
     check(not strange, f"--data-dir {root}: {note[2:-1]}{listed(strange)} has no "
           f"counterpart in {place}; remove it, or add training images of it")
-    return data_from_files(args, device, root, split=splits["train"], train=train, test=test,
-                           note=note, skipped=skipped, statistics=statistics)
+    data = data_from_files(args, device, root, train=train, test=test, skipped=skipped,
+                           note=note, statistics=statistics)
+    check_classes(root, place, data.class_names)
+    return data
 
 
-def check_classes(root, place, train):
-    """The sorted classes of training images, not only one."""
-    names = sorted({name for _, name in train} - {None})
+def check_classes(root, place, names):
+    """Raise UserError if there is only one class."""
     inside = os.path.join(place, *names)
     remedy = f"try --data-dir {inside}" if os.path.isdir(inside) else "labels.csv needs another"
-    check(len(names) != 1, f"--data-dir {root}: only one class, {names}, has no use; {remedy}")
-    return names
+    check(len(names) != 1, f"--data-dir {root}: only one class, {[*names]}; {remedy}")
 
 
 def list_images(root, skipped):
     """The images below root, sorted, relative to it. skipped: what is wrong -> such files."""
     found, seen, tops = [], set(), [root]
 
-    def locked(error):
-        top = os.path.relpath(error.filename, root)
-        needed = top == "." or SPLIT.fullmatch(top.lower()) and os.sep not in top
-        check(not needed, f"{error.filename} may not be read; try chmod")
-        skipped["folder(s) that may not be read"].append(top)
+    def refuse(error):
+        raise UserError(f"--data-dir {error.filename} ({error.strerror}) cannot be read; "
+                        "try the folder that holds your images, or chmod")
 
-    walk = itertools.chain.from_iterable(os.walk(top, onerror=locked) for top in tops)
+    walk = itertools.chain.from_iterable(os.walk(top, onerror=refuse) for top in tops)
     for folder, inside, names in walk:
         real = os.path.join(os.path.realpath(folder), "")
-        inside[:] = sorted(name for name in inside if not LEFTOVERS.match(name))
+        inside[:] = sorted(name for name in inside if not IGNORED.match(name))
         if real in seen or (folder != root and os.path.realpath(root).startswith(real)):
             skipped["link(s) to a folder that is read already"].append(folder)
             inside.clear()
             continue
         seen.add(real)
         tops += filter(os.path.islink, [os.path.join(folder, name) for name in inside])
-        before = len(found)
-        for name in names:
+        for name in itertools.filterfalse(IGNORED.match, names):
             path, kind = os.path.join(folder, name), os.path.splitext(name)[1].lower()
-            why = "not a regular file"
             if kind not in IMAGE_KINDS:
                 why = f"of a kind that is not read ({shown(kind) or 'no extension'})"
+                skipped[why].append(path)
             elif os.path.isfile(path):
-                why = ""
-            if not LEFTOVERS.match(name):
-                (skipped[why] if why else found).append(path)
-        if not inside and len(found) == before:
-            skipped["folder(s) without images"].append(folder)
-    return sorted(os.path.relpath(path, root) for path in found)
+                found.append(os.path.relpath(path, root))
+            else:
+                skipped["not a regular file"].append(path)
+    return sorted(found)
 
 
 def find_splits(root, paths):
-    """{"train": its folder, "test": ..., "val": ...}, or {"train": ""} if the folders are classes.
-
-    A folder called train is a split if those beside it are."""
+    """{"train": its folder, "test": ..., "val": ...}, or {"train": ""} if folders are classes."""
     tops = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
-    found = {name: SPLIT.fullmatch(name.lower()) for name in tops}
-    like = {name: match[2] for name, match in found.items() if match}
-    exact = [name for name in like if not found[name][1] and not found[name][3]]
+    exact = [name for name in tops if SPLIT.fullmatch(name.lower())]
+    splits = {SPLIT.match(name.lower())[1]: name for name in exact}
+    if "train" in splits and len(splits) == len(tops):
+        return splits
+    like = {name: match[1] for name in tops if (match := LIKE_A_SPLIT.fullmatch(name.lower()))}
     kinds = set(like.values())
-    if exact == tops and "train" in kinds and len(kinds) == len(tops):
-        return {like[name]: name for name in tops}
     clear = "train" not in kinds or kinds == {"train"}
-    if exact:  # a class called train
-        holds_images = exact[0] in {os.path.dirname(path) for path in paths}
-        clear = kinds == {"train"} and len(exact) == 1 and holds_images
-    near = [name for name in tops if clear and "train" in kinds and NEAR_SPLIT(name.lower())]
-    check(clear and not near, f"--data-dir {root}: {listed([*like, *near])} may "
-          "be training and test images or classes; leave "
-          f"only train, test and val there, or move all classes into {os.path.join(root, 'train')}")
+    if exact:  # a class called train, which holds images
+        clear = kinds == {"train"} and len(exact) == 1 and exact[0] in map(os.path.dirname, paths)
+    check(clear, f"--data-dir {root}: {listed([*like])} may be training and test images or "
+          "classes; leave only train, test and val there, or move all classes into "
+          f"{os.path.join(root, 'train')}")
     return {"train": ""}
 
 
@@ -2149,55 +2124,47 @@ def with_classes(root, folder, paths, skipped):
     mine = [path for path in paths if path.startswith(base)]
     for place in (folder, ""):
         if os.path.isfile(os.path.join(root, place, "labels.csv")):
-            skipped.pop("of a kind that is not read (.csv)", None)
             table = read_labels(root, place)
-            check(not (table and paths) or table.keys() & set(paths), f"--data-dir {root}: "
-                  f"labels.csv names none of the images; its first is {listed([*table][:1])}")
             skipped["not in labels.csv"] += [path for path in mine if path not in table]
             return [(path, table[path]) for path in mine if path in table]
-    named = [(path, path[len(base):].split(os.sep)[0]) for path in mine]
-    inside = [(path, name) for path, name in named if path != base + name]
-    beside = [path for path, name in named if path == base + name]
-    if beside and len({name for _, name in inside}) < 2:
+    beside = [path for path in mine if os.path.dirname(path) == folder]
+    inside = [path for path in mine if os.path.dirname(path) != folder]
+    classes = [path[len(base):].split(os.sep)[0] for path in inside]
+    if beside and len(set(classes)) < 2:
         return [(path, None) for path in mine]
     check(not beside or len(beside) < len(inside), f"--data-dir {root}: {len(beside)} images lie "
           f"beside the folders of {len(inside)} others; move either away")
     skipped["beside the class folders"] += beside
-    return inside
+    return list(zip(inside, classes))
 
 
 def read_labels(root, folder):
     """{path: class} of root/folder/labels.csv."""
-    source, table, rows = os.path.join(root, folder, "labels.csv"), {}, {}
+    source, table = os.path.join(root, folder, "labels.csv"), {}
     try:
         with open(source, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
-            for row in reader:
-                if "".join(row).strip():
-                    rows.setdefault(tuple(row), reader.line_num)
+            rows = [(reader.line_num, row) for row in reader if "".join(row).strip()]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{source} cannot be read ({error}); save it as UTF-8 text") from error
-    (first, _), *rest = list(rows.items()) or [((), 1)]
-    first = ",".join(first)
+    first = ",".join(rows[0][1]) if rows else ""
     check(first == "file,label", f"{source}: the first line is {first!r} and should be file,label")
-    for row, line in rest:
-        path = os.path.join(os.path.abspath(root), folder, row[0].strip().replace("\\", "/"))
-        known, path = os.path.isfile(path), os.path.relpath(path, root)
-        known = known and path not in table and not path.startswith("..")
-        check(known and row[0] != "labels.csv" and len(row) == 2 and row[1].strip(),
-              f"{source}, line {line}: "
-              f"{','.join(row)!r}: no such file, a second line for it, or not one label; "
-              "try a line like image.png,cat")
-        table[path] = row[1].strip()
+    for line, row in rows[1:]:
+        label, path = row[-1].strip(), row[0].strip().replace("\\", "/")
+        path = os.path.relpath(os.path.join(root, folder, path), root)
+        known = os.path.isfile(os.path.join(root, path)) and not path.startswith("..")
+        check(known and len(row) == 2 and label and table.setdefault(path, label) == label,
+              f"{source}, line {line}: {','.join(row)!r}: no such file, a second label for it, or "
+              "not one label; try a line like image.png,cat")
     return table
 
 
 def hold_out(args, images):
-    """(rows to train on, rows held out): --test-fraction of each class, by a hash of the seed and
-    the path, so that a file more or less does not move the others."""
+    """(rows to train on, rows held out): --test-fraction of each class, by a hash of seed and path,
+    so that one file more does not move the others."""
     members, test = collections.defaultdict(list), set()
     for i, (path, name) in enumerate(images):
-        key = f"{args.seed} {path}".replace(os.sep, "/").encode(errors="surrogateescape")
+        key = f"{args.seed} {path}".encode(errors="surrogateescape")
         members[name].append((hashlib.sha256(key).digest(), i))
     for mine in members.values():
         count = min(len(mine) - 1, max(1, round(args.test_fraction * len(mine))))
@@ -2205,18 +2172,15 @@ def hold_out(args, images):
     return [i for i in range(len(images)) if i not in test], sorted(test)
 
 
-# Bytes of images that are kept on a GPU, or without one by all processes of a machine together.
+# Bytes of images that a GPU keeps, or without one all processes of a machine together.
 MEMORY_LIMIT = 6 * 2**30
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def data_from_files(args, device, root, split, train, test, note, skipped, statistics=None):
-    """Data from lists of (path, class or None), decoded once into memory if the images fit there.
-
-    Otherwise they are Files. Raises UserError if there are too few. split: of the training."""
-    first = train
-    if not test and train[0][1] and args.test_fraction:
-        first = [train[i] for i in hold_out(args, train)[0]]
-    median, scale, measured = survey(root, first, statistics)
+def data_from_files(args, device, root, train, test, skipped, note="", statistics=None):
+    """Data from lists of (path, class or None). Images that fit there are decoded into memory once,
+    others are Files. Raises UserError if there are too few."""
+    median, scale, measured = survey(root, train, statistics)
     args.image_size = args.image_size or min(64, median)
     side = args.image_size if median <= args.image_size else math.ceil(args.image_size * 8 / 7)
     copies = 1 if device.type == "cuda" else from_environment("LOCAL_WORLD_SIZE", 1)
@@ -2224,29 +2188,30 @@ def data_from_files(args, device, root, split, train, test, note, skipped, stati
     loaded = []
     for images in (train, test):
         paths = [os.path.join(root, path) for path, _ in images]
-        files = Files(paths, args.image_size, side, scale)
-        part, good = read_files(files, stream, args.num_workers, skipped)
+        kept = 0 if stream else side
+        pixels, good = read_files(paths, kept, scale, args.num_workers, skipped)
         images[:] = [images[i] for i in good]
-        loaded.append(part)
+        loaded.append(pixels)
     words = in_words(skipped)
-    check(len(train) > 1, f"--data-dir {args.data_dir}: {len(train) or 'none'} of the "
-          f"files can be read; skipped: {words}; try another --data-dir")
-    for what in ("unreadable", "too large", "smaller than 8x8", UNREAD_PIXELS):
+    check(len(train) > 1, f"--data-dir {root}: {'only one image' if train else 'no images'} to "
+          f"train on; skipped: {words or 0}; try a folder of {' '.join(IMAGE_KINDS)}")
+    for what in ("unreadable", "too large", "smaller than 8x8"):
         names = sorted(skipped[what])
         if names:
             warn(f"skipped {len(names)} {what}: {', '.join(names[:3])}")
-    class_names = check_classes(root, os.path.join(root, split), train)
-    class_names = sorted({*class_names, *(name for _, name in test if class_names)} - {None})
+    class_names = sorted({name for _, name in (*train, *test) if train[0][1]} - {None})
     if class_names and not test and args.test_fraction:
-        train, test = move_held_out(args, train, loaded)
-        note = f" (held out: --test-fraction {args.test_fraction:g})"
+        rows, note = hold_out(args, train), f" (held out: --test-fraction {args.test_fraction:g})"
+        loaded = [loaded[0][mine] for mine in rows]
+        train, test = ([train[i] for i in mine] for mine in rows)
     number_of, parts = {name: i for i, name in enumerate(class_names)}, []
-    for images, part in zip((train, test), loaded, strict=True):
+    for images, pixels in zip((train, test), loaded, strict=True):
         labels = [number_of[name] for _, name in images if name in number_of]
+        paths = [os.path.join(root, path) for path, _ in images]
+        part = Files(paths, args.image_size, side, scale) if stream else pixels
         parts += [part if images else None, labels or None]
     data = Data(args, device, *parts, class_names)
-    crc = "\n".join(f"{path}\t{name}" for path, name in (*train, ("", ""), *test))
-    crc = zlib.crc32(crc.replace(os.sep, "/").encode(errors="surrogateescape"))
+    crc = zlib.crc32(repr((train, test)).encode())
     data.fingerprint = f"{len(train)} files, {crc:08x}{measured if scale else ''}"
     data.statistics["scale"], data.test_note = scale, note
     data.files = [[path for path, _ in images] for images in (train, test)]
@@ -2254,61 +2219,33 @@ def data_from_files(args, device, root, split, train, test, note, skipped, stati
     return data
 
 
-def move_held_out(args, images, loaded):
-    """(training, test images) of those that were loaded."""
-    pixels, rows = loaded[0], hold_out(args, images)
-    if isinstance(pixels, Files):
-        more = pixels.size, pixels.side, pixels.scale
-        loaded[:] = [Files([pixels.paths[i] for i in mine], *more) for mine in rows]
-    else:
-        loaded[1] = pixels[rows[1]]
-        for new, old in enumerate(rows[0]):
-            pixels[new] = pixels[old]
-        loaded[0] = pixels[: len(rows[0])]
-    return [[images[i] for i in mine] for mine in rows]
-
-
-UNREAD_PIXELS = "of a pixel kind that is not read"
-warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-def open_image(path):
-    """Image.open, but not of a pipe, which would hang."""
-    return Image.open(path if os.path.isfile(path) else io.BytesIO())
-
-
 def kind_of(image):
     """The kind of pixels of a Pillow image that is not loaded yet; None if Pillow misreads them."""
-    decoder = str(image.tile[:1])  # colours of 16 bits have the mode RGB, too
-    kind = {"I": "32 bits", "F": "floats"}.get(image.mode, "8 bits")
-    if image.mode.startswith("I;") or (kind == "8 bits" and re.search("(?<!BGR);16", decoder)):
-        kind = "16 bits"
-    tags, colours = getattr(image, "tag_v2", {}), image.mode.startswith("RGB")
-    if kind == "8 bits":  # not signed, nor above 255
+    decoder, tags = str(image.tile[:1]), getattr(image, "tag_v2", {})
+    colours = re.search("RGBA?;16[LBN]", decoder)  # of 16 bits; their mode is RGB as of 8 bits
+    if image.mode[0] not in "IF" and not colours:  # neither signed nor of 16 bits
         right = max(tags.get(258, (1,))) <= 8 and set(tags.get(339, (1,))) <= {1, 4}
-        right = right and not ("ppm" in decoder and image.tile[0].args[1] > 255)
-    else:  # not CMYK, LA, a transparent colour, planes, white as 0
-        right = image.mode[0] in "IF" or (colours and re.search("RGBA?;16[LBN]", decoder))
-        right = right and "transparency" not in image.info and tags.get(262) != 0
-        right = right and not (colours and tags.get(284) == 2) and max(tags.get(258, (1,))) <= 32
-    return kind if right else None
+        return "8 bits" if right and ";16" not in decoder else None
+    if "transparency" in image.info or tags.get(262) == 0 or (colours and tags.get(284) == 2):
+        return None  # a transparent colour; white as 0; planes
+    return {"I": "32 bits", "F": "floats"}.get(image.mode, "16 bits")
 
 
 def survey(root, train, statistics):
-    """(median of the shorter sides, scale, words about both) of at most 200 images; the scale of a
-    run with `statistics`.
-
-    scale: None for images of 8 bits, else [kind, low, high]; low and high of grey_range become 0
-    and 255 in all images."""
+    """(median of the shorter sides, scale, words about both) of at most 200 images. The scale is
+    that of `statistics`, if there are any: None for 8 bits, else [kind, low, high], where low and
+    high become 0 and 255."""
     sides, kinds, values, rng = [], [], [], np.random.default_rng(0)
-    for path, _ in train[::-(-len(train) // 200)]:
-        with contextlib.suppress(Exception), open_image(os.path.join(root, path)) as image:
+    for path, _ in train[:: len(train) // 200 + 1]:
+        path = os.path.join(root, path)
+        with contextlib.suppress(Exception), Image.open(path) as image:
             kind = kind_of(image)
-            kinds += [kind] if kind else []
-            sides += [min(image.size)] if kind and min(image.size) >= 8 else []
-            if kind not in (None, "8 bits"):
-                x = deep_pixels(image.filename)[..., :3]
-                values.append(rng.choice(x[np.isfinite(x)], 10_000))
+            if kind and min(image.size) >= 8:
+                kinds.append(kind)
+                sides.append(min(image.size))
+                if kind != "8 bits":
+                    x = deep_pixels(path)[..., :3]
+                    values.append(rng.choice(x[np.isfinite(x)], 10_000))
     sides, kind, scale = sorted(sides) or [8], max(kinds or ["8 bits"], key=kinds.count), None
     note = f" (median of sides {sides[0]} to {sides[-1]})" if sides[0] < sides[-1] else ""
     if kind != "8 bits":
@@ -2323,125 +2260,104 @@ def survey(root, train, statistics):
 def grey_range(x):
     """(low, high, missing): the 0.1 % and 99.9 % quantiles of x [n] without missing pixels.
 
-    Those have a number such as -9999 or 65535, further from the others (16 or more) than these
-    reach."""
+    Such a number, -9999 or 65535, is further from the others (16 or more) than these reach."""
     def ends(x):
         return np.quantile(x, (0.001, 0.999), method="nearest").tolist()
 
-    missing, (low, high) = [], ends(x)
-    for which in 3 * (slice(0, 1), slice(1, 2), slice(2)):  # low, high, both
-        apart = (low, high)[which]
-        others = x[~np.isclose(x[:, None], apart, rtol=1e-3, atol=0).any(1)]
+    missing = []
+    for which in (0, 1, 0, 1, 0, 1):  # low, high
+        end = ends(x)[which]
+        others = x[~np.isclose(x, end, rtol=1e-3, atol=0)]
         if len(np.unique(others)) >= 16:
-            least, most = ends(others)
-            if all(max(least - end, end - most) > most - least for end in apart):
-                missing += [f"{end:g}" for end in apart]
-                x, low, high = others, least, most
+            low, high = ends(others)
+            if max(low - end, end - high) > high - low:
+                missing.append(f"{end:g}")
+                x = others
+    low, high = ends(x)
     return low, high if low < high else low + max(1, abs(low) * 1e-6), missing
 
 
 def deep_pixels(path):
     """The numbers of an image of more than 8 bits: float64 [H, W, channels]."""
     with Image.open(path) as image, Image.open(path) as swapped:
-        ImageOps.exif_transpose(image, in_place=True)
-        pixels = np.array(image, dtype=np.float64)
-        unsigned = set(getattr(image, "tag_v2", {}).get(339, (1,))) == {1}
-        if image.format == "TIFF" and image.mode == "I" and unsigned:
+        unsigned = "I;32N" in str(image.tile)
+        pixels = np.array(ImageOps.exif_transpose(image), dtype=np.float64)
+        if unsigned:
             pixels[pixels < 0] += 2**32
         if pixels.ndim == 2:
             return pixels[..., None]
         # Of colours Pillow gives the high byte, and with the bytes swapped the low one.
         for i, tile in enumerate(swapped.tile):
-            raw, *rest = [tile.args] if isinstance(tile.args, str) else tile.args
+            raw, *rest = (tile.args,) if isinstance(tile.args, str) else tile.args
             raw = raw[:-1] + ("L" if raw[-1] == "B" else "B")
-            swapped.tile[i] = tile._replace(args=(raw, *rest) if rest else raw)
-        ImageOps.exif_transpose(swapped, in_place=True)
-        return 256 * pixels + np.array(swapped)
+            swapped.tile[i] = tile._replace(args=(raw, *rest))
+        return 256 * pixels + np.array(ImageOps.exif_transpose(swapped))
 
 
-def to_8_bits(x, low, high):
-    """Numbers [H, W, 1, 3 or 4 channels] -> uint8 [H, W, 3], transparent ones over white."""
-    colours = 255 * ((x[..., :3] - low) / (high - low)).clip(0, 1)
-    if x.shape[2] == 4:
-        colours = 255 + (colours - 255) * x[..., 3:] / 65535
-    return np.rint(colours).astype(np.uint8).repeat(3 // colours.shape[2], 2)
+def to_rgb(image, kind, scale):
+    """The pixels of a Pillow image of a kind: uint8 [H, W, 3], transparent ones over white."""
+    path, expected = image.filename, scale[0] if scale else "8 bits"
+    check(kind == expected, f"{path} has pixels of {kind}, others or the run's {expected}, which "
+          f"no one scale suits; convert it to {expected}")
+    if scale:
+        _, low, high = scale
+        x = deep_pixels(path)
+        check(np.isfinite(x).all(),
+              f"{path} has pixels that are not finite (NaN); replace them or remove the file")
+        colours = 255 * ((x[..., :3] - low) / (high - low)).clip(0, 1)
+        if x.shape[2] == 4:
+            colours = 255 + (colours - 255) * x[..., 3:] / 65535
+        return np.rint(colours).astype(np.uint8).repeat(3 // colours.shape[2], 2)
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
 
 
 def read_image(path, scale=None, skipped=None):
-    """An image of any kind as RGB uint8 [3, H, W], turned as its EXIF data say, over white where it
-    is transparent. None if it cannot be used; then its path is added to skipped[why]."""
+    """An image as RGB uint8 [3, H, W], turned as its EXIF data say, over white where transparent.
+    None if it cannot be used; then its path is added to skipped[why]."""
     why, skipped = "unreadable", collections.defaultdict(list) if skipped is None else skipped
     try:
-        with open_image(path) as image:
-            kind, expected = kind_of(image), scale[0] if scale else "8 bits"
-            if kind is None:
-                why = UNREAD_PIXELS
-                raise ValueError
-            check(kind == expected, f"{path} has pixels of {kind}, and others or the run's "
-                  f"are of {expected}, which no one scale suits; convert it to {expected}")
-            if min(image.size) < 8:
-                why = "smaller than 8x8"
-                raise ValueError
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-                skipped["file's further pages"].append(path)
-            if scale:
-                x = deep_pixels(path)
-                check(np.isfinite(x).all(), f"{path} has pixels that are not finite (NaN); "
-                      "replace them or remove the file")
-                return torch.from_numpy(to_8_bits(x, *scale[1:])).permute(2, 0, 1)
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        with Image.open(path) as image:
+            kind = kind_of(image)
+            if kind and min(image.size) >= 8:
+                if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                    skipped["file's further pages"].append(path)
+                return torch.from_numpy(to_rgb(image, kind, scale)).permute(2, 0, 1)
+            why = "smaller than 8x8" if kind else why
     except (MemoryError, UserError):
         raise
-    except Exception as error:  # decoders raise errors of all kinds
-        if isinstance(error, Image.DecompressionBombError):
-            why = "too large"
-        elif os.path.isfile(path) and is_tiff(path):
-            why = UNREAD_PIXELS
-        skipped[why].append(path)
-        return None
-
-
-def is_tiff(path):
-    """Whether Pillow knows a TIFF but for its kind of pixels, such as floats of 64 bits."""
-    try:
-        TiffImagePlugin.TiffImageFile(path)
-    except Exception as error:
-        return "pixel mode" in str(error)
+    except Image.DecompressionBombError:
+        why = "too large"
+    except Exception:  # decoders raise errors of all kinds
+        pass
+    skipped[why].append(path)
+    return None
 
 
 def to_square(image, side):
-    """Resize the shorter edge to `side`, take the centre: uint8 [3, H, W] -> [3, side, side]."""
-    if tuple(image.shape[1:]) == (side, side):
-        return image
-    height, width = image.shape[1:]
-    top, left = max(0, height - 4 * width) // 2, max(0, width - 4 * height) // 2
-    image = image[:, top:height - top, left:width - left]
-    image = functional.resize(image, side, antialias=True)
-    return functional.center_crop(image, side)
+    """The square in the centre, resized: uint8 [3, H, W] -> [3, side, side]."""
+    square = functional.center_crop(image, min(image.shape[1:]))
+    return functional.resize(square, [side, side], antialias=True)
 
 
-def read_files(files, stream, num_workers, skipped):
-    """The images that can be read, uint8 [N, 3, side, side] or `stream` Files, and their rows."""
+def read_files(paths, side, scale, num_workers, skipped):
+    """(images that can be read, uint8 [N, 3, side, side], their rows). side 0 keeps no pixels."""
     def read(path):
-        image = read_image(path, files.scale, skipped)
-        return image if image is None or stream else to_square(image, files.side)
+        image = read_image(path, scale, skipped)
+        return to_square(image, side) if side and image is not None else image
 
-    count, good = 0 if stream else len(files), []
-    images = torch.empty(count, 3, files.side, files.side, dtype=torch.uint8)
+    images, good = torch.empty(len(paths), 3, side, side, dtype=torch.uint8), []
     with multiprocessing.pool.ThreadPool(max(1, num_workers)) as pool:
-        found = said(pool.imap(read, files.paths, 16), len(files), "reading images")
+        found = said(pool.imap(read, paths, 16), len(paths), "reading images")
         for i, image in enumerate(found):
             if image is not None:
-                if not stream:
+                if side:
                     images[len(good)] = image
                 good.append(i)
-    if stream:
-        images = Files([files.paths[i] for i in good], files.size, files.side, files.scale)
-    return images if stream else images[: len(good)], good
+    return images[: len(good)], good
 
 
 def listed(names):
@@ -2475,8 +2391,7 @@ class Files:
     """Images on the disk, decoded and cropped by loader processes that stay for the run."""
 
     def __init__(self, paths, size, side, scale=None):
-        """size: of a view; side: of the centre squares for measuring, as in memory; in pixels.
-        scale: see survey."""
+        """size: of a view; side: of the squares for measuring; in pixels. scale: see survey."""
         self.paths, self.size, self.side, self.scale = paths, size, side, scale
         self.rows = torch.arange(len(paths))  # which of the paths
         self.pin_memory = False
@@ -2493,36 +2408,39 @@ class Files:
 
     def __getitem__(self, task):
         """In a loader process: a task of crops() -> the views, (image,) -> its centre square."""
-        index, *crop = task
-        image = read_or_next(self.paths, self.scale, index)
-        if not crop:
+        index, *draw = task
+        path = self.paths[index]
+        image = read_image(path, self.scale)
+        check(image is not None, f"{path} vanished or broke; put it back and go on with "
+              "--resume, or train afresh with another --out")
+        if not draw:
             return to_square(image, self.side)
-        step, row, recipe, seed = crop
-        views = []
-        for number_of_view, view in enumerate(recipe):
+        step, row, views, seed = draw
+        out = []
+        for number_of_view, view in enumerate(views):
             crop = next((op for op in view if op[0] == "crop"), None)
             rng = np.random.default_rng((seed, 2, step, number_of_view, row))
-            views.append(crop_one(image, crop, self.size, rng))
-        return views
+            out.append(crop_one(image, crop, self.size, rng))
+        return out
 
     def crops(self, batches, args, first_step, device):
         """For each row of `batches` [steps, n] a list of views, uint8 [n, 3, size, size].
 
         The crop is drawn from (seed, step, view, row of the global batch)."""
-        recipe = [RECIPES[args.augment][v % len(RECIPES[args.augment])] for v in range(args.views)]
-        first = rank() * batches.shape[1]
+        recipe, first = RECIPES[args.augment], rank() * batches.shape[1]
+        recipe = [recipe[v % len(recipe)] for v in range(args.views)]
         tasks = ([(image, step, first + i, recipe, args.seed) for i, image in enumerate(images)]
                  for step, images in enumerate(self.rows[batches].tolist(), first_step))
         for views in self.read(tasks, args.num_workers):
             yield [view.to(device, non_blocking=True) for view in views]
 
     def centres(self, index, batch_size, num_workers):
-        """Centre squares of the images `index` for measuring: yields uint8 [n, 3, side, side]."""
+        """Centre squares of the images `index`: yields uint8 [n, 3, side, side]."""
         parts = self.rows[index].split(batch_size)
         yield from self.read(([(i,) for i in part.tolist()] for part in parts), num_workers)
 
     def read(self, tasks, num_workers):
-        """The results of lists of tasks. A UserError of a process comes without a traceback."""
+        """The results of lists of tasks. A UserError comes without its process's traceback."""
         if not self.idle:
             self.idle.append(torch.utils.data.DataLoader(
                 self, batch_sampler=Tasks(), num_workers=num_workers,
@@ -2540,11 +2458,10 @@ class Files:
 
 
 def end_processes(loaders):
-    """End the processes of loaders now: of those in a traceback, torch ends the queues first, and
-    waits 20 s."""
+    """End the processes of loaders now. Of those in a traceback, torch would wait 20 s for them."""
     while loaders:
         iterator = loaders.pop()._iterator
-        if hasattr(iterator, "_shutdown_workers"):
+        if iterator is not None:
             iterator._shutdown_workers()
 
 
@@ -2556,7 +2473,7 @@ class Tasks:
 
 
 def leave_signals(_worker):
-    """Let a loader process outlive Ctrl-C, and SIGTERM by five seconds, until the run is saved."""
+    """Let a loader process outlive signals, SIGTERM by 5 s, until the run is saved."""
     for number_ in STOP_SIGNALS:
         signal.signal(number_, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: threading.Timer(5, os._exit, (0,)).start())
@@ -2566,23 +2483,10 @@ def crop_one(image, crop, size, rng):
     """A random crop, or the centre if crop is None: uint8 [3, H, W] -> [3, size, size]."""
     if crop is None:
         return to_square(image, size)
-    top, left, height, width = draw_boxes(1, *image.shape[1:], crop[1], crop[2], rng)[0].tolist()
-    interpolation = torchvision.transforms.InterpolationMode(crop[3])
-    return functional.resized_crop(image, top, left, height, width, [size, size], interpolation,
-                                   antialias=True)
-
-
-def read_or_next(paths, scale, index):
-    """Image `index`, uint8 [3, H, W]. If it cannot be read, warn and take the next one."""
-    for i in range(index, index + len(paths)):
-        path = paths[i % len(paths)]
-        image = read_image(path, scale)
-        if image is not None:
-            return image
-        check(os.path.exists(path), f"{path} vanished; put it back and go on with --resume, "
-              "or train afresh with another --out")
-        warn(f"{path} cannot be read as an image; the next one takes its place")
-    raise UserError("none of the image files can be read; try another --data-dir")
+    _, least, most, name = crop
+    box = draw_boxes(1, *image.shape[1:], least, most, rng)[0].tolist()
+    interpolation = torchvision.transforms.InterpolationMode(name)
+    return functional.resized_crop(image, *box, [size, size], interpolation, antialias=True)
 
 
 # ==== Recipes of augmentation ====
@@ -2597,11 +2501,9 @@ JITTER = ("jitter", 0.4, 0.4, 0.4, 0.1, 0.8)  # brightness, contrast, saturation
 SOFT_JITTER = ("jitter", 0.4, 0.4, 0.2, 0.1, 0.8)
 GREY = ("grey", 0.2)  # probability
 
-# name -> views -> operations, in order. Further views start again at the first listed one, so the
-# views of most recipes are alike and BYOL's alternate.
+# name -> views -> operations, in order. Further views start again at the first listed one.
 RECIPES = {
-    # W-MSE, CW-RGP (htdt/self-supervised). Colours are changed before the crop; streamed images are
-    # cropped as they are read.
+    # W-MSE, CW-RGP (htdt/self-supervised). From memory, colours are changed before the crop.
     "w-mse": [(JITTER, ("grey", 0.1), BICUBIC_CROP, FLIP)],
     # MoCo v2 2003.04297, SimSiam 2011.10566
     "moco-v2": [(CROP, JITTER, GREY, BLUR, FLIP)],
@@ -2611,18 +2513,18 @@ RECIPES = {
     "moco-cifar": [(WIDE_CROP, FLIP, JITTER, GREY)],
     # SimSiam App. D, Shuffled-DBN: MoCo v2 without blur
     "simsiam-cifar": [(CROP, JITTER, GREY, FLIP)],
-    # SimCLR 2002.05709 App. A, google-research/simclr: colour strength 1 with blur
+    # SimCLR 2002.05709 App. A, google-research/simclr
     "simclr": [(WIDE_BICUBIC_CROP, FLIP, ("jitter", 0.8, 0.8, 0.8, 0.2, 0.8), GREY, BLUR)],
     # the same on CIFAR-10: colour strength 1/2 without blur
     "simclr-cifar": [(WIDE_BICUBIC_CROP, FLIP, JITTER, GREY)],
-    # BYOL 2006.07733 App. B, Barlow Twins, VICReg: the views differ in blur and solarisation
+    # BYOL 2006.07733 App. B, Barlow Twins, VICReg
     "byol": [
         (WIDE_BICUBIC_CROP, FLIP, SOFT_JITTER, GREY, ("blur", 1.0, 0.1, 2.0), ("solarize", 0.0)),
         (WIDE_BICUBIC_CROP, FLIP, SOFT_JITTER, GREY, ("blur", 0.1, 0.1, 2.0), ("solarize", 0.2)),
     ],
     # VICReg on CIFAR-10 (vturrisi/solo-learn)
     "vicreg-cifar": [(BICUBIC_CROP, SOFT_JITTER, GREY, ("solarize", 0.1), FLIP)],
-    # ours, for runs of minutes: W-MSE's with larger crops, an easier task
+    # ours, for runs of minutes: W-MSE's with larger crops
     "short": [(JITTER, ("grey", 0.1), ("crop", 0.35, 1.0, "bicubic"), FLIP)],
     "crop-flip": [(CROP, FLIP)],
     "colour-flip": [(JITTER, ("grey", 0.1), FLIP)],
@@ -2631,7 +2533,7 @@ RECIPES = {
 
 
 def check_crops(args, data):
-    """Raise UserError if the images are larger than a view and the recipe does not crop them."""
+    """Raise UserError if images larger than a view are not cropped."""
     crops = all(any(op[0] == "crop" for op in view) for view in RECIPES[args.augment])
     check(crops or not data.must_be_cropped,
           f"--augment {args.augment} does not crop, and the images are larger than "
@@ -2641,22 +2543,18 @@ def check_crops(args, data):
 def blur(x, sigma):
     """Gaussian blur of x [n, 3, S, S] with sigma [n] in pixels, as in SimCLR's code.
 
-    Reflected borders, odd kernel of 10 % of the side. The code of MoCo and Barlow Twins uses
-    Pillow, which does not cut the kernel: the same at 224 pixels, but at 32 a sigma of 2 acts like
-    0.8 here."""
+    Reflected borders, odd kernel of 10 % of the side. Pillow (MoCo, Barlow Twins) does not cut the
+    kernel: the same at 224 pixels, but at 32 a sigma of 2 acts like 0.8 here."""
     side = x.shape[-1]
-    radius = (side // 10) // 2
-    t = torch.arange(radius + 2, device=x.device)
-    kernel = torch.exp(-0.5 * (t / sigma[:, None]) ** 2) * (t <= radius)  # [n, radius + 2]
-    kernel = kernel / (2 * kernel.sum(1, keepdim=True) - kernel[:, :1])  # its last entry is 0
-    i = torch.arange(side, device=x.device)[:, None]
-    j = torch.arange(side, device=x.device)
-    # Pixel i sees pixel j directly and mirrored at both edges, whose pixels are not repeated.
-    direct = (i - j).abs()
-    first = torch.where(j > 0, i + j, side)
-    last = torch.where(j < side - 1, 2 * (side - 1) - i - j, side)
-    band = sum(kernel[:, path.clamp_max(radius + 1)] for path in (direct, first, last))  # [n, S, S]
-    return torch.matmul(band[:, None], torch.matmul(x, band.mT[:, None]))
+    pixel = torch.arange(side, device=x.device)
+    t = torch.arange(-(side // 20), side // 20 + 1, device=x.device)
+    kernel = torch.exp(-0.5 * (t / sigma[:, None]) ** 2)
+    kernel = kernel / kernel.sum(1, keepdim=True)  # [n, taps]
+    # Pixel i sees pixel i + t, mirrored at both edges, whose pixels are not repeated.
+    seen = side - 1 - (side - 1 - (pixel[:, None] + t).abs()).abs()  # [S, taps]
+    sees = (seen[:, :, None] == pixel).to(kernel.dtype)  # [S, taps, S]
+    band = torch.einsum("nt,itj->nij", kernel, sees)[:, None]  # [n, 1, S, S]
+    return band @ x @ band.mT
 
 
 # ==== ResNets, Vision Transformer, LARS, Muon ====
@@ -2664,19 +2562,15 @@ def blur(x, sigma):
 
 def check_backbone(name):
     """Raise UserError if there is no such backbone."""
-    models = torchvision.models.list_models()
-    names = [model for model in models if model.startswith("resnet") and model[6:].isdigit()]
-    names = ["tiny", "vit_tiny", *names]
-    check(name in names, f"--backbone {name} is unknown; try {', '.join(names[:6])}")
+    names = ["tiny", "vit_tiny", *torchvision.models.list_models(include="resnet*")]
+    check(name in names, f"--backbone {name} is unknown; try {', '.join(names)}")
 
 
 def build_resnet(name, image_size):
     """(network, feature_dim) of torchvision's ResNet `name`. Raises UserError if there is none.
 
-    Parameters have torchvision's names. The last batch norm of a block starts at zero (SimSiam,
-    Barlow Twins, VICReg, CW-RGP code). The stem is SimCLR's (appendix B.9) and the W-MSE code's: up
-    to 32 pixels 3x3 with stride 1 without pooling, up to 64 with pooling. Its weights are drawn as
-    those of the other convolutions (W-MSE code: PyTorch's default)."""
+    The last batch norm of a block starts at zero (SimSiam, Barlow Twins, VICReg, CW-RGP code). The
+    stem is SimCLR's (appendix B.9) and the W-MSE code's, but drawn as the other convolutions."""
     check_backbone(name)
     network = torchvision.models.get_model(name, weights=None, zero_init_residual=True)
     if image_size <= 64:
@@ -2690,8 +2584,8 @@ def build_resnet(name, image_size):
 
 
 def build_vit(image_size, width):
-    """torchvision's VisionTransformer of 3 layers; H is its class token. Patches have 4 x 4 pixels
-    up to 32 pixels, 8 x 8 up to 64, else 16 x 16. Raises UserError if they do not fit."""
+    """torchvision's VisionTransformer of 3 layers; H is its class token. Raises UserError if its
+    patches do not fit."""
     patch = 4 if image_size <= 32 else 8 if image_size <= 64 else 16
     check(image_size % patch == 0, f"--image-size {image_size} is no multiple of vit_tiny's patch, "
           f"{patch}; try --image-size {image_size - image_size % patch}")
@@ -2704,14 +2598,9 @@ def build_vit(image_size, width):
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose step is scaled layer by layer (You et al. 2017, arXiv 1708.03888).
 
-    As in Barlow Twins, VICReg and BYOL:
-
-        update = gradient + weight_decay * w
-        update *= trust * |w| / |update|            (unscaled if either norm is 0)
-        velocity = momentum * velocity + update
-        w -= lr * velocity
-
-    Groups marked "excluded" (biases, norm layers) have neither weight decay nor scaling."""
+    As in Barlow Twins, VICReg and BYOL, the update, gradient + weight_decay * w, is scaled by
+    trust * |w| / |update|. Groups marked "excluded" (biases, norm layers) have neither decay nor
+    scaling."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.9, trust=0.001):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum,
@@ -2728,12 +2617,10 @@ class LARS(torch.optim.Optimizer):
                 if not group["excluded"]:
                     update = update + group["weight_decay"] * w
                     norm, update_norm = w.norm(), update.norm()
-                    ratio = group["trust"] * norm / update_norm
                     defined = (norm > 0) & (update_norm > 0)
+                    ratio = group["trust"] * norm / update_norm
                     update = update * torch.where(defined, ratio, 1.0)
-                if "velocity" not in self.state[w]:
-                    self.state[w]["velocity"] = torch.zeros_like(w)
-                velocity = self.state[w]["velocity"]
+                velocity = self.state[w].setdefault("velocity", torch.zeros_like(w))
                 velocity.mul_(group["momentum"]).add_(update)
                 w.add_(velocity * -group["lr"])
 
@@ -2748,9 +2635,9 @@ class Muon(torch.optim.Adam):
         w *= sqrt(filters) / |w|
         w -= lr * U
 
-    Every convolution is followed by a norm layer, so only a filter's direction matters. Its length
-    is kept, without weight decay, and lr is about the share of it that a filter moves. Momentum,
-    iterations and kept length as in the authors' CIFAR-10 code (airbench94_muon); lr is ours."""
+    A norm layer follows every convolution, so only a filter's direction matters. Its length is
+    kept, without decay; lr is about the share of it that a filter moves. All but lr is as in the
+    authors' CIFAR-10 code (airbench94_muon)."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.6, dtype=torch.float32):
         super().__init__(params, lr=lr, weight_decay=weight_decay, fused=True)
@@ -2761,13 +2648,10 @@ class Muon(torch.optim.Adam):
         """Update the weights by their gradients."""
         gradients = {}
         for group in self.param_groups:
-            if not group["filters"]:
-                continue
             for w in group["params"]:
-                if w.grad is None:
-                    continue
-                self.step_filters(w, group["lr"])
-                gradients[w], w.grad = w.grad, None  # so that Adam skips it
+                if group["filters"] and w.grad is not None:
+                    self.step_filters(w, group["lr"])
+                    gradients[w], w.grad = w.grad, None  # so that Adam skips it
         super().step()
         for w, gradient in gradients.items():
             w.grad = gradient  # Run.watch has yet to look at it
@@ -2787,8 +2671,8 @@ class Muon(torch.optim.Adam):
 def orthogonalise(m, iterations=3):
     """Roughly U V^T of m = U S V^T, by matrix products only: [r, c] -> [r, c].
 
-    Newton-Schulz with the coefficients of Jordan et al. 2024. Three iterations take every singular
-    value above a fiftieth of |m| to between 0.68 and 1.202."""
+    Newton-Schulz (Jordan et al. 2024). Three iterations take every singular value above a fiftieth
+    of |m| to between 0.68 and 1.202."""
     x = m.T if len(m) > m.shape[1] else m
     x = x / x.norm().clamp_min(1e-7)  # singular values at most 1
     gram = x @ x.T
@@ -2798,7 +2682,7 @@ def orthogonalise(m, iterations=3):
         factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
         gram = factor @ gram @ factor  # the Gram matrix of factor @ x
         product = factor @ product
-    x = product @ x  # only once, because the iterations need nothing but the small matrices
+    x = product @ x  # once: the iterations need only the small matrices
     return x.T if len(m) > m.shape[1] else x
 
 
@@ -3309,8 +3193,8 @@ def load_backbone(run, device="cpu"):
 
     def prepare(images):
         if torch.is_tensor(images):
-            check(images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3,
-                  f"images are {described(images)}; try uint8 [N, 3, H, W]")
+            right = images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3
+            check(right, f"images are {described(images)}; try uint8 [N, 3, H, W]")
             x = centre_view(images.float() / 255, statistics["size"])
         else:
             images = [images] if isinstance(images, (str, os.PathLike)) else images
@@ -3324,15 +3208,15 @@ def load_backbone(run, device="cpu"):
 def prepare_file(path, statistics):
     """The centre of an image file for a run with these Data.statistics: [1, 3, size, size]."""
     image, size = read_image(path, statistics["scale"]), statistics["size"]
-    check(image is not None, f"{shown(path)} cannot be read as an image; try another file")
+    check(image is not None, f"{path} cannot be read as an image; try another file")
     side = size if min(image.shape[1:]) <= size else math.ceil(size * 8 / 7)
     return centre_view(to_square(image, side)[None].float() / 255, size)
 
 
 def backbone_weights(checkpoint):
     """{name: tensor} of the backbone alone."""
-    weights, start = checkpoint["model"], "backbone."
-    return {name[len(start):]: weights[name] for name in weights if name.startswith(start)}
+    start, items = "backbone.", checkpoint["model"].items()
+    return {name.removeprefix(start): w for name, w in items if name.startswith(start)}
 
 
 def start_from(path, model):
@@ -3343,7 +3227,7 @@ def start_from(path, model):
             found = torch.load(path, map_location="cpu", weights_only=True)
         found = backbone_weights(found) if "format" in found else found
         finite = all(w.isfinite().all() for w in found.values())
-    except Exception as error:  # torch raises many kinds for what is no file of tensors
+    except Exception as error:  # torch raises many kinds
         raise UserError(f"--init {path} is no file of weights ({type(error).__name__}); "
                         "try runs/<run>/backbone.pt") from error
     check(finite, f"--init {path}: not finite; try an earlier checkpoint")

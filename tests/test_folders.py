@@ -315,10 +315,10 @@ def test_nested_class_folders_belong_to_the_class_at_the_top(tmp_path):
     assert data.class_names == ["cat", "dog"] and data.train_labels.tolist() == [0] * 8 + [1] * 4
 
 
-def test_an_empty_class_folder_is_said(tmp_path, capsys):
+def test_an_empty_folder_is_no_class(tmp_path, capsys):
     fill_all(tmp_path, "cat", "dog")
     (tmp_path / "bird").mkdir()
-    assert load(tmp_path).class_names == ["cat", "dog"] and "skipped: 1 folder(s) without images" in first_line(capsys)
+    assert load(tmp_path).class_names == ["cat", "dog"] and "in 2 classes" in first_line(capsys)
 
 
 def test_one_class_is_refused_with_the_folder_to_try(tmp_path):
@@ -461,8 +461,8 @@ def test_labels_of_numbers_and_of_unreadable_files(tmp_path, capsys):
 
 @pytest.mark.parametrize("text, part", [
     (b"file,label\n0.png,cat\nmissing.png,dog\n", "labels.csv, line 3: 'missing.png,dog': no such file"),
-    (b"file,label\n0.png,cat\n1.png,cat\n0.png,dog\n", "labels.csv, line 4: '0.png,dog': no such file, a second line for it"),
-    (b"file,label\n0.png,cat\n./0.png,cat\n", "labels.csv, line 3"),
+    (b"file,label\n0.png,cat\n1.png,cat\n0.png,dog\n", "labels.csv, line 4: '0.png,dog': no such file, a second label for it"),
+    (b"file,label\n0.png,cat\n./0.png,dog\n", "labels.csv, line 3"),
     (b"file,label\n\n1.png\n", "line 3: '1.png': no such file"),
     (b"file,label\n0.png,cat\n1.png,\n", "line 3: '1.png,': no such file"),
     (b"file,label\n0.png,cat\n1.png,a,b\n", "line 3: '1.png,a,b': no such file"),
@@ -1159,10 +1159,6 @@ def numbers(dtype, *channels):
     return np.random.default_rng(0).integers(0, 100, (16, 16, *channels)).astype(dtype)
 
 
-def ppm(maxval):
-    return b"P6\n16 16\n%d\n" % maxval + numbers(">u2", 3).tobytes()
-
-
 def png_transparent(channels):
     """A PNG of 16 bits with one colour that is transparent."""
     content = png_16(numbers(np.uint16, channels))
@@ -1172,8 +1168,7 @@ def png_transparent(channels):
 
 MISREAD = {"cmyk.tif": tiff(numbers(np.uint16, 4), 5), "int8.tif": tiff(numbers(np.int8), form=2), "white is 0.tif": tiff(numbers(np.uint16), 0),
            "float white is 0.tif": tiff(numbers(np.float32), 0, form=3), "planes.tif": tiff(numbers(np.uint16, 3), 2, planar=2),
-           "premultiplied.tif": tiff(numbers(np.uint16, 4), 2, extra=1), "12.ppm": ppm(4095), "16.ppm": ppm(65535),
-           "grey.png": png_transparent(1), "colour.png": png_transparent(3), "grey and alpha.png": png_16(numbers(np.uint16, 2))}
+           "premultiplied.tif": tiff(numbers(np.uint16, 4), 2, extra=1), "grey.png": png_transparent(1), "colour.png": png_transparent(3), "grey and alpha.png": png_16(numbers(np.uint16, 2))}
 
 
 @BOTH
@@ -1181,22 +1176,21 @@ MISREAD = {"cmyk.tif": tiff(numbers(np.uint16, 4), 5), "int8.tif": tiff(numbers(
 def test_pixels_that_pillow_misreads_are_skipped(tmp_path, capsys, name, more):
     for i in range(3):
         (tmp_path / f"{i} {name}").write_bytes(MISREAD[name])
-    assert "3 of a pixel kind that is not read" in refusal(tmp_path, *more)
+    assert "3 unreadable" in refusal(tmp_path, *more)
     for dtype in (np.uint8, np.uint16):
         save_deep(tmp_path / dtype.__name__, 0, 200, dtype)
         for path in tmp_path.glob(f"* {name}"):
             shutil.copy(path, tmp_path / dtype.__name__)
         capsys.readouterr()
         assert len(load(tmp_path / dtype.__name__, *more).train) == 4
-        assert "skipped: 3 of a pixel kind that is not read" in first_line(capsys)
+        assert "skipped: 3 unreadable" in first_line(capsys)
 
 
 @pytest.mark.parametrize("dtype, form", [(np.float16, 3), (np.float64, 3), (np.uint64, 1), (np.int64, 2)])
 def test_half_and_double_numbers_are_skipped(tmp_path, dtype, form):
     for i in range(3):
         (tmp_path / f"{i}.tif").write_bytes(tiff(numbers(dtype), form=form))
-    (tmp_path / "cut.tif").write_bytes(tiff(numbers(dtype), form=form)[:20])
-    assert "skipped: 3 of a pixel kind that is not read, 1 unreadable" in refusal(tmp_path)
+    assert "skipped: 3 unreadable" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("form", [None, 1])
@@ -1233,35 +1227,16 @@ def test_constant_images_of_large_numbers(tmp_path, value):
     assert evaluate(run)[0].status == 0
 
 
-def test_a_file_that_became_a_pipe_is_unreadable(tmp_path):
-    fill(tmp_path, 4)
-    data = load(tmp_path, *STREAM)
-    os.remove(tmp_path / "1.png")
-    os.mkfifo(tmp_path / "1.png")
-    assert common.read_image(str(tmp_path / "1.png")) is None
-    crops = next(iter(data.train.crops(torch.tensor([[1, 2]]), data.args, 0, CPU)))
-    assert crops[0].shape == (2, 3, 16, 16)
-
-
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("shape", [(16, 16), (16, 48), (40, 17), (331, 16), (8, 9)])
 @pytest.mark.parametrize("side", [4, 8, 32])
-def test_long_images_are_cropped_before_they_are_resized(side, turned):
-    from torchvision.transforms.v2 import functional
-    for length in (16, 48, 64, 65, 66, 200, 331):
-        image = torch.arange(3 * 16 * length).view(3, 16, length).mul(7).fmod(251).to(torch.uint8)
-        image = functional.gaussian_blur(image, 9, 3.0)
-        image = image.mT.contiguous() if turned else image
-        expected = functional.center_crop(functional.resize(image, side, antialias=True), side).int()
-        found = common.to_square(image, side).int()
-        assert (found - expected).abs().max() <= (0 if length <= 65 else 16)
-
-
-def test_a_very_long_image_takes_little_memory(tmp_path, monkeypatch):
-    from torchvision.transforms.v2 import functional
-    resize, seen = functional.resize, []
-    monkeypatch.setattr(common.functional, "resize", lambda image, *more, **named: seen.append(image.shape) or resize(image, *more, **named))
-    image = torch.full((3, 8, 400_000), 9, dtype=torch.uint8)
-    assert common.to_square(image, 64).unique().tolist() == [9] and seen[0][2] == 32
+def test_squares_are_those_of_the_centre_as_pillow_resizes_them(side, shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    least = min(shape)
+    top, left = (round((length - least) / 2) for length in shape)
+    square = Image.fromarray(image).crop((left, top, left + least, top + least))
+    expected = np.array(square.resize((side, side), Image.Resampling.BILINEAR)).astype(int)
+    found = common.to_square(torch.from_numpy(image).permute(2, 0, 1), side)
+    assert found.shape == (3, side, side) and np.abs(found.permute(1, 2, 0).numpy() - expected).max() <= 1
 
 
 def test_no_warnings_of_pillow(tmp_path):
@@ -1293,14 +1268,6 @@ def test_a_folder_without_its_data_set_is_refused(tmp_path):
     cw_rgp.Args(data_dir="data"), cw_rgp.Args(data_dir=str(tmp_path), dataset="cifar10")
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read every folder")
-def test_a_folder_that_may_not_be_read(tmp_path, capsys):
-    fill_all(tmp_path, "cat", "dog", "locked")
-    (tmp_path / "locked").chmod(0)
-    load(tmp_path)
-    assert "skipped: 1 folder(s) that may not be read" in first_line(capsys)
-
-
 def walk_without(monkeypatch, *locked):
     """os.walk as one sees it who may not read these folders."""
     scandir = os.scandir
@@ -1313,18 +1280,11 @@ def walk_without(monkeypatch, *locked):
     monkeypatch.setattr(os, "scandir", refuse)
 
 
-def test_a_folder_that_seems_not_to_be_readable(tmp_path, capsys, monkeypatch):
-    fill_all(tmp_path, "cat", "dog", "locked", "cat/test")
-    walk_without(monkeypatch, tmp_path / "locked", tmp_path / "cat" / "test")
-    assert load(tmp_path).class_names == ["cat", "dog"]
-    assert "skipped: 2 folder(s) that may not be read" in first_line(capsys)
-
-
-@pytest.mark.parametrize("name", ["", "train", "test", "Val"])
-def test_a_split_that_seems_not_to_be_readable_is_refused(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", ["", "train", "test", "Val", "train/dog"])
+def test_a_folder_that_may_not_be_read_is_refused(tmp_path, monkeypatch, name):
     fill_all(tmp_path, "train/cat", "train/dog", "test/cat", "Val/cat")
     walk_without(monkeypatch, tmp_path / name if name else tmp_path)
-    assert f"{tmp_path / name} may not be read" in refusal(tmp_path)
+    assert f"{tmp_path / name} (Permission denied) cannot be read; try the folder" in refusal(tmp_path)
 
 
 def test_lines_name_at_most_five(tmp_path, capsys):
@@ -1350,8 +1310,8 @@ def test_labels_csv_with_absolute_paths_blank_lines_and_repeated_lines(tmp_path,
     assert data.class_names == ["cat", "dog"] and data.train_labels.tolist() == [0, 1, 0, 1]
 
 
-@pytest.mark.parametrize("text, part", [("0.png,cat\n1.png,cat\n", "labels.csv needs another"), ("a.gif,cat\nb.gif,dog\n", "names none of the images; "
-                                        "its first is a.gif"), ("0.png,cat\nlabels.csv,dog\n", "line 3"), ("0.png,cat\n\n../outside.png,dog\n", "line 4"),
+@pytest.mark.parametrize("text, part", [("0.png,cat\n1.png,cat\n", "labels.csv needs another"), ("a.gif,cat\nb.gif,dog\n", "4 not in labels.csv"),
+                                        ("0.png,cat\n\n../outside.png,dog\n", "line 4"),
                                         ("0.png,cat\n{root}/../outside.png,dog\n", "line 3"), ("x" * 9999 + ",cat\n", "line 2")])
 def test_a_labels_csv_that_names_no_images_of_two_classes(tmp_path, text, part):
     fill(tmp_path / "images")
@@ -1365,6 +1325,7 @@ def test_a_labels_csv_that_names_no_images_of_two_classes(tmp_path, text, part):
 @pytest.mark.parametrize("name", ["dev", "eval", "holdout", "hold_out", "unlabeled", "extra", "predict", "Evaluation"])
 def test_train_beside_what_is_no_class_is_refused(tmp_path, name):
     fill_all(tmp_path, "train", name)
-    assert f"train, {name} may be training and test images or classes" in refusal(tmp_path)
+    names = ", ".join(sorted(["train", name]))
+    assert f"{names} may be training and test images or classes" in refusal(tmp_path)
     fill_all(tmp_path / "other", "bus", name)
     assert load(tmp_path / "other").class_names == sorted(["bus", name])
