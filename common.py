@@ -43,22 +43,22 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1715  main               run train(); print an expected error as one line
+#   1699  main               run train(); print an expected error as one line
 #   1406  parse_args         Args from the command line
-#   1901  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1885  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
 #   1331  Command line: flags from Args, checks, and sizes to propose
-#   1611  Messages and errors
-#   1782  Several processes
-#   1949  Data sets by name
-#   2039  Folders of images
-#   2465  Streaming
-#   2582  Recipes of augmentation
-#   2656  ResNets, Vision Transformer, LARS, Muon
-#   2799  Run folder and signals
-#   2980  Resume
-#   3210  Files of a run
-#   3288  Trained weights
+#   1595  Messages and errors
+#   1766  Several processes
+#   1933  Data sets by name
+#   2023  Folders of images
+#   2449  Streaming
+#   2566  Recipes of augmentation
+#   2640  ResNets, Vision Transformer, LARS, Muon
+#   2783  Run folder and signals
+#   2964  Resume
+#   3194  Files of a run
+#   3272  Trained weights
 
 import argparse
 import collections
@@ -1372,15 +1372,16 @@ def flags_of(kind):
     for name, value in vars(kind).items():
         if not name.startswith("_") and not callable(value) and name not in kind.__annotations__:
             raise TypeError(f"{kind.__name__}.{name} needs a type, as in `{name}: int = ...`")
-    flags, hints = [], typing.get_type_hints(kind)  # not field.type, which may be text
+    metadata, flags = {}, []
+    for base in reversed(kind.__mro__):
+        for field in getattr(base, "__dataclass_fields__", {}).values():
+            metadata[field.name] = field.metadata or metadata.get(field.name)
+    hints = typing.get_type_hints(kind)  # not field.type, which may be text
     for field in dataclasses.fields(kind):
-        bases = [getattr(base, "__dataclass_fields__", {}) for base in kind.__mro__]
-        above = [fields[field.name].metadata for fields in bases if field.name in fields]
-        metadata = next(filter(None, above), None)
-        if metadata is not None:
+        if metadata[field.name]:
             type_ = hints[field.name]
             types = typing.get_args(type_) or (type_,)  # int | None -> (int, NoneType)
-            flags.append((field.name, types[0], field.default, metadata))
+            flags.append((field.name, types[0], field.default, metadata[field.name]))
     return flags
 
 
@@ -1391,24 +1392,22 @@ def option_of(name):
 
 def words_of(name, metadata):
     """The words that a flag may be, or None if it may be any."""
-    if name == "augment":
-        return sorted(RECIPES)
-    return metadata["choices"]
+    return sorted(RECIPES) if name == "augment" else metadata["choices"]
 
 
 def parser_of(name, type_, default, metadata):
     """The function that turns a flag's text or value into its type, or raises ArgumentTypeError."""
-    bounds = {key: metadata[key] for key in ("least", "most", "above", "below")}
-    example = metadata["example"] if metadata["example"] is not None else default
-    return number(type_, **bounds, example=example)
+    bounds = {key: metadata[key] for key in ("least", "most", "above", "below", "example")}
+    if bounds["example"] is None:
+        bounds["example"] = default
+    return number(type_, **bounds)
 
 
 def parse_args(kind, argv=None, description=None):
     """An Args of class `kind` from argv, a list of words. description: a docstring for --help.
     Raises UserError."""
-    first_line = (description or f"{kind.method}.").strip().splitlines()[0]  # -OO: no docstring
-    name = f"experiments.py {kind.method}/{kind.experiment}"
-    name = name if kind.experiment else f"{kind.method}.py"
+    name = f"experiments.py {run_name(vars(kind))}" if kind.experiment else f"{kind.method}.py"
+    first_line = (description or name).strip().splitlines()[0]  # -OO: no docstring
     parser = OneLineParser(prog=name, description=first_line, allow_abbrev=False)
     group = parser.add_argument_group(f"{kind.method}'s own")
     shared = {name for name, *_ in flags_of(Args)}
@@ -1422,10 +1421,8 @@ def parse_args(kind, argv=None, description=None):
         if default is not None:
             help += f" (default: {default})"
         words = words_of(name, metadata)
-        parse = parser_of(name, type_, default, metadata) if type_ in (int, float) else str
         metavar = None if words else {int: "N", float: "X", str: "NAME"}[type_]
-        group.add_argument(option, type=parse, choices=words, default=default, metavar=metavar,
-                           help=help)
+        group.add_argument(option, choices=words, default=default, metavar=metavar, help=help)
     return kind(**vars(parser.parse_args(argv)))
 
 
@@ -1435,7 +1432,6 @@ def check_values(args):
         value, option = getattr(args, name), option_of(name)
         if value is None and default is None:
             continue
-        words = words_of(name, metadata)
         if type_ in (int, float):
             try:
                 setattr(args, name, parser_of(name, type_, default, metadata)(value))
@@ -1444,11 +1440,12 @@ def check_values(args):
         elif type_ is bool:
             check(isinstance(value, bool), f"{option}: {value!r} is not True or False; try True")
         else:
-            text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
-            known = isinstance(text, str) and (words is None or text in words)
-            known = known and "\0" not in text and len(text) <= 1000
+            text, words = "\0", words_of(name, metadata)
+            if isinstance(value, (str, os.PathLike)):
+                text = str(os.fspath(value))  # numpy's text would not go into a checkpoint
+            known = text in words if words else "\0" not in text and len(text) <= 1000
             check(known, f"{option}: {value!r} is not known; try {default or 'a name'}")
-            setattr(args, name, str(text))  # numpy's text would not go into a checkpoint
+            setattr(args, name, text)
     check_backbone(args.backbone)
 
 
@@ -1458,10 +1455,8 @@ def check_args(args):
     check_values(args)
     for name, value in vars(args).items():
         known = name == "given" or name in args.__dataclass_fields__
-        check(known, f"Args has no {name!r}; see --help for its flags")
-        own = getattr(type(args), name, None)
-        check(name not in ("method", "experiment") or value == own,
-              f"Args({name}={value!r}) is no flag; try {own!r}")
+        own = name not in ("method", "experiment") or value == getattr(type(args), name)
+        check(known and own, f"Args({name}={value!r}) is no flag; try --help for the flags")
     check(args.dataset != "folder" or args.data_dir != "data" or os.path.isdir("data"),
           "--dataset folder needs --data-dir DIR, the folder of your images")
     check(args.dataset != "patterns" or args.data_dir == "data", "--data-dir "
@@ -1516,7 +1511,7 @@ if hasattr(os, "sysconf"):
 def rules_of(args):
     """The rules of sizes that hold for every method, then the method's own."""
     world = world_size()
-    images = vars(args).get("images") or (10_000 if args.dataset == "patterns" else 2**20)
+    images = getattr(args, "images", 10_000 if args.dataset == "patterns" else 2**20)
     side = args.image_size or 32
     need = 250 * side**2 * args.batch_size * args.views / world  # bytes, of `tiny`
     fits = need < MEMORY or (args.device != "cpu" and torch.cuda.is_available())
@@ -1534,31 +1529,15 @@ def check_rules(args):
     broken = [text for holds, text in rules_of(args) if not holds]
     if not broken:
         return
-    sizes = {name: default for name, type_, default, _ in flags_of(type(args)) if type_ is int}
+    sizes = {name: flag for name, type_, *flag in flags_of(type(args)) if type_ is int}
     now = as_flags({name: getattr(args, name) for name in mentioned(broken, sizes)})
-    message = f"{now}: {broken[0]}; try"
     found, remedy = sizes_that_fit(args, sizes), ""
     if found is None and world_size() > 1:
         world, os.environ["WORLD_SIZE"] = os.environ["WORLD_SIZE"], "1"  # for the rules
         found, remedy = sizes_that_fit(args, sizes), "--nproc_per_node=1 "
         os.environ["WORLD_SIZE"] = world
     remedy = "a folder with more images" if found is None else remedy + as_flags(found)
-    raise UserError(f"{message} {remedy}")
-
-
-def sizes_that_fit(args, sizes):
-    """{name: value} of the sizes that have to change, or None. sizes: {name: default}."""
-    rules, trial, start = rules_of(args), copy.copy(args), {}
-    broken = [text for holds, text in rules if not holds]
-    names = mentioned(broken + [text for _, text in rules], sizes)
-    for halvings in range(13):
-        found = nearest_changes(trial, names, sizes)
-        if found is not None:
-            return {**start, **found}
-        # More than two have to change: let it be all, to the defaults or less.
-        start = {name: max(min(3, sizes[name]), sizes[name] >> halvings) for name in names}
-        vars(trial).update(start)
-    return None
+    raise UserError(f"{now}: {broken[0]}; try {remedy}")
 
 
 def mentioned(texts, sizes):
@@ -1572,40 +1551,45 @@ def as_flags(sizes):
     return " ".join(f"{option_of(name)} {value}" for name, value in sizes.items())
 
 
-def nearest_changes(args, names, sizes):
-    """New values for at most two of the sizes `names` with which every rule holds, or None.
+def sizes_that_fit(args, sizes):
+    """{name: value} of the sizes to change, or None. sizes: {name: (default, metadata)}.
 
-    Sizes that are at their defaults, `sizes`, go first: the user asked for the others."""
-    free = [name for name in names if getattr(args, name) == sizes[name]]
-    columns, trial = {name: candidates(args, name, names) for name in names}, copy.copy(args)
-
-    def distance(change):
-        return sum(abs(math.log(v / max(1, getattr(args, n)))) for n, v in change)
-
-    for pool in (free, free + [name for name in names if name not in free]):
-        for count, length in ((0, 0), (1, None), (2, 40)):  # so that the search does not take long
+    At most two change if that is enough, those at their defaults first: the user asked for the
+    others. Otherwise all may: they start at their defaults, then at a half, a quarter ..."""
+    rules = sorted(rules_of(args), key=lambda rule: rule[0])  # the broken ones first
+    names, trial = mentioned([text for _, text in rules], sizes), copy.copy(args)
+    now = {name: getattr(args, name) for name in names}
+    for halvings in range(13):
+        columns = {name: candidates(now, name, sizes[name][1]) for name in names}
+        default = [name for name in names if now[name] == sizes[name][0]]
+        for pool, count in itertools.product((default, names), range(3)):
             for chosen in itertools.combinations(pool, count):
-                values = itertools.product(*(columns[n][:length] for n in chosen))
-                for change in sorted((tuple(zip(chosen, v)) for v in values), key=distance):
-                    vars(trial).update(change)
+                near = [columns[name][: 40 if count == 2 else None] for name in chosen]
+                for change in sorted(itertools.product(*near), key=total_distance):
+                    values = {**now, **{name: value for name, (_, value) in zip(chosen, change)}}
+                    vars(trial).update(values)
                     if all(holds for holds, _ in rules_of(trial)):
-                        return dict(change)
-                vars(trial).update({n: getattr(args, n) for n in chosen})
+                        return {n: v for n, v in values.items() if v != getattr(args, n)}
+        now = {name: max(min(3, sizes[name][0]), sizes[name][0] >> halvings) for name in names}
     return None
 
 
-def candidates(args, name, names):
-    """Whole numbers that may suit flag `name`, the nearest first: powers of two, and divisors and
-    near multiples of the other sizes and of the number of processes."""
-    now = max(1, getattr(args, name))
+def total_distance(change):
+    """The sum of the distances of candidates."""
+    return sum(distance for distance, _ in change)
+
+
+def candidates(sizes, name, metadata):
+    """Whole numbers that may suit a flag, as [(distance, value)], the nearest first: powers of two,
+    and divisors and near multiples of the other sizes and of the number of processes."""
+    now = max(1, sizes[name])
     found = {2**k for k in range(31)}
-    for n in {world_size(), *(max(1, getattr(args, other)) for other in names if other != name)}:
+    for n in {world_size(), *(max(1, sizes[other]) for other in sizes if other != name)}:
         small = [d for d in range(1, min(math.isqrt(n), 10_000) + 1) if n % d == 0]
         found.update(small, (n // d for d in small))
         found.update(n * q for q in range(max(1, now // n - 2), now // n + 4))
-    bounds = next(metadata for flag, *_, metadata in flags_of(type(args)) if flag == name)
-    fits = [v for v in found - {now} if bounds["least"] <= v <= (bounds["most"] or v)]
-    return sorted(fits, key=lambda v: abs(math.log(v / now)))
+    fits = [v for v in found - {now} if metadata["least"] <= v <= (metadata["most"] or v)]
+    return sorted((abs(math.log(v / now)), v) for v in fits)
 
 
 # ==== Messages and errors ====

@@ -850,7 +850,7 @@ def test_args_of_another_method_are_one_line_before_the_folder_is_taken(images, 
     assert not out.exists()
 
 
-@pytest.mark.parametrize("name, value, words", [("lr", -1.0, "--lr"), ("batch_size", 3, "--bn-splits"), ("epoch", 5, "Args has no 'epoch'"),
+@pytest.mark.parametrize("name, value, words", [("lr", -1.0, "--lr"), ("batch_size", 3, "--bn-splits"), ("epoch", 5, "Args.epoch=5. is no flag"),
                                                 ("method", "simclr", "is no flag"), ("out", "a\0b", "--out")])
 def test_args_that_a_program_changed_are_checked_again(images, tmp_path, name, value, words):  # noqa: F811
     import moco
