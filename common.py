@@ -11,54 +11,54 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #
 # Part I, what a method file calls:
 #
-#    121  flag               a field of Args: default, help, bounds
-#    131  Args               the flags that all nine methods share
-#    209  world_size         the number of processes (MoCo)
-#    214  rank               this process's number among them (MoCo)
-#    223  gives_back         signal handlers, lock and processes, when train() ends
-#    249  set_up             device, precision, other processes
-#    290  load_data          read or draw the data set: Data
-#    538  build_backbone     the network whose output is H
-#    585  build_optimizer    Adam, SGD, LARS or Muon
-#    624  Run                the run's folder, checkpoints, log and checks
-#    857  distribute         the model for several processes, or compiled
-#    647  Run.resume         the step to start from, usually 0
-#    359  Data.batches       the batches of an epoch, uint8
-#    869  step_seed          the seed of a step's random draws
-#    374  Data.augment       the random views of a batch
-#   1132  learning_rate      the schedule's factor at a step
-#    660  Run.guard          a failed decomposition becomes a clear error
-#   1148  gather             embeddings of all processes, with gradient
-#    664  Run.watch          note whether loss and gradients are finite
-#    671  Run.progress       stop if they were not; show the status line
-#    682  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    690  Run.mean_loss      the mean loss of the epoch
-#   1158  extract            H of a set of images
-#   1180  project            Z of H
-#   1191  collapse_metrics   how much of its space a set of embeddings fills
-#   1262  knn_accuracy       accuracy of a vote among the nearest training images
-#    699  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    740  Run.save_backbone  write backbone.pt
-#    748  Run.close          print the scores
+#    120  flag               a field of Args: default, help, bounds
+#    130  Args               the flags that all nine methods share
+#    208  world_size         the number of processes (MoCo)
+#    213  rank               this process's number among them (MoCo)
+#    222  gives_back         signal handlers, lock and processes, when train() ends
+#    248  set_up             device, precision, other processes
+#    289  load_data          read or draw the data set: Data
+#    537  build_backbone     the network whose output is H
+#    584  build_optimizer    Adam, SGD, LARS or Muon
+#    623  Run                the run's folder, checkpoints, log and checks
+#    856  distribute         the model for several processes, or compiled
+#    646  Run.resume         the step to start from, usually 0
+#    358  Data.batches       the batches of an epoch, uint8
+#    868  step_seed          the seed of a step's random draws
+#    373  Data.augment       the random views of a batch
+#   1131  learning_rate      the schedule's factor at a step
+#    659  Run.guard          a failed decomposition becomes a clear error
+#   1147  gather             embeddings of all processes, with gradient
+#    663  Run.watch          note whether loss and gradients are finite
+#    670  Run.progress       stop if they were not; show the status line
+#    681  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    689  Run.mean_loss      the mean loss of the epoch
+#   1161  extract            H of a set of images
+#   1183  project            Z of H
+#   1194  collapse_metrics   how much of its space a set of embeddings fills
+#   1265  knn_accuracy       accuracy of a vote among the nearest training images
+#    698  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    739  Run.save_backbone  write backbone.pt
+#    747  Run.close          print the scores
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1699  main               run train(); print an expected error as one line
-#   1406  parse_args         Args from the command line
-#   1885  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1698  main               run train(); print an expected error as one line
+#   1409  parse_args         Args from the command line
+#   1869  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1331  Command line: flags from Args, checks, and sizes to propose
-#   1595  Messages and errors
-#   1766  Several processes
-#   1933  Data sets by name
-#   2023  Folders of images
-#   2449  Streaming
-#   2566  Recipes of augmentation
-#   2640  ResNets, Vision Transformer, LARS, Muon
-#   2783  Run folder and signals
-#   2964  Resume
-#   3194  Files of a run
-#   3272  Trained weights
+#   1334  Command line: flags from Args, checks, and sizes to propose
+#   1598  Messages and errors
+#   1765  Several processes
+#   1917  Data sets by name
+#   2007  Folders of images
+#   2433  Streaming
+#   2550  Recipes of augmentation
+#   2624  ResNets, Vision Transformer, LARS, Muon
+#   2767  Run folder and signals
+#   2935  Resume
+#   3165  Files of a run
+#   3243  Trained weights
 
 import argparse
 import collections
@@ -67,7 +67,6 @@ import copy
 import csv
 import dataclasses
 import datetime
-import errno
 import functools
 import hashlib
 import http.client
@@ -1148,7 +1147,11 @@ def learning_rate(args, step, total_steps, steps_per_epoch):
 def gather(z):
     """[n, d] of this process -> [N, d] of the global batch, with gradient, float32 or better."""
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    return GatherRows.apply(z) if dist.is_initialized() else z
+    if not dist.is_initialized():
+        return z
+    parts = [torch.zeros_like(z) for _ in range(world_size())]
+    parts[rank()] = z
+    return SumOverRanks.apply(torch.cat(parts))
 
 
 # ==== Measuring ====
@@ -1653,15 +1656,10 @@ def to_nowhere(number_):
         os.close(nowhere)
 
 
-def in_notebook():
-    """True in a cell of a notebook, which goes back at \\r but erases nothing."""
-    return type(sys.stdout).__module__.startswith("ipykernel")
-
-
 class StatusLine:
     """How far something is: a line that moves (in a log: one every 30 seconds)."""
 
-    seconds, last, visible = 30, time.monotonic(), False
+    seconds, last, width = 30, time.monotonic(), 0  # width: 0 if the line does not show
 
     def overdue(self):
         """True if nothing was printed for 30 seconds."""
@@ -1669,19 +1667,20 @@ class StatusLine:
 
     def show(self, text):
         """Show a text in the status line, in a log at most every 30 seconds."""
+        notebook = type(sys.stdout).__module__.startswith("ipykernel")
         with contextlib.suppress(AttributeError, ValueError):  # no terminal, but closed or a Tee
-            if rank() == 0 and (in_notebook() or sys.stdout.isatty()):
-                text = text[:79 if in_notebook() else shutil.get_terminal_size().columns - 1]
-                write_words(sys.stdout, f"\r{text:79}" if in_notebook() else f"\r{text}\033[K")
-                self.visible, self.last = True, time.monotonic()
+            if rank() == 0 and (notebook or sys.stdout.isatty()):
+                self.width = width = min(shutil.get_terminal_size().columns, 80) - 1
+                write_words(sys.stdout, f"\r{text[:width]:{width}}")
+                self.last = time.monotonic()
         if self.overdue():
             say(text)
 
     def clear(self):
         """Make room for other words."""
-        if self.visible:
-            write_words(sys.stdout, f"\r{'':79}\r" if in_notebook() else "\r\033[K")
-        self.visible, self.last = False, time.monotonic()
+        if self.width:
+            write_words(sys.stdout, f"\r{'':{self.width}}\r")
+        self.width, self.last = 0, time.monotonic()
 
 
 STATUS = StatusLine()
@@ -1845,26 +1844,11 @@ def join_processes(device):
                             store=store, rank=rank(), world_size=world_size(), timeout=timeout)
 
 
-class GatherRows(torch.autograd.Function):
-    """[n, d] on each of W processes -> [W n, d] on all of them, rows in the order of the ranks.
-
-    All compute the same loss from these rows. Backward adds up the W equal gradients, and
-    DistributedDataParallel averages those of the weights: sum / W is the gradient of one loss."""
-
-    @staticmethod
-    def forward(ctx, z):
-        z = z.contiguous()
-        parts = [torch.empty_like(z) for _ in range(world_size())]
-        dist.all_gather(parts, z)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return all_reduced(gradient).chunk(world_size())[rank()]
-
-
 class SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over the processes. Its gradient is the sum of their gradients."""
+    """The sum of a tensor over the W processes. Its gradient is the sum of their gradients.
+
+    All compute the same loss, so that is W times the gradient of one. DistributedDataParallel
+    divides by W: it averages the gradients of the weights."""
 
     @staticmethod
     def forward(ctx, x):
@@ -2800,7 +2784,6 @@ class StopSignals:
     def __init__(self, args, device):
         self.args, self.device = args, device
         self.number = 0  # of the signal that came
-        self.first = None  # when SIGTERM first came
         self.before = {}  # signal -> its handler before this run
         at_end(self.give_back)
         if threading.current_thread() is not threading.main_thread():
@@ -2813,17 +2796,10 @@ class StopSignals:
                 signal.signal(number_, self.note)
 
     def note(self, number_, _frame):
-        """Called by Python when a signal comes."""
+        """Called by Python when a signal comes. A second Ctrl-C ends at once."""
         self.number = number_
-        if world_size() > 1:
-            return  # torchrun itself repeats the signal, and kills after 30 seconds
-        if number_ == signal.SIGTERM:  # schedulers repeat it
-            self.first = self.first or time.monotonic()
-            if time.monotonic() - self.first < 2:
-                return
-        signal.signal(number_, self.before[number_])  # a second one ends at once
-        if number_ == signal.SIGTERM:
-            signal.raise_signal(number_)
+        if number_ == signal.SIGINT and world_size() == 1:  # torchrun itself repeats it
+            signal.signal(number_, self.before[number_])
 
     def came(self, step):
         """True after a signal; under torchrun all agree every --log-every steps."""
@@ -2904,11 +2880,6 @@ def holds_run(folder, *more):
 
 def lock_folder(folder):
     """A folder's lock file, locked until it is closed; None if another process has locked it."""
-    for name in ("lock", "last.pt", "last.pt.tmp", "previous.pt", "backbone.pt"):
-        path = os.path.join(folder, name)
-        usual = os.path.isfile(path) or not os.path.lexists(path)
-        check(usual or pathlib.Path(path).is_char_device(), f"{path} is no file or "
-              "cannot be reached; try another --out")
     try:
         os.makedirs(folder, exist_ok=True)
         file = open(os.path.join(folder, "lock"), "w")
@@ -2924,9 +2895,9 @@ def lock_folder(folder):
             import fcntl
 
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (PermissionError, BlockingIOError):
+        return None
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            return None
         warn(f"{folder} cannot be locked ({error.strerror}): start no second run in it")
     return file
 
@@ -2956,9 +2927,9 @@ def identical_images(data, step):
     epoch, number = divmod(step, data.steps_per_epoch)
     order = np.random.default_rng((data.args.seed, 1, epoch)).permutation(len(data.train))
     rows = torch.from_numpy(order).split(data.args.batch_size)[number]  # as in Data.batches
-    parts = data.eval_views(data.train, rows, 100)
-    counts = collections.Counter(x.numpy().tobytes() for part in parts for x in part.cpu())
-    return sum(count for count in counts.values() if count > 1)
+    views = torch.cat([part.flatten(1) for part in data.eval_views(data.train, rows, 100)])
+    counts = views.unique(dim=0, return_counts=True)[1]
+    return int(counts[counts > 1].sum())
 
 
 # ==== Resume ====
