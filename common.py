@@ -43,22 +43,22 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1698  main               run train(); print an expected error as one line
+#   1700  main               run train(); print an expected error as one line
 #   1409  parse_args         Args from the command line
-#   1869  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1871  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
 #   1334  Command line: flags from Args, checks, and sizes to propose
-#   1598  Messages and errors
-#   1765  Several processes
-#   1917  Data sets by name
-#   2007  Folders of images
-#   2433  Streaming
-#   2550  Recipes of augmentation
-#   2624  ResNets, Vision Transformer, LARS, Muon
-#   2767  Run folder and signals
-#   2934  Resume
-#   3055  Files of a run
-#   3133  Trained weights
+#   1600  Messages and errors
+#   1767  Several processes
+#   1919  Data sets by name
+#   2009  Folders of images
+#   2435  Streaming
+#   2552  Recipes of augmentation
+#   2626  ResNets, Vision Transformer, LARS, Muon
+#   2769  Run folder and signals
+#   2936  Resume
+#   3058  Files of a run
+#   3136  Trained weights
 
 import argparse
 import collections
@@ -1409,7 +1409,9 @@ def parser_of(name, type_, default, metadata):
 def parse_args(kind, argv=None, description=None):
     """An Args of class `kind` from argv, a list of words. description: a docstring for --help.
     Raises UserError."""
-    name = f"experiments.py {run_name(vars(kind))}" if kind.experiment else f"{kind.method}.py"
+    name = f"{kind.method}.py"
+    if kind.experiment:
+        name = f"experiments.py {kind.method}/{kind.experiment}"
     first_line = (description or name).strip().splitlines()[0]  # -OO: no docstring
     parser = OneLineParser(prog=name, description=first_line, allow_abbrev=False)
     group = parser.add_argument_group(f"{kind.method}'s own")
@@ -3030,7 +3032,7 @@ def save_checkpoint(path, checkpoint, keep_as=None):
     buffer = io.BytesIO()
     torch.save({"format": CHECKPOINT_FORMAT, **checkpoint}, buffer)
     content = buffer.getvalue()
-    write_file(path, content + hashlib.sha256(content).digest(), keep_as)
+    write_file(path, content + hashlib.sha256(content).digest(), keep_as=keep_as)
 
 
 def load_checkpoint(path):
