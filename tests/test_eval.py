@@ -490,7 +490,7 @@ def test_bad_flags(trained, argv, words, tmp_path, monkeypatch):
     ("zero bytes", "not a checkpoint"),
     ("other dict", "not a checkpoint"), ("flipped bit", "damaged"), ("unknown method", "unknown method"),
     ("path as method", "unknown method"),
-    ("flag missing", "'w_size'"), ("other weights", "does not fit cw_rgp.py"), ("not finite", "not finite")])
+    ("flag missing", "'proj_hidden'"), ("other weights", "does not fit cw_rgp.py"), ("not finite", "not finite")])
 def test_bad_checkpoints(trained, tmp_path, kind, words):
     path, whole = tmp_path / "last.pt", (trained / "last.pt").read_bytes()
     flags = torch.load(trained / "last.pt", weights_only=True)["args"]
@@ -509,7 +509,7 @@ def test_bad_checkpoints(trained, tmp_path, kind, words):
     elif kind != "missing":
         changed(trained, path, **{
             "unknown method": {"args": {**flags, "method": "dino"}}, "path as method": {"args": {**flags, "method": "../common"}},
-            "flag missing": {"args": {name: value for name, value in flags.items() if name != "w_size"}},
+            "flag missing": {"args": {name: value for name, value in flags.items() if name != "proj_hidden"}},
             "other weights": {"model": nn.Linear(2, 2).state_dict()}}[kind])
     result = run_here("eval", [*QUICK, path])
     assert is_one_line_error(result) and words in result.err
