@@ -43,22 +43,22 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1700  main               run train(); print an expected error as one line
+#   1695  main               run train(); print an expected error as one line
 #   1409  parse_args         Args from the command line
-#   1871  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1869  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
 #   1334  Command line: flags from Args, checks, and sizes to propose
-#   1600  Messages and errors
-#   1767  Several processes
-#   1919  Data sets by name
-#   2009  Folders of images
-#   2435  Streaming
-#   2552  Recipes of augmentation
-#   2626  ResNets, Vision Transformer, LARS, Muon
-#   2769  Run folder and signals
-#   2936  Resume
-#   3058  Files of a run
-#   3136  Trained weights
+#   1595  Messages and errors
+#   1765  Several processes
+#   1917  Data sets by name
+#   2007  Folders of images
+#   2433  Streaming
+#   2550  Recipes of augmentation
+#   2624  ResNets, Vision Transformer, LARS, Muon
+#   2767  Run folder and signals
+#   2934  Resume
+#   3051  Files of a run
+#   3129  Trained weights
 
 import argparse
 import collections
@@ -1570,18 +1570,13 @@ def sizes_that_fit(args, sizes):
         for pool, count in itertools.product((default, names), range(3)):
             for chosen in itertools.combinations(pool, count):
                 near = [columns[name][: 40 if count == 2 else None] for name in chosen]
-                for change in sorted(itertools.product(*near), key=total_distance):
+                for change in sorted(itertools.product(*near), key=lambda c: sum(d for d, _ in c)):
                     values = {**now, **{name: value for name, (_, value) in zip(chosen, change)}}
                     vars(trial).update(values)
                     if all(holds for holds, _ in rules_of(trial)):
                         return {n: v for n, v in values.items() if v != getattr(args, n)}
         now = {name: max(min(3, sizes[name][0]), sizes[name][0] >> halvings) for name in names}
     return None
-
-
-def total_distance(change):
-    """The sum of the distances of candidates."""
-    return sum(distance for distance, _ in change)
 
 
 def candidates(sizes, name, metadata):
@@ -1735,31 +1730,34 @@ def main(function, parse):
     sys.exit(status)
 
 
+# Errors of the system that are not bugs: what their type or text has, and a line about it.
+EXPLANATIONS = {
+    "OutOfMemoryError|CUDA error: out of memory":
+        "out of GPU memory; try a smaller --batch-size or --precision bf16, or --stream if the "
+        "images of a folder fill it",
+    "MemoryError|can't allocate|not enough memory":
+        "out of memory; try a smaller --batch-size, --image-size, --views or --proj-dim",
+    "Too many open files|ancdata|temporarily unavailable":
+        "too few file descriptors or processes; try `ulimit -n 4096`, or fewer --num-workers",
+    "shared memory|</torch_|No space left":
+        "/dev/shm is too small; try docker --shm-size=8g, or --num-workers 0, and --resume",
+    ": DataLoader worker":
+        "a loader process died, perhaps for lack of (shared) memory; try a smaller --num-workers "
+        "or --batch-size, and go on with --resume",
+}
+
+
 def explanation(error):
-    """One line about an error of the system that is not a bug, else an empty string."""
-    words = " ".join(str(error).split())
-
-    def mentions(*parts):
-        return any(part in words for part in parts)
-
-    if isinstance(error, torch.cuda.OutOfMemoryError) or mentions("CUDA error: out of memory"):
-        return ("out of GPU memory; try a smaller --batch-size or --precision bf16, "
-                "or --stream if the images of a folder fill it")
-    if isinstance(error, MemoryError) or mentions("can't allocate", "not enough memory"):
-        return "out of memory; try a smaller --batch-size, --image-size, --views or --proj-dim"
-    if mentions("Too many open files", "ancdata", "temporarily unavailable"):
-        return "too few file descriptors or processes; try `ulimit -n 4096`, or fewer --num-workers"
-    if mentions("shared memory", "</torch_", "No space left"):
-        return "/dev/shm is too small; try docker --shm-size=8g, or --num-workers 0, and --resume"
-    lost = mentions("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL")
+    """One line about an error of the system, or an empty string if it may be a bug."""
+    words = f"{type(error).__module__}.{type(error).__name__}: {' '.join(str(error).split())}"
+    for pattern, line in EXPLANATIONS.items():
+        if re.search(pattern, words):
+            return line
+    lost = re.search("Connection closed|Connection reset|Broken pipe|gloo|NCCL", words)
     if world_size() > 1 and lost:
         return (f"process {rank()} lost another process, whose own message says why; "
                 "go on with --resume")
-    if words.startswith("DataLoader worker"):
-        return ("a loader process died, perhaps for lack of (shared) memory; "
-                "try a smaller --num-workers or --batch-size, and go on with --resume")
-    compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
-    if compiler or mentions("torch.compile"):
+    if re.search(r"^torch\._(dynamo|inductor)|torch\.compile", words):
         return f"--compile does not work here ({words[:120]}); try it without --compile"
     return ""
 
@@ -2959,21 +2957,16 @@ def check_same_run(run, checkpoint):
         check(value == now[name], f"--resume: {flag} was {value} and is now {now[name]}; "
               f"try {remedy}, or another --out")
     held, holds = checkpoint["data"], run.data.fingerprint
-    same = same_statistics(checkpoint["data_statistics"], run.data.statistics)
+    old, new = checkpoint["data_statistics"], run.data.statistics
+    same = all(old[name] == new[name] for name in ("scale", "class_names"))
+    same &= np.allclose(old["mean"] + old["std"], new["mean"] + new["std"], rtol=1e-3)  # rounding
     check(same and held == holds, f"--resume: --data-dir holds other images than before ({holds}, "
           f"then {held}); restore them, or try another --out")
     check(checkpoint["step"] <= run.total_steps, f"--resume: --epochs {now['epochs']} is fewer "
           f"than already trained; try --epochs {before['epochs']}")
 
 
-def same_statistics(before, now):
-    """Whether colours, scale and classes are those of a checkpoint, but for rounding."""
-    names = "mean", "std", "scale", "class_names"
-    old, new = ([x for name in names for x in s[name] or []] for s in (before, now))
-    with contextlib.suppress(TypeError, ValueError):  # of a text, or of another length
-        pairs = list(zip(old, new, strict=True))
-        return all(x == y or math.isclose(x, y, rel_tol=1e-3) for x, y in pairs)
-    return False
+
 
 
 def restore(run, checkpoint):
