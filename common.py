@@ -11,54 +11,54 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #
 # Part I, what a method file calls:
 #
-#    120  flag               a field of Args: default, help, bounds
-#    130  Args               the flags that all nine methods share
-#    208  world_size         the number of processes (MoCo)
-#    213  rank               this process's number among them (MoCo)
-#    222  gives_back         signal handlers, lock and processes, when train() ends
-#    248  set_up             device, precision, other processes
-#    289  load_data          read or draw the data set: Data
-#    537  build_backbone     the network whose output is H
-#    584  build_optimizer    Adam, SGD, LARS or Muon
-#    623  Run                the run's folder, checkpoints, log and checks
-#    856  distribute         the model for several processes, or compiled
-#    646  Run.resume         the step to start from, usually 0
-#    358  Data.batches       the batches of an epoch, uint8
-#    868  step_seed          the seed of a step's random draws
-#    373  Data.augment       the random views of a batch
-#   1131  learning_rate      the schedule's factor at a step
-#    661  Run.guard          a failed decomposition becomes a clear error
-#   1147  gather             embeddings of all processes, with gradient
-#    665  Run.watch          note whether loss and gradients are finite
-#    672  Run.progress       stop if they were not; show the status line
-#    683  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    691  Run.mean_loss      the mean loss of the epoch
-#   1161  extract            H of a set of images
-#   1183  project            Z of H
-#   1194  collapse_metrics   how much of its space a set of embeddings fills
-#   1265  knn_accuracy       accuracy of a vote among the nearest training images
-#    700  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    739  Run.save_backbone  write backbone.pt
-#    747  Run.close          print the scores
+#    118  flag               a field of Args: default, help, bounds
+#    128  Args               the flags that all nine methods share
+#    206  world_size         the number of processes (MoCo)
+#    211  rank               this process's number among them (MoCo)
+#    220  gives_back         signal handlers, lock and processes, when train() ends
+#    246  set_up             device, precision, other processes
+#    287  load_data          read or draw the data set: Data
+#    535  build_backbone     the network whose output is H
+#    582  build_optimizer    Adam, SGD, LARS or Muon
+#    621  Run                the run's folder, checkpoints, log and checks
+#    854  distribute         the model for several processes, or compiled
+#    644  Run.resume         the step to start from, usually 0
+#    356  Data.batches       the batches of an epoch, uint8
+#    866  step_seed          the seed of a step's random draws
+#    371  Data.augment       the random views of a batch
+#   1129  learning_rate      the schedule's factor at a step
+#    659  Run.guard          a failed decomposition becomes a clear error
+#   1145  gather             embeddings of all processes, with gradient
+#    663  Run.watch          note whether loss and gradients are finite
+#    670  Run.progress       stop if they were not; show the status line
+#    681  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    689  Run.mean_loss      the mean loss of the epoch
+#   1159  extract            H of a set of images
+#   1181  project            Z of H
+#   1192  collapse_metrics   how much of its space a set of embeddings fills
+#   1263  knn_accuracy       accuracy of a vote among the nearest training images
+#    698  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    737  Run.save_backbone  write backbone.pt
+#    745  Run.close          print the scores
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1695  main               run train(); print an expected error as one line
-#   1409  parse_args         Args from the command line
-#   1869  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1691  main               run train(); print an expected error as one line
+#   1407  parse_args         Args from the command line
+#   1865  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1334  Command line: flags from Args, checks, and sizes to propose
-#   1595  Messages and errors
-#   1765  Several processes
-#   1917  Data sets by name
-#   2007  Folders of images
-#   2433  Streaming
-#   2550  Recipes of augmentation
-#   2624  ResNets, Vision Transformer, LARS, Muon
-#   2767  Run folder and signals
-#   2934  Resume
-#   3051  Files of a run
-#   3129  Trained weights
+#   1332  Command line: flags from Args, checks, and sizes to propose
+#   1591  Messages and errors
+#   1761  Several processes
+#   1912  Data sets by name
+#   2002  Folders of images
+#   2428  Streaming
+#   2545  Recipes of augmentation
+#   2619  ResNets, Vision Transformer, LARS, Muon
+#   2762  Run folder and signals
+#   2929  Resume
+#   3046  Files of a run
+#   3124  Trained weights
 
 import argparse
 import collections
@@ -70,14 +70,12 @@ import datetime
 import functools
 import hashlib
 import http.client
-import inspect
 import io
 import itertools
 import json
 import math
 import multiprocessing.pool
 import os
-import pathlib
 import platform
 import re
 import shutil
@@ -1481,12 +1479,10 @@ def check_kind(args, kind):
 
 
 def check_model(args, model):
-    """Raise UserError unless the model is of args' method and experiment."""
-    files = [sys.modules.get(base.__module__) for base in type(model).__mro__]
-    kinds = tuple(file.Args for file in files if hasattr(file, "Args"))
-    same = getattr(model, "experiment", "") == args.experiment  # set by tests/experiments.py
-    check(same and (not kinds or isinstance(args, kinds)), f"these Args are for "
-          f"{run_name(vars(args))}, the model is not; try Args and train of the same file")
+    """Raise UserError unless the model is of args' experiment."""
+    found = getattr(model, "experiment", "")  # set by tests/experiments.py
+    check(found == args.experiment, f"these Args are for {run_name(vars(args))}, the model is not; "
+          "try Args and build of the same experiment")
 
 
 def completed(args, device):
@@ -1908,10 +1904,9 @@ def synchronise_batch_norm(model):
 
 def data_parallel(model):
     """The model in DistributedDataParallel, without its broadcast of the (equal) buffers."""
-    ddp, flag = nn.parallel.DistributedDataParallel, "forward_sync_buffers"
-    if flag not in inspect.signature(ddp.__init__).parameters:
-        flag = "broadcast_buffers"  # its name before torch 2.14
-    return ddp(model, **{flag: False})
+    model = nn.parallel.DistributedDataParallel(model)
+    model.broadcast_buffers = False
+    return model
 
 
 # ==== Data sets by name ====
@@ -2773,8 +2768,8 @@ FREE_ON_RESUME = {"epochs", "out", "resume", "device", "num_workers", "log_every
                   "compile", "data_dir", "given", "init"}
 
 
-STOP_SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"  # of clusters
-STOP_SIGNALS = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
+STOP_SIGNALS = [number_ for number_ in signal.Signals if number_.name in
+                ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")]  # of clusters
 
 
 class StopSignals:
@@ -2991,9 +2986,9 @@ def restore(run, checkpoint):
     run.clock.epoch_before = checkpoint["epoch_seconds"]
     if rank() == 0:
         write_metrics(run.folder, run.rows)  # without rows after the checkpoint or a torn line
-    before, now = checkpoint["args"]["epochs"], run.args.epochs
-    longer = f"; {before} epochs before, {now} now, so the schedule is different"
-    longer = longer if before != now else ""
+    before, now, longer = checkpoint["args"]["epochs"], run.args.epochs, ""
+    if before != now:
+        longer = f"; {before} epochs before, {now} now, so the schedule is different"
     step = checkpoint["step"]
     say(f"going on with {run.folder} after step {step} of {run.total_steps}{longer}")
     return step

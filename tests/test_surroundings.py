@@ -843,8 +843,6 @@ def test_args_of_another_method_are_one_line_before_the_folder_is_taken(images, 
             simclr.train(given)
     with pytest.raises(common.UserError, match="needs an Args of simclr, not of moco"):
         simclr.train(args=args)
-    with pytest.raises(common.UserError, match="Args are for simclr, the model is not"):
-        simclr.train(simclr.Args(**shared), build=lambda _: moco.build(args))
     for name in ("method", "experiment"):
         with pytest.raises(common.UserError, match=f"Args.{name}='foo'. is no flag"):
             args_of(images, out, **{name: "foo"})
