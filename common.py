@@ -11,54 +11,54 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #
 # Part I, what a method file calls:
 #
-#    118  flag               a field of Args: default, help, bounds
-#    128  Args               the flags that all nine methods share
-#    206  world_size         the number of processes (MoCo)
-#    211  rank               this process's number among them (MoCo)
-#    220  gives_back         signal handlers, lock and processes, when train() ends
-#    246  set_up             device, precision, other processes
-#    287  load_data          read or draw the data set: Data
-#    535  build_backbone     the network whose output is H
-#    582  build_optimizer    Adam, SGD, LARS or Muon
-#    621  Run                the run's folder, checkpoints, log and checks
-#    854  distribute         the model for several processes, or compiled
-#    644  Run.resume         the step to start from, usually 0
-#    356  Data.batches       the batches of an epoch, uint8
-#    866  step_seed          the seed of a step's random draws
-#    371  Data.augment       the random views of a batch
-#   1129  learning_rate      the schedule's factor at a step
-#    659  Run.guard          a failed decomposition becomes a clear error
-#   1145  gather             embeddings of all processes, with gradient
-#    663  Run.watch          note whether loss and gradients are finite
-#    670  Run.progress       stop if they were not; show the status line
-#    681  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    689  Run.mean_loss      the mean loss of the epoch
-#   1159  extract            H of a set of images
-#   1181  project            Z of H
-#   1192  collapse_metrics   how much of its space a set of embeddings fills
-#   1263  knn_accuracy       accuracy of a vote among the nearest training images
-#    698  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    737  Run.save_backbone  write backbone.pt
-#    745  Run.close          print the scores
+#    119  flag               a field of Args: default, help, bounds
+#    129  Args               the flags that all nine methods share
+#    207  world_size         the number of processes (MoCo)
+#    212  rank               this process's number among them (MoCo)
+#    221  gives_back         signal handlers, lock and processes, when train() ends
+#    247  set_up             device, precision, other processes
+#    288  load_data          read or draw the data set: Data
+#    536  build_backbone     the network whose output is H
+#    583  build_optimizer    Adam, SGD, LARS or Muon
+#    622  Run                the run's folder, checkpoints, log and checks
+#    855  distribute         the model for several processes, or compiled
+#    645  Run.resume         the step to start from, usually 0
+#    357  Data.batches       the batches of an epoch, uint8
+#    867  step_seed          the seed of a step's random draws
+#    372  Data.augment       the random views of a batch
+#   1130  learning_rate      the schedule's factor at a step
+#    660  Run.guard          a failed decomposition becomes a clear error
+#   1146  gather             embeddings of all processes, with gradient
+#    664  Run.watch          note whether loss and gradients are finite
+#    671  Run.progress       stop if they were not; show the status line
+#    682  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    690  Run.mean_loss      the mean loss of the epoch
+#   1160  extract            H of a set of images
+#   1182  project            Z of H
+#   1193  collapse_metrics   how much of its space a set of embeddings fills
+#   1264  knn_accuracy       accuracy of a vote among the nearest training images
+#    699  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    738  Run.save_backbone  write backbone.pt
+#    746  Run.close          print the scores
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1691  main               run train(); print an expected error as one line
-#   1407  parse_args         Args from the command line
-#   1865  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1693  main               run train(); print an expected error as one line
+#   1409  parse_args         Args from the command line
+#   1867  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1332  Command line: flags from Args, checks, and sizes to propose
-#   1591  Messages and errors
-#   1761  Several processes
-#   1912  Data sets by name
-#   2002  Folders of images
-#   2428  Streaming
-#   2545  Recipes of augmentation
-#   2619  ResNets, Vision Transformer, LARS, Muon
-#   2762  Run folder and signals
-#   2929  Resume
-#   3046  Files of a run
-#   3124  Trained weights
+#   1333  Command line: flags from Args, checks, and sizes to propose
+#   1593  Messages and errors
+#   1763  Several processes
+#   1914  Data sets by name
+#   2004  Folders of images
+#   2430  Streaming
+#   2547  Recipes of augmentation
+#   2621  ResNets, Vision Transformer, LARS, Muon
+#   2764  Run folder and signals
+#   2925  Resume
+#   3042  Files of a run
+#   3116  Trained weights
 
 import argparse
 import collections
@@ -75,6 +75,7 @@ import itertools
 import json
 import math
 import multiprocessing.pool
+import operator
 import os
 import platform
 import re
@@ -1346,17 +1347,18 @@ class OneLineParser(argparse.ArgumentParser):
 
 def number(kind, least=None, most=None, above=None, below=None, example=None):
     """A `type` for argparse: int or float within bounds, else ArgumentTypeError with a message."""
-    bounds = {"at least": least, "above": above, "at most": most, "below": below}
-    bounds = " and ".join(f"{words} {x}" for words, x in bounds.items() if x is not None)
-    wanted = f"{'a whole number' if kind is int else 'a number'} {bounds}".strip()
+    bounds = [("at least", operator.ge, least), ("above", operator.gt, above),
+              ("at most", operator.le, most), ("below", operator.lt, below)]
+    bounds = [bound for bound in bounds if bound[2] is not None]
+    words = " and ".join(f"{words} {x}" for words, _, x in bounds)
+    wanted = f"{'a whole number' if kind is int else 'a number'} {words}".strip()
 
     def parse(text):
         with contextlib.suppress(ValueError, OverflowError, TypeError):
             value = kind(text)
             exact = value == text and not isinstance(text, (bool, np.bool_))
-            high = (most is None or value <= most) and (below is None or value < below)
-            low = (least is None or value >= least) and (above is None or value > above)
-            if (exact or isinstance(text, str)) and math.isfinite(value) and high and low:
+            inside = math.isfinite(value) and all(holds(value, x) for _, holds, x in bounds)
+            if inside and (exact or isinstance(text, str)):
                 return value
         raise argparse.ArgumentTypeError(f"'{text}' is not {wanted}; try {example}")
 
@@ -1473,9 +1475,9 @@ def check_args(args):
 
 def check_kind(args, kind):
     """Raise UserError unless args is an Args of class `kind`."""
-    found = run_name(vars(args)) if isinstance(args, Args) else type(args).__name__
+    found = getattr(args, "method", "") or type(args).__name__
     check(isinstance(args, kind), f"train() needs an Args of {kind.method or 'a method'}, not of "
-          f"{found or 'common.py'}; try train(Args()) of one file")
+          f"{found}; try train(Args()) of one file")
 
 
 def check_model(args, model):
@@ -2767,7 +2769,6 @@ CHECKPOINT_FORMAT = "nine-ssl-methods-4"
 FREE_ON_RESUME = {"epochs", "out", "resume", "device", "num_workers", "log_every", "save_every",
                   "compile", "data_dir", "given", "init"}
 
-
 STOP_SIGNALS = [number_ for number_ in signal.Signals if number_.name in
                 ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")]  # of clusters
 
@@ -2854,15 +2855,14 @@ def candidate_folders(args):
 
     With --resume: the last that was started. Without: raises UserError if --out holds a run."""
     name = run_name(vars(args)).replace("/", "-")
-    base = args.out or os.path.join("runs", f"{name}-{args.dataset}-s{args.seed}")
-    candidates = [base]
-    if not args.out:
-        candidates += [f"{base}-{i}" for i in range(2, 1000)]
+    base = os.path.join("runs", f"{name}-{args.dataset}-s{args.seed}")
+    candidates = [args.out] if args.out else [base, *(f"{base}-{i}" for i in range(2, 1000))]
     if args.resume:
-        return [path for path in candidates if holds_run(path, "config.json")][-1:] or [base]
+        started = [path for path in candidates if holds_run(path, "config.json")]
+        return started[-1:] or candidates[:1]
     taken = [i for i, path in enumerate(candidates) if holds_run(path)]
-    check(not (args.out and taken), f"--out {base} already holds a run; "
-          f"add --resume to go on with it, or try --out {base}-2")
+    check(not (args.out and taken), f"--out {args.out} already holds a run; "
+          f"add --resume to go on with it, or try --out {args.out}-2")
     return candidates[max(taken, default=-1) + 1:]
 
 
@@ -2881,18 +2881,14 @@ def lock_folder(folder):
         raise UserError(f"--out {folder}: cannot write there ({error.strerror}); "
                         "try another --out") from error
     try:
-        if os.name == "nt":
-            import msvcrt
+        import fcntl  # not on Windows
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (PermissionError, BlockingIOError):
         return None
-    except OSError as error:
-        warn(f"{folder} cannot be locked ({error.strerror}): start no second run in it")
+    except (OSError, ImportError) as error:
+        reason = getattr(error, "strerror", error)
+        warn(f"{folder} cannot be locked ({reason}): start no second run in it")
     return file
 
 
@@ -2921,7 +2917,7 @@ def identical_images(data, step):
     epoch, number = divmod(step, data.steps_per_epoch)
     order = np.random.default_rng((data.args.seed, 1, epoch)).permutation(len(data.train))
     rows = torch.from_numpy(order).split(data.args.batch_size)[number]  # as in Data.batches
-    views = torch.cat([part.flatten(1) for part in data.eval_views(data.train, rows, 100)])
+    views = torch.cat([part.cpu().flatten(1) for part in data.eval_views(data.train, rows, 100)])
     counts = views.unique(dim=0, return_counts=True)[1]
     return int(counts[counts > 1].sum())
 
@@ -3062,7 +3058,6 @@ def write_file(path, content, keep_as=None):
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        with contextlib.suppress(OSError):
             if keep_as and not os.path.exists(path):
                 os.replace(keep_as, path)
         raise UserError(f"{path} could not be written ({error.strerror}); what was there before "
@@ -3104,20 +3099,16 @@ def processor_name(device):
     """The name of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
+    with contextlib.suppress(OSError, TypeError), open("/proc/cpuinfo") as file:
+        return re.search(r"model name\s*: (.*)", file.read())[1]
     return platform.processor()
 
 
 def git_revision():
     """The git revision of these scripts, or an empty string."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    command = ["git", "-C", here, "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-        return done.stdout.strip()
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):  # no git
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return ""
 
 
