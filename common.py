@@ -58,7 +58,7 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #   2764  Run folder and signals
 #   2925  Resume
 #   3042  Files of a run
-#   3116  Trained weights
+#   3115  Trained weights
 
 import argparse
 import collections
@@ -2940,7 +2940,7 @@ def check_same_run(run, checkpoint):
     before, now = checkpoint["args"], vars(run.args)
     check(run_name(before) == run_name(now), f"--resume: {run.folder} is a run of "
           f"{run_name(before)}, not of {run_name(now)}; try another --out")
-    for name in sorted(set(now) - FREE_ON_RESUME):
+    for name in [name for name in now if name not in FREE_ON_RESUME]:  # optimizer before its rates
         flag, value = option_of(name), before.get(name)
         remedy = f"it with{'' if value else 'out'} {flag}"
         if not isinstance(value, (bool, type(None))):

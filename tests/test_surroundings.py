@@ -843,6 +843,12 @@ def test_args_of_another_method_are_one_line_before_the_folder_is_taken(images, 
             simclr.train(given)
     with pytest.raises(common.UserError, match="needs an Args of simclr, not of moco"):
         simclr.train(args=args)
+    import experiments
+    import simsiam
+
+    theirs = experiments.find("simsiam/softmax-similarity").Args(**{**shared, "experiment": "softmax-similarity"})
+    with pytest.raises(common.UserError, match="^these Args are for simsiam/softmax-similarity, the model is not; try "):
+        simsiam.train(theirs)  # whose model is SimSiam's own
     for name in ("method", "experiment"):
         with pytest.raises(common.UserError, match=f"Args.{name}='foo'. is no flag"):
             args_of(images, out, **{name: "foo"})
