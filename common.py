@@ -45,20 +45,20 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #
 #   1693  main               run train(); print an expected error as one line
 #   1409  parse_args         Args from the command line
-#   1867  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1866  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
 #   1333  Command line: flags from Args, checks, and sizes to propose
 #   1593  Messages and errors
 #   1763  Several processes
-#   1914  Data sets by name
-#   2004  Folders of images
-#   2430  Streaming
-#   2547  Recipes of augmentation
-#   2621  ResNets, Vision Transformer, LARS, Muon
-#   2764  Run folder and signals
-#   2925  Resume
-#   3042  Files of a run
-#   3115  Trained weights
+#   1913  Data sets by name
+#   2003  Folders of images
+#   2429  Streaming
+#   2546  Recipes of augmentation
+#   2620  ResNets, Vision Transformer, LARS, Muon
+#   2763  Run folder and signals
+#   2924  Resume
+#   3040  Files of a run
+#   3112  Trained weights
 
 import argparse
 import collections
@@ -1338,7 +1338,7 @@ GROUPS = {"dataset": "images and views", "backbone": "network", "epochs": "train
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, but a bad flag is one line on stderr (argparse would print the usage first)."""
+    """argparse, but without its usage before the line about a bad flag."""
 
     def error(self, message):
         remedy = "" if "try" in message else f"; see {self.prog} --help"
@@ -1740,8 +1740,8 @@ EXPLANATIONS = {
     "shared memory|</torch_|No space left":
         "/dev/shm is too small; try docker --shm-size=8g, or --num-workers 0, and --resume",
     ": DataLoader worker":
-        "a loader process died, perhaps for lack of (shared) memory; try a smaller --num-workers "
-        "or --batch-size, and go on with --resume",
+        "a loader process died, perhaps for lack of memory; try fewer --num-workers or a smaller "
+        "--batch-size, and --resume",
 }
 
 
@@ -1787,15 +1787,14 @@ def check_launch():
 def set_up_gpu():
     """This process's GPU as a torch.device. Raises UserError if there are fewer than processes."""
     local_rank = from_environment("LOCAL_RANK", 0) if world_size() > 1 else 0
-    device = torch.device("cuda", local_rank)
     gpus = torch.cuda.device_count()
-    check(device.index < gpus, "torchrun started more processes than there are GPUs; "
+    check(local_rank < gpus, "torchrun started more processes than there are GPUs; "
           f"try --nproc_per_node={gpus}")
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(local_rank)
     torch.backends.cudnn.benchmark = True  # all batches have the same size
     # Whitening in full fp32, whatever the environment says. Convolutions may use TF32.
     torch.set_float32_matmul_precision("highest")
-    return device
+    return torch.device("cuda", local_rank)
 
 
 def other_device(wanted):
@@ -2825,10 +2824,10 @@ class StopSignals:
 
 
 def open_folder(args):
-    """(path of the run's folder, its open lock file on rank 0 or None elsewhere).
+    """(the run's folder, its open lock file on rank 0 or None elsewhere).
 
     Raises UserError if the folder holds a run, is in use or cannot be written."""
-    folder, lock = None, None
+    folder = lock = None
     if rank() == 0:
         for folder in candidate_folders(args):
             lock = lock_folder(folder)
@@ -2906,7 +2905,7 @@ def stop_non_finite(step, what, data, folder):
             remedy = "it without them"
         if hasattr(args, "eps"):
             remedy = f"--eps {min(max(1e-3, 10 * args.eps), 0.5):g}, or {remedy}"
-    saved = os.path.isfile(os.path.join(folder, "last.pt"))
+    saved = holds_run(folder)
     kept = "the last good checkpoint stays" if saved else "no checkpoint was written yet"
     raise UserError(f"step {step}: {what} is not finite; likely cause: {cause}: try {remedy}; "
                     f"{folder}: {kept}")
@@ -2974,8 +2973,7 @@ def restore(run, checkpoint):
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"--resume: {run.folder} is of another model ({reason}); try the method's "
                         "file that it was trained with, or another --out") from error
-    groups = run.optimizer.state_dict()["param_groups"]  # by the flags
-    run.optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
+    run.optimizer.load_state_dict(checkpoint["optimizer"])
     run.loss_sum.copy_(checkpoint["loss_sum"])
     run.rows = checkpoint["rows"]
     run.clock.run_before = checkpoint["seconds"]
@@ -3015,8 +3013,8 @@ def save_checkpoint(path, checkpoint, keep_as=None):
     """Write a dict as torch.save does, and behind it the SHA-256 of that. Raises UserError."""
     buffer = io.BytesIO()
     torch.save({"format": CHECKPOINT_FORMAT, **checkpoint}, buffer)
-    content = buffer.getvalue()
-    write_file(path, content + hashlib.sha256(content).digest(), keep_as=keep_as)
+    buffer.write(hashlib.sha256(buffer.getvalue()).digest())
+    write_file(path, buffer.getvalue(), keep_as=keep_as)
 
 
 def load_checkpoint(path):
@@ -3067,10 +3065,9 @@ def write_file(path, content, keep_as=None):
 def write_metrics(folder, rows):
     """Write metrics.csv. rows: dicts by column; a column that a row lacks is left empty."""
     timing = ["images_per_s", "seconds"]  # the last columns: all others depend on the seed alone
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    names = [name for name in names if name not in timing] + timing
+    names = dict.fromkeys(name for row in rows for name in row if name not in timing)
     text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, [*names, *timing], restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_file(os.path.join(folder, "metrics.csv"), text.getvalue().encode())
