@@ -43,22 +43,22 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1693  main               run train(); print an expected error as one line
-#   1409  parse_args         Args from the command line
-#   1866  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1692  main               run train(); print an expected error as one line
+#   1408  parse_args         Args from the command line
+#   1865  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
 #   1333  Command line: flags from Args, checks, and sizes to propose
-#   1593  Messages and errors
-#   1763  Several processes
-#   1913  Data sets by name
-#   2003  Folders of images
-#   2429  Streaming
-#   2546  Recipes of augmentation
-#   2620  ResNets, Vision Transformer, LARS, Muon
-#   2763  Run folder and signals
-#   2924  Resume
-#   3040  Files of a run
-#   3112  Trained weights
+#   1592  Messages and errors
+#   1762  Several processes
+#   1912  Data sets by name
+#   2002  Folders of images
+#   2428  Streaming
+#   2545  Recipes of augmentation
+#   2619  ResNets, Vision Transformer, LARS, Muon
+#   2762  Run folder and signals
+#   2923  Resume
+#   3039  Files of a run
+#   3111  Trained weights
 
 import argparse
 import collections
@@ -1382,8 +1382,7 @@ def flags_of(kind):
     hints = typing.get_type_hints(kind)  # not field.type, which may be text
     for field in dataclasses.fields(kind):
         if metadata[field.name]:
-            type_ = hints[field.name]
-            types = typing.get_args(type_) or (type_,)  # int | None -> (int, NoneType)
+            types = typing.get_args(hints[field.name]) or [hints[field.name]]  # of int | None: both
             flags.append((field.name, types[0], field.default, metadata[field.name]))
     return flags
 
@@ -1844,8 +1843,8 @@ def join_processes(device):
 class SumOverRanks(torch.autograd.Function):
     """The sum of a tensor over the W processes. Its gradient is the sum of their gradients.
 
-    All compute the same loss, so that is W times the gradient of one. DistributedDataParallel
-    divides by W: it averages the gradients of the weights."""
+    All compute the same loss, so that is W times its gradient. DistributedDataParallel divides by
+    W: it averages."""
 
     @staticmethod
     def forward(ctx, x):
