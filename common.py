@@ -11,54 +11,54 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #
 # Part I, what a method file calls:
 #
-#    120  flag               a field of Args: default, help, bounds
-#    130  Args               the flags that all nine methods share
-#    208  world_size         the number of processes (MoCo)
-#    213  rank               this process's number among them (MoCo)
-#    222  gives_back         signal handlers, lock and processes, when train() ends
-#    248  set_up             device, precision, other processes
-#    289  load_data          read or draw the data set: Data
-#    537  build_backbone     the network whose output is H
-#    584  build_optimizer    Adam, SGD, LARS or Muon
-#    623  Run                the run's folder, checkpoints, log and checks
-#    856  distribute         the model for several processes, or compiled
-#    646  Run.resume         the step to start from, usually 0
-#    358  Data.batches       the batches of an epoch, uint8
-#    868  step_seed          the seed of a step's random draws
-#    373  Data.augment       the random views of a batch
-#   1131  learning_rate      the schedule's factor at a step
+#    118  flag               a field of Args: default, help, bounds
+#    128  Args               the flags that all nine methods share
+#    206  world_size         the number of processes (MoCo)
+#    211  rank               this process's number among them (MoCo)
+#    220  gives_back         signal handlers, lock and processes, when train() ends
+#    246  set_up             device, precision, other processes
+#    287  load_data          read or draw the data set: Data
+#    535  build_backbone     the network whose output is H
+#    582  build_optimizer    Adam, SGD, LARS or Muon
+#    621  Run                the run's folder, checkpoints, log and checks
+#    854  distribute         the model for several processes, or compiled
+#    644  Run.resume         the step to start from, usually 0
+#    356  Data.batches       the batches of an epoch, uint8
+#    866  step_seed          the seed of a step's random draws
+#    371  Data.augment       the random views of a batch
+#   1129  learning_rate      the schedule's factor at a step
 #    659  Run.guard          a failed decomposition becomes a clear error
-#   1147  gather             embeddings of all processes, with gradient
+#   1145  gather             embeddings of all processes, with gradient
 #    663  Run.watch          note whether loss and gradients are finite
 #    670  Run.progress       stop if they were not; show the status line
 #    681  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
 #    689  Run.mean_loss      the mean loss of the epoch
-#   1157  extract            H of a set of images
-#   1179  project            Z of H
-#   1190  collapse_metrics   how much of its space a set of embeddings fills
-#   1261  knn_accuracy       accuracy of a vote among the nearest training images
+#   1159  extract            H of a set of images
+#   1181  project            Z of H
+#   1192  collapse_metrics   how much of its space a set of embeddings fills
+#   1263  knn_accuracy       accuracy of a vote among the nearest training images
 #    698  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    739  Run.save_backbone  write backbone.pt
-#    747  Run.close          print the scores
+#    737  Run.save_backbone  write backbone.pt
+#    745  Run.close          print the scores
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1718  main               run train(); print an expected error as one line
-#   1409  parse_args         Args from the command line
-#   1906  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1695  main               run train(); print an expected error as one line
+#   1411  parse_args         Args from the command line
+#   1870  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1334  Command line: flags from Args, checks, and sizes to propose
-#   1614  Messages and errors
-#   1787  Several processes
-#   1954  Data sets by name
-#   2030  Folders of images
-#   2387  Streaming
-#   2492  Recipes of augmentation
-#   2560  ResNets, Vision Transformer, LARS, Muon
-#   2689  Run folder and signals
-#   2870  Resume
-#   3100  Files of a run
-#   3178  Trained weights
+#   1336  Command line: flags from Args, checks, and sizes to propose
+#   1595  Messages and errors
+#   1767  Several processes
+#   1917  Data sets by name
+#   1993  Folders of images
+#   2350  Streaming
+#   2455  Recipes of augmentation
+#   2523  ResNets, Vision Transformer, LARS, Muon
+#   2652  Run folder and signals
+#   2813  Resume
+#   2929  Files of a run
+#   3001  Trained weights
 
 import argparse
 import collections
@@ -67,17 +67,15 @@ import copy
 import csv
 import dataclasses
 import datetime
-import errno
 import functools
 import hashlib
-import inspect
 import io
 import itertools
 import json
 import math
 import multiprocessing.pool
+import operator
 import os
-import pathlib
 import platform
 import re
 import shutil
@@ -649,8 +647,10 @@ class Run:
         Loads that checkpoint, writes config.json. Raises UserError if it is of another run."""
         checkpoint = None
         if self.args.resume:
-            checkpoint = load_last(self.folder, functools.partial(check_same_run, self))
+            checkpoint = load_last(self.folder)
             check_same_step(self, checkpoint)
+            if checkpoint:
+                check_same_run(self, checkpoint)
         if rank() == 0:  # only now: a refused --resume leaves config.json as it was
             config = json.dumps(configuration(self.args, self.data), indent=1)
             write_file(os.path.join(self.folder, "config.json"), config.encode())
@@ -725,15 +725,13 @@ class Run:
         self.finite.check()
         if rank() > 0:
             return
-        content = {"format": CHECKPOINT_FORMAT, "args": vars(self.args), "step": step,
-                   "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                   "loss_sum": self.loss_sum.cpu().double(), "rows": self.rows,
-                   "seconds": self.clock.seconds(), "epoch_seconds": self.clock.epoch_seconds(),
-                   "data": self.data.fingerprint, "data_statistics": self.data.statistics}
-        buffer = io.BytesIO()
-        torch.save({**content, "digest": digest_of(content)}, buffer)
+        content = {"args": vars(self.args), "step": step, "model": self.model.state_dict(),
+                   "optimizer": self.optimizer.state_dict(), "rows": self.rows,
+                   "loss_sum": self.loss_sum.cpu().double(), "seconds": self.clock.seconds(),
+                   "epoch_seconds": self.clock.epoch_seconds(), "data": self.data.fingerprint,
+                   "data_statistics": self.data.statistics}
         previous = os.path.join(self.folder, "previous.pt") if self.last_is_good else None
-        write_file(os.path.join(self.folder, "last.pt"), buffer.getvalue(), keep_as=previous)
+        save_checkpoint(os.path.join(self.folder, "last.pt"), content, keep_as=previous)
         self.last_is_good = True
 
     def save_backbone(self):
@@ -1147,7 +1145,11 @@ def learning_rate(args, step, total_steps, steps_per_epoch):
 def gather(z):
     """[n, d] of this process -> [N, d] of the global batch, with gradient, float32 or better."""
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    return GatherRows.apply(z) if dist.is_initialized() else z
+    if not dist.is_initialized():
+        return z
+    parts = [torch.zeros_like(z) for _ in range(world_size())]
+    parts[rank()] = z
+    return SumOverRanks.apply(torch.cat(parts))
 
 
 # ==== Measuring ====
@@ -1339,7 +1341,7 @@ GROUPS = {"dataset": "images and views", "backbone": "network", "epochs": "train
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, but a bad flag is one line on stderr (argparse would print the usage first)."""
+    """argparse, but without its usage before the line about a bad flag."""
 
     def error(self, message):
         remedy = "" if "try" in message else f"; see {self.prog} --help"
@@ -1348,17 +1350,18 @@ class OneLineParser(argparse.ArgumentParser):
 
 def number(kind, least=None, most=None, above=None, below=None, example=None):
     """A `type` for argparse: int or float within bounds, else ArgumentTypeError with a message."""
-    bounds = {"at least": least, "above": above, "at most": most, "below": below}
-    bounds = " and ".join(f"{words} {x}" for words, x in bounds.items() if x is not None)
-    wanted = f"{'a whole number' if kind is int else 'a number'} {bounds}".strip()
+    bounds = [("at least", operator.ge, least), ("above", operator.gt, above),
+              ("at most", operator.le, most), ("below", operator.lt, below)]
+    bounds = [bound for bound in bounds if bound[2] is not None]
+    words = " and ".join(f"{words} {x}" for words, _, x in bounds)
+    wanted = f"{'a whole number' if kind is int else 'a number'} {words}".strip()
 
     def parse(text):
         with contextlib.suppress(ValueError, OverflowError, TypeError):
             value = kind(text)
             exact = value == text and not isinstance(text, (bool, np.bool_))
-            high = (most is None or value <= most) and (below is None or value < below)
-            low = (least is None or value >= least) and (above is None or value > above)
-            if (exact or isinstance(text, str)) and math.isfinite(value) and high and low:
+            inside = math.isfinite(value) and all(holds(value, x) for _, holds, x in bounds)
+            if inside and (exact or isinstance(text, str)):
                 return value
         raise argparse.ArgumentTypeError(f"'{text}' is not {wanted}; try {example}")
 
@@ -1375,15 +1378,15 @@ def flags_of(kind):
     for name, value in vars(kind).items():
         if not name.startswith("_") and not callable(value) and name not in kind.__annotations__:
             raise TypeError(f"{kind.__name__}.{name} needs a type, as in `{name}: int = ...`")
-    flags, hints = [], typing.get_type_hints(kind)  # not field.type, which may be text
+    metadata, flags = {}, []
+    for base in reversed(kind.__mro__):
+        for field in getattr(base, "__dataclass_fields__", {}).values():
+            metadata[field.name] = field.metadata or metadata.get(field.name)
+    hints = typing.get_type_hints(kind)  # not field.type, which may be text
     for field in dataclasses.fields(kind):
-        bases = [getattr(base, "__dataclass_fields__", {}) for base in kind.__mro__]
-        above = [fields[field.name].metadata for fields in bases if field.name in fields]
-        metadata = next(filter(None, above), None)
-        if metadata is not None:
-            type_ = hints[field.name]
-            types = typing.get_args(type_) or (type_,)  # int | None -> (int, NoneType)
-            flags.append((field.name, types[0], field.default, metadata))
+        if metadata[field.name]:
+            types = typing.get_args(hints[field.name]) or [hints[field.name]]  # of int | None: both
+            flags.append((field.name, types[0], field.default, metadata[field.name]))
     return flags
 
 
@@ -1394,24 +1397,24 @@ def option_of(name):
 
 def words_of(name, metadata):
     """The words that a flag may be, or None if it may be any."""
-    if name == "augment":
-        return sorted(RECIPES)
-    return metadata["choices"]
+    return sorted(RECIPES) if name == "augment" else metadata["choices"]
 
 
 def parser_of(name, type_, default, metadata):
     """The function that turns a flag's text or value into its type, or raises ArgumentTypeError."""
-    bounds = {key: metadata[key] for key in ("least", "most", "above", "below")}
-    example = metadata["example"] if metadata["example"] is not None else default
-    return number(type_, **bounds, example=example)
+    bounds = {key: metadata[key] for key in ("least", "most", "above", "below", "example")}
+    if bounds["example"] is None:
+        bounds["example"] = default
+    return number(type_, **bounds)
 
 
 def parse_args(kind, argv=None, description=None):
     """An Args of class `kind` from argv, a list of words. description: a docstring for --help.
     Raises UserError."""
-    first_line = (description or f"{kind.method}.").strip().splitlines()[0]  # -OO: no docstring
-    name = f"experiments.py {kind.method}/{kind.experiment}"
-    name = name if kind.experiment else f"{kind.method}.py"
+    name = f"{kind.method}.py"
+    if kind.experiment:
+        name = f"experiments.py {kind.method}/{kind.experiment}"
+    first_line = (description or name).strip().splitlines()[0]  # -OO: no docstring
     parser = OneLineParser(prog=name, description=first_line, allow_abbrev=False)
     group = parser.add_argument_group(f"{kind.method}'s own")
     shared = {name for name, *_ in flags_of(Args)}
@@ -1425,10 +1428,8 @@ def parse_args(kind, argv=None, description=None):
         if default is not None:
             help += f" (default: {default})"
         words = words_of(name, metadata)
-        parse = parser_of(name, type_, default, metadata) if type_ in (int, float) else str
         metavar = None if words else {int: "N", float: "X", str: "NAME"}[type_]
-        group.add_argument(option, type=parse, choices=words, default=default, metavar=metavar,
-                           help=help)
+        group.add_argument(option, choices=words, default=default, metavar=metavar, help=help)
     return kind(**vars(parser.parse_args(argv)))
 
 
@@ -1438,7 +1439,6 @@ def check_values(args):
         value, option = getattr(args, name), option_of(name)
         if value is None and default is None:
             continue
-        words = words_of(name, metadata)
         if type_ in (int, float):
             try:
                 setattr(args, name, parser_of(name, type_, default, metadata)(value))
@@ -1447,11 +1447,12 @@ def check_values(args):
         elif type_ is bool:
             check(isinstance(value, bool), f"{option}: {value!r} is not True or False; try True")
         else:
-            text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
-            known = isinstance(text, str) and (words is None or text in words)
-            known = known and "\0" not in text and len(text) <= 1000
+            text, words = "\0", words_of(name, metadata)
+            if isinstance(value, (str, os.PathLike)):
+                text = str(os.fspath(value))  # numpy's text would not go into a checkpoint
+            known = text in words if words else "\0" not in text and len(text) <= 1000
             check(known, f"{option}: {value!r} is not known; try {default or 'a name'}")
-            setattr(args, name, str(text))  # numpy's text would not go into a checkpoint
+            setattr(args, name, text)
     check_backbone(args.backbone)
 
 
@@ -1461,10 +1462,8 @@ def check_args(args):
     check_values(args)
     for name, value in vars(args).items():
         known = name == "given" or name in args.__dataclass_fields__
-        check(known, f"Args has no {name!r}; see --help for its flags")
-        own = getattr(type(args), name, None)
-        check(name not in ("method", "experiment") or value == own,
-              f"Args({name}={value!r}) is no flag; try {own!r}")
+        own = name not in ("method", "experiment") or value == getattr(type(args), name)
+        check(known and own, f"Args({name}={value!r}) is no flag; try --help for the flags")
     check(args.dataset != "folder" or args.data_dir != "data" or os.path.isdir("data"),
           "--dataset folder needs --data-dir DIR, the folder of your images")
     check(args.dataset != "patterns" or args.data_dir == "data", "--data-dir "
@@ -1478,18 +1477,16 @@ def check_args(args):
 
 def check_kind(args, kind):
     """Raise UserError unless args is an Args of class `kind`."""
-    found = run_name(vars(args)) if isinstance(args, Args) else type(args).__name__
+    found = getattr(args, "method", "") or type(args).__name__
     check(isinstance(args, kind), f"train() needs an Args of {kind.method or 'a method'}, not of "
-          f"{found or 'common.py'}; try train(Args()) of one file")
+          f"{found}; try train(Args()) of one file")
 
 
 def check_model(args, model):
-    """Raise UserError unless the model is of args' method and experiment."""
-    files = [sys.modules.get(base.__module__) for base in type(model).__mro__]
-    kinds = tuple(file.Args for file in files if hasattr(file, "Args"))
-    same = getattr(model, "experiment", "") == args.experiment  # set by tests/experiments.py
-    check(same and (not kinds or isinstance(args, kinds)), f"these Args are for "
-          f"{run_name(vars(args))}, the model is not; try Args and train of the same file")
+    """Raise UserError unless the model is of args' experiment."""
+    found = getattr(model, "experiment", "")  # set by tests/experiments.py
+    check(found == args.experiment, f"these Args are for {run_name(vars(args))}, the model is not; "
+          "try Args and build of the same experiment")
 
 
 def completed(args, device):
@@ -1519,7 +1516,7 @@ if hasattr(os, "sysconf"):
 def rules_of(args):
     """The rules of sizes that hold for every method, then the method's own."""
     world = world_size()
-    images = vars(args).get("images") or (10_000 if args.dataset == "patterns" else 2**20)
+    images = getattr(args, "images", 10_000 if args.dataset == "patterns" else 2**20)
     side = args.image_size or 32
     need = 250 * side**2 * args.batch_size * args.views / world  # bytes, of `tiny`
     fits = need < MEMORY or (args.device != "cpu" and torch.cuda.is_available())
@@ -1537,31 +1534,15 @@ def check_rules(args):
     broken = [text for holds, text in rules_of(args) if not holds]
     if not broken:
         return
-    sizes = {name: default for name, type_, default, _ in flags_of(type(args)) if type_ is int}
+    sizes = {name: flag for name, type_, *flag in flags_of(type(args)) if type_ is int}
     now = as_flags({name: getattr(args, name) for name in mentioned(broken, sizes)})
-    message = f"{now}: {broken[0]}; try"
     found, remedy = sizes_that_fit(args, sizes), ""
     if found is None and world_size() > 1:
         world, os.environ["WORLD_SIZE"] = os.environ["WORLD_SIZE"], "1"  # for the rules
         found, remedy = sizes_that_fit(args, sizes), "--nproc_per_node=1 "
         os.environ["WORLD_SIZE"] = world
     remedy = "a folder with more images" if found is None else remedy + as_flags(found)
-    raise UserError(f"{message} {remedy}")
-
-
-def sizes_that_fit(args, sizes):
-    """{name: value} of the sizes that have to change, or None. sizes: {name: default}."""
-    rules, trial, start = rules_of(args), copy.copy(args), {}
-    broken = [text for holds, text in rules if not holds]
-    names = mentioned(broken + [text for _, text in rules], sizes)
-    for halvings in range(13):
-        found = nearest_changes(trial, names, sizes)
-        if found is not None:
-            return {**start, **found}
-        # More than two have to change: let it be all, to the defaults or less.
-        start = {name: max(min(3, sizes[name]), sizes[name] >> halvings) for name in names}
-        vars(trial).update(start)
-    return None
+    raise UserError(f"{now}: {broken[0]}; try {remedy}")
 
 
 def mentioned(texts, sizes):
@@ -1575,40 +1556,40 @@ def as_flags(sizes):
     return " ".join(f"{option_of(name)} {value}" for name, value in sizes.items())
 
 
-def nearest_changes(args, names, sizes):
-    """New values for at most two of the sizes `names` with which every rule holds, or None.
+def sizes_that_fit(args, sizes):
+    """{name: value} of the sizes to change, or None. sizes: {name: (default, metadata)}.
 
-    Sizes that are at their defaults, `sizes`, go first: the user asked for the others."""
-    free = [name for name in names if getattr(args, name) == sizes[name]]
-    columns, trial = {name: candidates(args, name, names) for name in names}, copy.copy(args)
-
-    def distance(change):
-        return sum(abs(math.log(v / max(1, getattr(args, n)))) for n, v in change)
-
-    for pool in (free, free + [name for name in names if name not in free]):
-        for count, length in ((0, 0), (1, None), (2, 40)):  # so that the search does not take long
+    At most two change if that is enough, those at their defaults first: the user asked for the
+    others. Otherwise all may: they start at their defaults, then at a half, a quarter ..."""
+    rules = sorted(rules_of(args), key=lambda rule: rule[0])  # the broken ones first
+    names, trial = mentioned([text for _, text in rules], sizes), copy.copy(args)
+    now = {name: getattr(args, name) for name in names}
+    for halvings in range(13):
+        columns = {name: candidates(now, name, sizes[name][1]) for name in names}
+        default = [name for name in names if now[name] == sizes[name][0]]
+        for pool, count in itertools.product((default, names), range(3)):
             for chosen in itertools.combinations(pool, count):
-                values = itertools.product(*(columns[n][:length] for n in chosen))
-                for change in sorted((tuple(zip(chosen, v)) for v in values), key=distance):
-                    vars(trial).update(change)
+                near = [columns[name][: 40 if count == 2 else None] for name in chosen]
+                for change in sorted(itertools.product(*near), key=lambda c: sum(d for d, _ in c)):
+                    values = {**now, **{name: value for name, (_, value) in zip(chosen, change)}}
+                    vars(trial).update(values)
                     if all(holds for holds, _ in rules_of(trial)):
-                        return dict(change)
-                vars(trial).update({n: getattr(args, n) for n in chosen})
+                        return {n: v for n, v in values.items() if v != getattr(args, n)}
+        now = {name: max(min(3, sizes[name][0]), sizes[name][0] >> halvings) for name in names}
     return None
 
 
-def candidates(args, name, names):
-    """Whole numbers that may suit flag `name`, the nearest first: powers of two, and divisors and
-    near multiples of the other sizes and of the number of processes."""
-    now = max(1, getattr(args, name))
+def candidates(sizes, name, metadata):
+    """Whole numbers that may suit a flag, as [(distance, value)], the nearest first: powers of two,
+    and divisors and near multiples of the other sizes and of the number of processes."""
+    now = max(1, sizes[name])
     found = {2**k for k in range(31)}
-    for n in {world_size(), *(max(1, getattr(args, other)) for other in names if other != name)}:
+    for n in {world_size(), *(max(1, sizes[other]) for other in sizes if other != name)}:
         small = [d for d in range(1, min(math.isqrt(n), 10_000) + 1) if n % d == 0]
         found.update(small, (n // d for d in small))
         found.update(n * q for q in range(max(1, now // n - 2), now // n + 4))
-    bounds = next(metadata for flag, *_, metadata in flags_of(type(args)) if flag == name)
-    fits = [v for v in found - {now} if bounds["least"] <= v <= (bounds["most"] or v)]
-    return sorted(fits, key=lambda v: abs(math.log(v / now)))
+    fits = [v for v in found - {now} if metadata["least"] <= v <= (metadata["most"] or v)]
+    return sorted((abs(math.log(v / now)), v) for v in fits)
 
 
 # ==== Messages and errors ====
@@ -1672,15 +1653,10 @@ def to_nowhere(number_):
         os.close(nowhere)
 
 
-def in_notebook():
-    """True in a cell of a notebook, which goes back at \\r but erases nothing."""
-    return type(sys.stdout).__module__.startswith("ipykernel")
-
-
 class StatusLine:
     """How far something is: a line that moves (in a log: one every 30 seconds)."""
 
-    seconds, last, visible = 30, time.monotonic(), False
+    seconds, last, width = 30, time.monotonic(), 0  # width: 0 if the line does not show
 
     def overdue(self):
         """True if nothing was printed for 30 seconds."""
@@ -1688,19 +1664,20 @@ class StatusLine:
 
     def show(self, text):
         """Show a text in the status line, in a log at most every 30 seconds."""
+        notebook = type(sys.stdout).__module__.startswith("ipykernel")
         with contextlib.suppress(AttributeError, ValueError):  # no terminal, but closed or a Tee
-            if rank() == 0 and (in_notebook() or sys.stdout.isatty()):
-                text = text[:79 if in_notebook() else shutil.get_terminal_size().columns - 1]
-                write_words(sys.stdout, f"\r{text:79}" if in_notebook() else f"\r{text}\033[K")
-                self.visible, self.last = True, time.monotonic()
+            if rank() == 0 and (notebook or sys.stdout.isatty()):
+                self.width = width = min(shutil.get_terminal_size().columns, 80) - 1
+                write_words(sys.stdout, f"\r{text[:width]:{width}}")
+                self.last = time.monotonic()
         if self.overdue():
             say(text)
 
     def clear(self):
         """Make room for other words."""
-        if self.visible:
-            write_words(sys.stdout, f"\r{'':79}\r" if in_notebook() else "\r\033[K")
-        self.visible, self.last = False, time.monotonic()
+        if self.width:
+            write_words(sys.stdout, f"\r{'':{self.width}}\r")
+        self.width, self.last = 0, time.monotonic()
 
 
 STATUS = StatusLine()
@@ -1755,31 +1732,34 @@ def main(function, parse):
     sys.exit(status)
 
 
+# Errors of the system that are not bugs: what their type or text has, and a line about it.
+EXPLANATIONS = {
+    "OutOfMemoryError|CUDA error: out of memory":
+        "out of GPU memory; try a smaller --batch-size or --precision bf16, or --stream if the "
+        "images of a folder fill it",
+    "MemoryError|can't allocate|not enough memory":
+        "out of memory; try a smaller --batch-size, --image-size, --views or --proj-dim",
+    "Too many open files|ancdata|temporarily unavailable":
+        "too few file descriptors or processes; try `ulimit -n 4096`, or fewer --num-workers",
+    "shared memory|</torch_|No space left":
+        "/dev/shm is too small; try docker --shm-size=8g, or --num-workers 0, and --resume",
+    ": DataLoader worker":
+        "a loader process died, perhaps for lack of memory; try fewer --num-workers or a smaller "
+        "--batch-size, and --resume",
+}
+
+
 def explanation(error):
-    """One line about an error of the system that is not a bug, else an empty string."""
-    words = " ".join(str(error).split())
-
-    def mentions(*parts):
-        return any(part in words for part in parts)
-
-    if isinstance(error, torch.cuda.OutOfMemoryError) or mentions("CUDA error: out of memory"):
-        return ("out of GPU memory; try a smaller --batch-size or --precision bf16, "
-                "or --stream if the images of a folder fill it")
-    if isinstance(error, MemoryError) or mentions("can't allocate", "not enough memory"):
-        return "out of memory; try a smaller --batch-size, --image-size, --views or --proj-dim"
-    if mentions("Too many open files", "ancdata", "temporarily unavailable"):
-        return "too few file descriptors or processes; try `ulimit -n 4096`, or fewer --num-workers"
-    if mentions("shared memory", "</torch_", "No space left"):
-        return "/dev/shm is too small; try docker --shm-size=8g, or --num-workers 0, and --resume"
-    lost = mentions("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL")
+    """One line about an error of the system, or an empty string if it may be a bug."""
+    words = f"{type(error).__module__}.{type(error).__name__}: {' '.join(str(error).split())}"
+    for pattern, line in EXPLANATIONS.items():
+        if re.search(pattern, words):
+            return line
+    lost = re.search("Connection closed|Connection reset|Broken pipe|gloo|NCCL", words)
     if world_size() > 1 and lost:
         return (f"process {rank()} lost another process, whose own message says why; "
                 "go on with --resume")
-    if words.startswith("DataLoader worker"):
-        return ("a loader process died, perhaps for lack of (shared) memory; "
-                "try a smaller --num-workers or --batch-size, and go on with --resume")
-    compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
-    if compiler or mentions("torch.compile"):
+    if re.search(r"^torch\._(dynamo|inductor)|torch\.compile", words):
         return f"--compile does not work here ({words[:120]}); try it without --compile"
     return ""
 
@@ -1811,15 +1791,14 @@ def check_launch():
 def set_up_gpu():
     """This process's GPU as a torch.device. Raises UserError if there are fewer than processes."""
     local_rank = from_environment("LOCAL_RANK", 0) if world_size() > 1 else 0
-    device = torch.device("cuda", local_rank)
     gpus = torch.cuda.device_count()
-    check(device.index < gpus, "torchrun started more processes than there are GPUs; "
+    check(local_rank < gpus, "torchrun started more processes than there are GPUs; "
           f"try --nproc_per_node={gpus}")
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(local_rank)
     torch.backends.cudnn.benchmark = True  # all batches have the same size
     # Whitening in full fp32, whatever the environment says. Convolutions may use TF32.
     torch.set_float32_matmul_precision("highest")
-    return device
+    return torch.device("cuda", local_rank)
 
 
 def other_device(wanted):
@@ -1866,26 +1845,11 @@ def join_processes(device):
                             store=store, rank=rank(), world_size=world_size(), timeout=timeout)
 
 
-class GatherRows(torch.autograd.Function):
-    """[n, d] on each of W processes -> [W n, d] on all of them, rows in the order of the ranks.
-
-    All compute the same loss from these rows. Backward adds up the W equal gradients, and
-    DistributedDataParallel averages those of the weights: sum / W is the gradient of one loss."""
-
-    @staticmethod
-    def forward(ctx, z):
-        z = z.contiguous()
-        parts = [torch.empty_like(z) for _ in range(world_size())]
-        dist.all_gather(parts, z)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return all_reduced(gradient).chunk(world_size())[rank()]
-
-
 class SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over the processes. Its gradient is the sum of their gradients."""
+    """The sum of a tensor over the W processes. Its gradient is the sum of their gradients.
+
+    All compute the same loss, so that is W times its gradient. DistributedDataParallel divides by
+    W: it averages."""
 
     @staticmethod
     def forward(ctx, x):
@@ -1945,10 +1909,9 @@ def synchronise_batch_norm(model):
 
 def data_parallel(model):
     """The model in DistributedDataParallel, without its broadcast of the (equal) buffers."""
-    ddp, flag = nn.parallel.DistributedDataParallel, "forward_sync_buffers"
-    if flag not in inspect.signature(ddp.__init__).parameters:
-        flag = "broadcast_buffers"  # its name before torch 2.14
-    return ddp(model, **{flag: False})
+    model = nn.parallel.DistributedDataParallel(model)
+    model.broadcast_buffers = False
+    return model
 
 
 # ==== Data sets by name ====
@@ -2688,16 +2651,14 @@ def orthogonalise(m, iterations=3):
 
 # ==== Run folder and signals ====
 
-CHECKPOINT_FORMAT = "nine-ssl-methods-3"
-DIGESTED = "model", "optimizer", "step", "rows", "loss_sum", "data", "data_statistics", "args"
+CHECKPOINT_FORMAT = "nine-ssl-methods-4"
 # Flags that may change on --resume. They do not change the numbers, except for rounding (compile)
 # and the permutations that a GPU draws (device).
 FREE_ON_RESUME = {"epochs", "out", "resume", "device", "num_workers", "log_every", "save_every",
                   "compile", "data_dir", "given", "init"}
 
-
-STOP_SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"  # of clusters
-STOP_SIGNALS = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
+STOP_SIGNALS = [number_ for number_ in signal.Signals if number_.name in
+                ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")]  # of clusters
 
 
 class StopSignals:
@@ -2706,7 +2667,6 @@ class StopSignals:
     def __init__(self, args, device):
         self.args, self.device = args, device
         self.number = 0  # of the signal that came
-        self.first = None  # when SIGTERM first came
         self.before = {}  # signal -> its handler before this run
         at_end(self.give_back)
         if threading.current_thread() is not threading.main_thread():
@@ -2719,17 +2679,10 @@ class StopSignals:
                 signal.signal(number_, self.note)
 
     def note(self, number_, _frame):
-        """Called by Python when a signal comes."""
+        """Called by Python when a signal comes. A second Ctrl-C ends at once."""
         self.number = number_
-        if world_size() > 1:
-            return  # torchrun itself repeats the signal, and kills after 30 seconds
-        if number_ == signal.SIGTERM:  # schedulers repeat it
-            self.first = self.first or time.monotonic()
-            if time.monotonic() - self.first < 2:
-                return
-        signal.signal(number_, self.before[number_])  # a second one ends at once
-        if number_ == signal.SIGTERM:
-            signal.raise_signal(number_)
+        if number_ == signal.SIGINT and world_size() == 1:  # torchrun itself repeats it
+            signal.signal(number_, self.before[number_])
 
     def came(self, step):
         """True after a signal; under torchrun all agree every --log-every steps."""
@@ -2760,10 +2713,10 @@ class StopSignals:
 
 
 def open_folder(args):
-    """(path of the run's folder, its open lock file on rank 0 or None elsewhere).
+    """(the run's folder, its open lock file on rank 0 or None elsewhere).
 
     Raises UserError if the folder holds a run, is in use or cannot be written."""
-    folder, lock = None, None
+    folder = lock = None
     if rank() == 0:
         for folder in candidate_folders(args):
             lock = lock_folder(folder)
@@ -2790,15 +2743,14 @@ def candidate_folders(args):
 
     With --resume: the last that was started. Without: raises UserError if --out holds a run."""
     name = run_name(vars(args)).replace("/", "-")
-    base = args.out or os.path.join("runs", f"{name}-{args.dataset}-s{args.seed}")
-    candidates = [base]
-    if not args.out:
-        candidates += [f"{base}-{i}" for i in range(2, 1000)]
+    base = os.path.join("runs", f"{name}-{args.dataset}-s{args.seed}")
+    candidates = [args.out] if args.out else [base, *(f"{base}-{i}" for i in range(2, 1000))]
     if args.resume:
-        return [path for path in candidates if holds_run(path, "config.json")][-1:] or [base]
+        started = [path for path in candidates if holds_run(path, "config.json")]
+        return started[-1:] or candidates[:1]
     taken = [i for i, path in enumerate(candidates) if holds_run(path)]
-    check(not (args.out and taken), f"--out {base} already holds a run; "
-          f"add --resume to go on with it, or try --out {base}-2")
+    check(not (args.out and taken), f"--out {args.out} already holds a run; "
+          f"add --resume to go on with it, or try --out {args.out}-2")
     return candidates[max(taken, default=-1) + 1:]
 
 
@@ -2810,11 +2762,6 @@ def holds_run(folder, *more):
 
 def lock_folder(folder):
     """A folder's lock file, locked until it is closed; None if another process has locked it."""
-    for name in ("lock", "last.pt", "last.pt.tmp", "previous.pt", "backbone.pt"):
-        path = os.path.join(folder, name)
-        usual = os.path.isfile(path) or not os.path.lexists(path)
-        check(usual or pathlib.Path(path).is_char_device(), f"{path} is no file or "
-              "cannot be reached; try another --out")
     try:
         os.makedirs(folder, exist_ok=True)
         file = open(os.path.join(folder, "lock"), "w")
@@ -2822,18 +2769,14 @@ def lock_folder(folder):
         raise UserError(f"--out {folder}: cannot write there ({error.strerror}); "
                         "try another --out") from error
     try:
-        if os.name == "nt":
-            import msvcrt
+        import fcntl  # not on Windows
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            return None
-        warn(f"{folder} cannot be locked ({error.strerror}): start no second run in it")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (PermissionError, BlockingIOError):
+        return None
+    except (OSError, ImportError) as error:
+        reason = getattr(error, "strerror", error)
+        warn(f"{folder} cannot be locked ({reason}): start no second run in it")
     return file
 
 
@@ -2851,7 +2794,7 @@ def stop_non_finite(step, what, data, folder):
             remedy = "it without them"
         if hasattr(args, "eps"):
             remedy = f"--eps {min(max(1e-3, 10 * args.eps), 0.5):g}, or {remedy}"
-    saved = os.path.isfile(os.path.join(folder, "last.pt"))
+    saved = holds_run(folder)
     kept = "the last good checkpoint stays" if saved else "no checkpoint was written yet"
     raise UserError(f"step {step}: {what} is not finite; likely cause: {cause}: try {remedy}; "
                     f"{folder}: {kept}")
@@ -2862,9 +2805,9 @@ def identical_images(data, step):
     epoch, number = divmod(step, data.steps_per_epoch)
     order = np.random.default_rng((data.args.seed, 1, epoch)).permutation(len(data.train))
     rows = torch.from_numpy(order).split(data.args.batch_size)[number]  # as in Data.batches
-    parts = data.eval_views(data.train, rows, 100)
-    counts = collections.Counter(x.numpy().tobytes() for part in parts for x in part.cpu())
-    return sum(count for count in counts.values() if count > 1)
+    views = torch.cat([part.cpu().flatten(1) for part in data.eval_views(data.train, rows, 100)])
+    counts = views.unique(dim=0, return_counts=True)[1]
+    return int(counts[counts > 1].sum())
 
 
 # ==== Resume ====
@@ -2881,178 +2824,70 @@ def check_same_step(run, checkpoint):
 
 
 def check_same_run(run, checkpoint):
-    """Raise UserError if flags, images or method differ from those of the checkpoint, and
-    DamagedError if a number or tensor in it cannot be one of this run."""
+    """Raise UserError if flags, images or method differ from those of the checkpoint."""
     before, now = checkpoint["args"], vars(run.args)
     check(run_name(before) == run_name(now), f"--resume: {run.folder} is a run of "
           f"{run_name(before)}, not of {run_name(now)}; try another --out")
-    check_entries(checkpoint, type(run.args))
     for name in [name for name in now if name not in FREE_ON_RESUME]:  # optimizer before its rates
         flag, value = option_of(name), before.get(name)
         remedy = f"it with{'' if value else 'out'} {flag}"
         if not isinstance(value, (bool, type(None))):
             remedy = f"{flag} {value}"
-        check(before.get(name) == now[name], f"--resume: {flag} was {value} and is now "
-              f"{now[name]}; try {remedy}, or another --out")
+        check(value == now[name], f"--resume: {flag} was {value} and is now {now[name]}; "
+              f"try {remedy}, or another --out")
     held, holds = checkpoint["data"], run.data.fingerprint
-    same = same_statistics(checkpoint.get("data_statistics"), run.data.statistics)
+    old, new = checkpoint["data_statistics"], run.data.statistics
+    same = all(old[name] == new[name] for name in ("scale", "class_names"))
+    same &= np.allclose(old["mean"] + old["std"], new["mean"] + new["std"], rtol=1e-3)  # rounding
     check(same and held == holds, f"--resume: --data-dir holds other images than before ({holds}, "
           f"then {held}); restore them, or try another --out")
-    steps, rows = run.data.steps_per_epoch, checkpoint["rows"]
-    fits = all(row["step"] == row["epoch"] * steps for row in rows)
-    whole(fits and checkpoint["step"] // steps == len(rows), "step does not fit rows")
     check(checkpoint["step"] <= run.total_steps, f"--resume: --epochs {now['epochs']} is fewer "
           f"than already trained; try --epochs {before['epochs']}")
-    check_like(checkpoint["model"], run.model.state_dict(), "model")
-    check_optimizer(checkpoint, run)
 
 
-def same_statistics(before, now):
-    """Whether colours, scale and classes are those of a checkpoint, but for rounding."""
-    with contextlib.suppress(KeyError, TypeError, ValueError):
-        names = "mean", "std", "scale", "class_names"
-        old, new = ([x for name in names for x in s[name] or []] for s in (before or now, now))
-        pairs = list(zip(old, new, strict=True))
-        return all(x == y or math.isclose(x, y, rel_tol=1e-3) for x, y in pairs)
-    return False
 
-
-class DamagedError(UserError):
-    """An entry of a checkpoint cannot be right; the checkpoint before may be whole."""
-
-
-def whole(condition, message):
-    """Raise DamagedError(message) unless the condition holds."""
-    if not condition:
-        raise DamagedError(message)
-
-
-def described(value):
-    """The type of an entry; of a tensor its dtype and shape."""
-    if torch.is_tensor(value):
-        return f"{value.dtype} {list(value.shape)}"
-    return "dict" if isinstance(value, dict) else type(value).__name__
-
-
-def digest_of(checkpoint):
-    """A hash that tells whether a checkpoint's entries are of one run and step."""
-    digest = hashlib.sha256()
-    add_to(digest, {name: checkpoint.get(name) for name in DIGESTED})
-    return digest.hexdigest()
-
-
-def add_to(digest, value):
-    """Update a digest with nested dicts."""
-    if isinstance(value, dict):
-        for key in [key for key in value if key not in ("given", "param_groups")]:
-            digest.update(ascii(key).encode() + b":")
-            add_to(digest, value[key])
-        digest.update(b"}")
-    elif torch.is_tensor(value) and value.layout == torch.strided:
-        numbers = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        digest.update(described(value).encode())
-        digest.update(numbers)
-    else:
-        digest.update(ascii(value).encode() + b";")
-
-
-def check_like(value, like, entry):
-    """Raise DamagedError unless `value` has the type, the shape and all names of `like`, and
-    numbers that are finite, and not negative where that cannot be."""
-    kind, name = described(like), entry.split(".")[-1]
-    whole(described(value) == kind, f"{entry} is {described(value)}, not {kind}")
-    if kind == "dict":
-        for key in like:
-            whole(key in value, f"{entry}.{key} is missing")
-            check_like(value[key], like[key], f"{entry}.{key}")
-        more = entry in ("checkpoint", "checkpoint.args") or not like
-        whole(more or len(value) == len(like), f"{entry} has unknown entries")
-    elif torch.is_tensor(value):
-        dense = value.layout == torch.strided and value.device.type == "cpu"
-        whole(dense and value.isfinite().all(), f"{entry} is not finite")
-        unit = name != "queue" or ((value.norm(dim=1) - 1).abs() < 1e-3).all()
-        whole(unit, f"{entry} has rows that are not of length 1")
-        signed = name not in ("step", "exp_avg_sq", "running_var", "num_batches_tracked")
-        whole(signed or (value >= 0).all(), f"{entry} is negative")
-    elif kind in ("int", "float"):
-        signed = name in ("loss", "entropy", "uniformity")
-        whole(abs(value) < math.inf and (signed or value >= 0), f"{entry} is out of range")
-
-
-def check_entries(checkpoint, kind):
-    """Raise DamagedError unless a run could have these rows and args. kind: its class of Args."""
-    figures = [*collapse_metrics(torch.eye(3)), "rank_h", "alignment"]
-    for i, row in enumerate(checkpoint["rows"], 1):
-        whole(isinstance(row, dict), f"rows.{i} is {described(row)}")
-        names = ["loss", "lr", "images_per_s", "seconds", *(figures if len(row) > 7 else [])]
-        like = {**dict.fromkeys(names, 0.0), "epoch": 1, "step": 1}
-        like["knn"] = "" if row.get("knn") == "" else 0.0
-        check_like(row, like, f"rows.{i}")
-        fits = row["epoch"] == i and (row["knn"] or 0) <= 1
-        whole(fits, f"rows.{i} has another epoch or a knn above 1")
-    trial, args = kind.__new__(kind), checkpoint["args"]
-    vars(trial).update({f.name: args.get(f.name, ...) for f in dataclasses.fields(kind)})
-    before = repr(vars(trial))
-    try:
-        check_values(trial)
-    except (UserError, RuntimeError) as error:
-        raise DamagedError(f"args: {error}") from None
-    fits = repr(vars(trial)) == before and all(holds for holds, _ in trial.rules())
-    whole(fits, "args has a value of another type, or sizes that do not fit")
-
-
-def check_optimizer(checkpoint, run):
-    """Raise DamagedError unless this is a state of the run's optimizer. Changes the weights."""
-    for p in run.model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
-    run.optimizer.step()  # makes a state to compare with
-    run.optimizer.zero_grad()
-    check_like(checkpoint["optimizer"], run.optimizer.state_dict(), "optimizer")
-    states = checkpoint["optimizer"]["state"].values()
-    steps = {float(state["step"]) for state in states if "exp_avg" in state}
-    whole(steps <= {checkpoint["step"]}, "optimizer.state is of another step")
 
 
 def restore(run, checkpoint):
-    """Put a run into the state of a checkpoint (a dict or None). Returns its step, or 0."""
+    """Put a run into the state of a checkpoint (a dict or None). Returns its step, or 0.
+
+    Raises UserError if the method's file has changed and its model with it."""
     if checkpoint is None:
         say(f"no checkpoint in {run.folder}: starting afresh")
         return 0
     run.last_is_good = checkpoint["file"] == "last.pt"
-    run.model.load_state_dict(checkpoint["model"])
-    groups = run.optimizer.state_dict()["param_groups"]  # by the flags
-    run.optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
-    for w, state in run.optimizer.state.items():  # the fused kernels pair numbers by memory order
-        for name, value in state.items():
-            if torch.is_tensor(value):
-                like = value if value.dim() == 0 else w
-                state[name] = torch.empty_like(like, device=value.device).copy_(value)
+    try:
+        run.model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"--resume: {run.folder} is of another model ({reason}); try the method's "
+                        "file that it was trained with, or another --out") from error
+    run.optimizer.load_state_dict(checkpoint["optimizer"])
     run.loss_sum.copy_(checkpoint["loss_sum"])
     run.rows = checkpoint["rows"]
     run.clock.run_before = checkpoint["seconds"]
     run.clock.epoch_before = checkpoint["epoch_seconds"]
     if rank() == 0:
         write_metrics(run.folder, run.rows)  # without rows after the checkpoint or a torn line
-    before, now = checkpoint["args"]["epochs"], run.args.epochs
-    longer = f"; {before} epochs before, {now} now, so the schedule is different"
-    longer = longer if before != now else ""
+    before, now, longer = checkpoint["args"]["epochs"], run.args.epochs, ""
+    if before != now:
+        longer = f"; {before} epochs before, {now} now, so the schedule is different"
     step = checkpoint["step"]
     say(f"going on with {run.folder} after step {step} of {run.total_steps}{longer}")
     return step
 
 
-def load_last(folder, accept=None):
+def load_last(folder):
     """The newest readable checkpoint of a run folder, with its name under "file", or None.
 
-    A warning names a damaged one. Raises UserError if there are only such. accept(checkpoint)
-    raises DamagedError too."""
+    A warning names a damaged one. Raises UserError if there are only such."""
     faults = []
     for name in ("last.pt", "previous.pt"):
         path = os.path.join(folder, name)
         if os.path.lexists(path):
             try:
-                checkpoint = load_checkpoint(path, accept)
-            except DamagedError as error:
+                checkpoint = load_checkpoint(path)
+            except UserError as error:
                 faults.append(str(error))
                 continue
             if faults:
@@ -3063,38 +2898,32 @@ def load_last(folder, accept=None):
     return None
 
 
-def load_checkpoint(path, accept=None):
-    """A checkpoint of a run as a dict. Nothing in the file is executed (weights_only).
+def save_checkpoint(path, checkpoint, keep_as=None):
+    """Write a dict as torch.save does, and behind it the SHA-256 of that. Raises UserError."""
+    buffer = io.BytesIO()
+    torch.save({"format": CHECKPOINT_FORMAT, **checkpoint}, buffer)
+    buffer.write(hashlib.sha256(buffer.getvalue()).digest())
+    write_file(path, buffer.getvalue(), keep_as=keep_as)
 
-    Raises UserError if it is damaged or something else. accept: as in load_last."""
-    whole(os.path.isfile(path), f"{path}: no such file; try runs/<run>/last.pt")
+
+def load_checkpoint(path):
+    """What save_checkpoint wrote. Nothing in the file is executed (weights_only).
+
+    Raises UserError if it is something else, or damaged or edited: the SHA-256 does not fit."""
+    check(os.path.isfile(path), f"{path}: no such file; try runs/<run>/last.pt")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch itself does not compare the checksums
-            if archive.testzip():
-                raise ValueError
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        known = checkpoint.get("format") == CHECKPOINT_FORMAT
-        same = checkpoint.get("digest") == digest_of(checkpoint)
-    except Exception as error:  # torch raises many kinds for a file that is cut short or no zip
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise DamagedError(f"{path} is not a checkpoint of these scripts, or is damaged or cut "
-                           f"short ({reason})") from error
-    whole(known, f"{path} is not a checkpoint of these scripts; try runs/<run>/last.pt")
-    whole(same, f"{path} is damaged or was edited or mixed with another run's")
-    like = {"args": {"method": "", "experiment": "", "image_size": 1}, "step": 1, "model": {},
-            "optimizer": {}, "loss_sum": torch.zeros((), dtype=torch.float64),
-            "rows": [], "seconds": 0.0, "epoch_seconds": 0.0, "data": ""}
-    try:
-        check_like(checkpoint, like, "checkpoint")
-        for name in checkpoint["args"]:
-            whole(isinstance(name, str), "args has a key that is no text")
-        if accept:
-            accept(checkpoint)
-    except DamagedError as error:
-        raise DamagedError(f"{path} is damaged or was edited: {error}") from None
-    return checkpoint
+        with open(path, "rb") as file:
+            content = file.read()
+        if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+            raise ValueError
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if checkpoint["format"] != CHECKPOINT_FORMAT:
+            raise ValueError
+        return checkpoint
+    except Exception as error:  # torch raises many kinds
+        reason = f" ({error.strerror})" if getattr(error, "strerror", None) else ""
+        raise UserError(f"{path} is not a checkpoint of these scripts, or is damaged, cut short or "
+                        f"edited{reason}; try runs/<run>/last.pt") from error
 
 
 # ==== Files of a run ====
@@ -3116,7 +2945,6 @@ def write_file(path, content, keep_as=None):
     except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        with contextlib.suppress(OSError):
             if keep_as and not os.path.exists(path):
                 os.replace(keep_as, path)
         raise UserError(f"{path} could not be written ({error.strerror}); what was there before "
@@ -3126,10 +2954,9 @@ def write_file(path, content, keep_as=None):
 def write_metrics(folder, rows):
     """Write metrics.csv. rows: dicts by column; a column that a row lacks is left empty."""
     timing = ["images_per_s", "seconds"]  # the last columns: all others depend on the seed alone
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    names = [name for name in names if name not in timing] + timing
+    names = dict.fromkeys(name for row in rows for name in row if name not in timing)
     text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, [*names, *timing], restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_file(os.path.join(folder, "metrics.csv"), text.getvalue().encode())
@@ -3158,20 +2985,16 @@ def processor_name(device):
     """The name of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
+    with contextlib.suppress(OSError, TypeError), open("/proc/cpuinfo") as file:
+        return re.search(r"model name\s*: (.*)", file.read())[1]
     return platform.processor()
 
 
 def git_revision():
     """The git revision of these scripts, or an empty string."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    command = ["git", "-C", here, "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-        return done.stdout.strip()
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError):  # no git
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return ""
 
 
@@ -3193,8 +3016,8 @@ def load_backbone(run, device="cpu"):
 
     def prepare(images):
         if torch.is_tensor(images):
-            right = images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3
-            check(right, f"images are {described(images)}; try uint8 [N, 3, H, W]")
+            check(images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3,
+                  f"images are {images.dtype} {list(images.shape)}; try uint8 [N, 3, H, W]")
             x = centre_view(images.float() / 255, statistics["size"])
         else:
             images = [images] if isinstance(images, (str, os.PathLike)) else images

@@ -269,7 +269,7 @@ def unshared_worker(rank, world, port, argv, folder):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     sys.stderr = open(f"{folder}/err{rank}", "w")
     simclr, load = importlib.import_module("simclr"), common.load_last
-    common.load_last = lambda folder, accept: load(folder, accept) if rank == 0 else None
+    common.load_last = lambda folder: load(folder) if rank == 0 else None
     common.main(simclr.train, lambda: simclr.parse_args(argv))
 
 

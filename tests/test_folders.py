@@ -13,7 +13,7 @@ import eval as evaluation
 import numpy as np
 import pytest
 import torch
-from conftest import draw_image, is_one_line_error, make_folder, run_here, save_edited, write_image
+from conftest import draw_image, is_one_line_error, make_folder, run_here, write_image
 from PIL import Image
 
 CPU = torch.device("cpu")
@@ -974,7 +974,7 @@ def test_edited_statistics_are_one_line(trained, tmp_path, edit):
     _, run, _ = trained
     checkpoint = torch.load(run / "last.pt", weights_only=True)
     checkpoint["data_statistics"].update(edit)
-    save_edited(checkpoint, tmp_path / "last.pt")
+    torch.save(checkpoint, tmp_path / "last.pt")
     result = run_here("eval", [tmp_path, "--device", "cpu"])
     assert is_one_line_error(result), result.err
 

@@ -697,7 +697,7 @@ def test_thirty_seconds(monkeypatch):
 def test_on_a_terminal_one_line_moves_and_other_lines_replace_it(monkeypatch, images, tmp_path):  # noqa: F811
     monkeypatch.setattr(io, "StringIO", Terminal)
     out = run_here("moco", arguments("moco", images, tmp_path / "run")).out
-    screen = [re.split(r"\r(?:\033\[K)?", line.replace("\033[K\r", "\r"))[-1] for line in out.split("\n")]
+    screen = [line.split("\r")[-1] for line in out.split("\n")]
     assert out.count("\r") > 8 and not any(STATUS.fullmatch(line) for line in screen)
     assert screen[0].startswith("64 training images in 4 classes")
     assert screen[1].startswith("epoch 1/2  step 4/8  loss") and "kNN" in screen[1]
@@ -707,8 +707,9 @@ def test_the_moving_line_fits_the_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setattr(sys, "stdout", Terminal())
     common.STATUS.show("x" * 100)
-    assert sys.stdout.getvalue() == "\r" + "x" * 39 + "\033[K"
+    common.STATUS.show("y")
     common.STATUS.clear()
+    assert sys.stdout.getvalue() == "\r" + "x" * 39 + "\ry" + " " * 38 + "\r" + " " * 39 + "\r"
 
 
 @pytest.mark.slow
@@ -842,15 +843,19 @@ def test_args_of_another_method_are_one_line_before_the_folder_is_taken(images, 
             simclr.train(given)
     with pytest.raises(common.UserError, match="needs an Args of simclr, not of moco"):
         simclr.train(args=args)
-    with pytest.raises(common.UserError, match="Args are for simclr, the model is not"):
-        simclr.train(simclr.Args(**shared), build=lambda _: moco.build(args))
+    import experiments
+    import simsiam
+
+    theirs = experiments.find("simsiam/softmax-similarity").Args(**{**shared, "experiment": "softmax-similarity"})
+    with pytest.raises(common.UserError, match="^these Args are for simsiam/softmax-similarity, the model is not; try "):
+        simsiam.train(theirs)  # whose model is SimSiam's own
     for name in ("method", "experiment"):
         with pytest.raises(common.UserError, match=f"Args.{name}='foo'. is no flag"):
             args_of(images, out, **{name: "foo"})
     assert not out.exists()
 
 
-@pytest.mark.parametrize("name, value, words", [("lr", -1.0, "--lr"), ("batch_size", 3, "--bn-splits"), ("epoch", 5, "Args has no 'epoch'"),
+@pytest.mark.parametrize("name, value, words", [("lr", -1.0, "--lr"), ("batch_size", 3, "--bn-splits"), ("epoch", 5, "Args.epoch=5. is no flag"),
                                                 ("method", "simclr", "is no flag"), ("out", "a\0b", "--out")])
 def test_args_that_a_program_changed_are_checked_again(images, tmp_path, name, value, words):  # noqa: F811
     import moco
@@ -874,18 +879,6 @@ def test_a_symlinked_script_finds_common(tmp_path, script):
     assert result.status == 0 and ("[flags of the method]" in result.out or "usage" in result.out), result.err
 
 
-@pytest.mark.parametrize("name", ["lock", "last.pt", "last.pt.tmp", "previous.pt", "backbone.pt"])
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/nonexistent/file", path)], ids=["folder", "fifo", "link"])
-def test_what_is_no_file_in_the_place_of_one_is_named(images, tmp_path, name, make):  # noqa: F811
-    out = tmp_path / "run"
-    out.mkdir()
-    make(out / name)
-    for more in ([], ["--resume"]):
-        result = run_here("moco", arguments("moco", images, out, *more))
-        assert is_one_line_error(result) and f"{out / name} is no file or cannot be reached" in result.err, result.err
-    assert sorted(os.listdir(out)) == [name]
-
-
 def test_a_finished_model_is_in_eval_mode(images, tmp_path):  # noqa: F811
     assert not any(module.training for module in train(images, tmp_path / "run", epochs=1).model.modules())
 
@@ -903,7 +896,7 @@ def test_a_signal_while_the_backbone_is_written_does_not_end_it(monkeypatch, ima
     assert (tmp_path / "run" / "backbone.pt").is_file() and handlers() == before
 
 
-def test_a_sigterm_that_is_repeated_at_once_is_one_and_a_late_one_ends(monkeypatch, images, tmp_path):  # noqa: F811
+def test_a_sigterm_that_is_repeated_is_one(monkeypatch, images, tmp_path):  # noqa: F811
     def twice():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -913,27 +906,6 @@ def test_a_sigterm_that_is_repeated_at_once_is_one_and_a_late_one_ends(monkeypat
         with pytest.raises(SystemExit) as ended:
             train(images, tmp_path / "run")
     assert ended.value.code == 143 and common.load_checkpoint(str(tmp_path / "run" / "last.pt"))["step"] == 3
-
-    def late():
-        os.kill(os.getpid(), signal.SIGTERM)
-        now = time.monotonic()
-        monkeypatch.setattr(time, "monotonic", lambda: now + 2.1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    class Ended(BaseException):
-        pass
-
-    def end(*_):
-        raise Ended
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        in_step(monkeypatch, 2, late)
-        with pytest.raises(Ended):
-            train(images, tmp_path / "late")
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert not (tmp_path / "late" / "last.pt").exists()
 
 
 @pytest.mark.parametrize("environment, words", [
