@@ -11,54 +11,54 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #
 # Part I, what a method file calls:
 #
-#    118  flag               a field of Args: default, help, bounds
-#    128  Args               the flags that all nine methods share
-#    206  world_size         the number of processes (MoCo)
-#    211  rank               this process's number among them (MoCo)
-#    220  gives_back         signal handlers, lock and processes, when train() ends
-#    246  set_up             device, precision, other processes
-#    287  load_data          read or draw the data set: Data
-#    535  build_backbone     the network whose output is H
-#    582  build_optimizer    Adam, SGD, LARS or Muon
-#    621  Run                the run's folder, checkpoints, log and checks
-#    854  distribute         the model for several processes, or compiled
-#    644  Run.resume         the step to start from, usually 0
-#    356  Data.batches       the batches of an epoch, uint8
-#    866  step_seed          the seed of a step's random draws
-#    371  Data.augment       the random views of a batch
-#   1129  learning_rate      the schedule's factor at a step
-#    659  Run.guard          a failed decomposition becomes a clear error
-#   1145  gather             embeddings of all processes, with gradient
-#    663  Run.watch          note whether loss and gradients are finite
-#    670  Run.progress       stop if they were not; show the status line
-#    681  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    689  Run.mean_loss      the mean loss of the epoch
-#   1159  extract            H of a set of images
-#   1181  project            Z of H
-#   1192  collapse_metrics   how much of its space a set of embeddings fills
-#   1263  knn_accuracy       accuracy of a vote among the nearest training images
-#    698  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    737  Run.save_backbone  write backbone.pt
-#    745  Run.close          print the scores
+#    117  flag               a field of Args: default, help, bounds
+#    127  Args               the flags that all nine methods share
+#    205  world_size         the number of processes (MoCo)
+#    210  rank               this process's number among them (MoCo)
+#    219  gives_back         signal handlers, lock and processes, when train() ends
+#    245  set_up             device, precision, other processes
+#    286  load_data          read or draw the data set: Data
+#    534  build_backbone     the network whose output is H
+#    581  build_optimizer    Adam, SGD, LARS or Muon
+#    620  Run                the run's folder, checkpoints, log and checks
+#    853  distribute         the model for several processes, or compiled
+#    643  Run.resume         the step to start from, usually 0
+#    355  Data.batches       the batches of an epoch, uint8
+#    865  step_seed          the seed of a step's random draws
+#    370  Data.augment       the random views of a batch
+#   1128  learning_rate      the schedule's factor at a step
+#    658  Run.guard          a failed decomposition becomes a clear error
+#   1144  gather             embeddings of all processes, with gradient
+#    662  Run.watch          note whether loss and gradients are finite
+#    669  Run.progress       stop if they were not; show the status line
+#    680  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    688  Run.mean_loss      the mean loss of the epoch
+#   1158  extract            H of a set of images
+#   1180  project            Z of H
+#   1191  collapse_metrics   how much of its space a set of embeddings fills
+#   1262  knn_accuracy       accuracy of a vote among the nearest training images
+#    697  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    736  Run.save_backbone  write backbone.pt
+#    744  Run.close          print the scores
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1695  main               run train(); print an expected error as one line
-#   1411  parse_args         Args from the command line
-#   1870  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1694  main               run train(); print an expected error as one line
+#   1410  parse_args         Args from the command line
+#   1869  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1336  Command line: flags from Args, checks, and sizes to propose
-#   1595  Messages and errors
-#   1767  Several processes
-#   1917  Data sets by name
-#   1993  Folders of images
-#   2350  Streaming
-#   2455  Recipes of augmentation
-#   2523  ResNets, Vision Transformer, LARS, Muon
-#   2652  Run folder and signals
-#   2813  Resume
-#   2929  Files of a run
-#   3001  Trained weights
+#   1335  Command line: flags from Args, checks, and sizes to propose
+#   1594  Messages and errors
+#   1766  Several processes
+#   1916  Data sets by name
+#   1992  Folders of images
+#   2349  Streaming
+#   2454  Recipes of augmentation
+#   2522  ResNets, Vision Transformer, LARS, Muon
+#   2651  Run folder and signals
+#   2812  Resume
+#   2928  Files of a run
+#   3000  Trained weights
 
 import argparse
 import collections
@@ -86,7 +86,6 @@ import threading
 import time
 import typing
 import warnings
-import zipfile
 import zlib
 
 # A thread that waits for the others should not keep its core busy: another program may need it.
