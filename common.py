@@ -52,13 +52,13 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #   1766  Several processes
 #   1916  Data sets by name
 #   1992  Folders of images
-#   2349  Streaming
-#   2454  Recipes of augmentation
-#   2522  ResNets, Vision Transformer, LARS, Muon
-#   2651  Run folder and signals
-#   2812  Resume
-#   2928  Files of a run
-#   3000  Trained weights
+#   2350  Streaming
+#   2455  Recipes of augmentation
+#   2523  ResNets, Vision Transformer, LARS, Muon
+#   2652  Run folder and signals
+#   2813  Resume
+#   2929  Files of a run
+#   3001  Trained weights
 
 import argparse
 import collections
@@ -2036,8 +2036,9 @@ def list_images(root, skipped):
     found, seen, tops = [], set(), [root]
 
     def refuse(error):
-        raise UserError(f"--data-dir {error.filename} ({error.strerror}) cannot be read; "
-                        "try the folder that holds your images, or chmod")
+        what = "cannot be read" if os.path.isdir(error.filename) else "is not a folder"
+        raise UserError(f"--data-dir {error.filename} ({error.strerror}) {what}; "
+                        "try the folder that holds your images")
 
     walk = itertools.chain.from_iterable(os.walk(top, onerror=refuse) for top in tops)
     for folder, inside, names in walk:

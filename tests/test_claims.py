@@ -2,7 +2,7 @@
 direction a command that parses, the cache, the exit status, the gradients of real runs."""
 
 import functools
-import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -370,7 +370,8 @@ def test_alignment_is_1_if_eigenvectors_agree():
 def test_gradients_of_real_runs_equal_autograds(runs, tmp_path):
     names = [*claims.GRADIENTS]
     folders = [runs(name) for name in names]
-    result = run_here("claims", ["gradients", *folders, "--plot", tmp_path / "g.png"])
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    result = run_here("claims", ["gradients", *folders, *(["--plot", tmp_path / "g.png"] if drawn else [])])
     assert result.status == 0 and not result.err, result.err
     rows = [line.split() for line in result.out.splitlines()]
     rows = [row for row in rows if len(row) == 6 and row[0].isdigit()]
@@ -379,7 +380,7 @@ def test_gradients_of_real_runs_equal_autograds(runs, tmp_path):
         positive, negative, both, _, error = map(float, row[1:])
         assert error < 1e-8 and min(positive, negative, both) > 0
         assert both < positive + negative
-    assert (tmp_path / "g.png").read_bytes().startswith(b"\x89PNG")
+    assert not drawn or (tmp_path / "g.png").read_bytes().startswith(b"\x89PNG")
     for name, row in zip(names, rows[::2]):
         balance = float(row[4])
         assert balance == {"barlow": 0.0051}.get(name, balance if "byol" in name else 1.0), name

@@ -701,7 +701,7 @@ def test_a_loader_process_that_dies_is_one_line(large_folder, tmp_path, monkeypa
 
     monkeypatch.setattr(common, "crop_one", die)
     result = run_here("cw_rgp", stream_flags(large_folder, tmp_path / "run", "--image-size", "16", "--stream", "--num-workers", "1"))
-    assert is_one_line_error(result) and "a loader process died" in result.err and "try a smaller --num-workers" in result.err
+    assert is_one_line_error(result) and "a loader process died" in result.err and "try fewer --num-workers" in result.err
 
 
 def test_the_way_out_for_a_vanished_file_works(small_folder, tmp_path, monkeypatch):
