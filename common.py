@@ -19,46 +19,46 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #    245  set_up             device, precision, other processes
 #    286  load_data          read or draw the data set: Data
 #    534  build_backbone     the network whose output is H
-#    581  build_optimizer    Adam, SGD, LARS or Muon
-#    620  Run                the run's folder, checkpoints, log and checks
-#    853  distribute         the model for several processes, or compiled
-#    643  Run.resume         the step to start from, usually 0
+#    591  build_optimizer    Adam, SGD, LARS or Muon
+#    630  Run                the run's folder, checkpoints, log and checks
+#    863  distribute         the model for several processes, or compiled
+#    653  Run.resume         the step to start from, usually 0
 #    355  Data.batches       the batches of an epoch, uint8
-#    865  step_seed          the seed of a step's random draws
+#    875  step_seed          the seed of a step's random draws
 #    370  Data.augment       the random views of a batch
-#   1128  learning_rate      the schedule's factor at a step
-#    658  Run.guard          a failed decomposition becomes a clear error
-#   1144  gather             embeddings of all processes, with gradient
-#    662  Run.watch          note whether loss and gradients are finite
-#    669  Run.progress       stop if they were not; show the status line
-#    680  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    688  Run.mean_loss      the mean loss of the epoch
-#   1158  extract            H of a set of images
-#   1180  project            Z of H
-#   1191  collapse_metrics   how much of its space a set of embeddings fills
-#   1262  knn_accuracy       accuracy of a vote among the nearest training images
-#    697  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    736  Run.save_backbone  write backbone.pt
-#    744  Run.close          print the scores
+#   1138  learning_rate      the schedule's factor at a step
+#    668  Run.guard          a failed decomposition becomes a clear error
+#   1154  gather             embeddings of all processes, with gradient
+#    672  Run.watch          note whether loss and gradients are finite
+#    679  Run.progress       stop if they were not; show the status line
+#    690  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    698  Run.mean_loss      the mean loss of the epoch
+#   1168  extract            H of a set of images
+#   1190  project            Z of H
+#   1201  collapse_metrics   how much of its space a set of embeddings fills
+#   1272  knn_accuracy       accuracy of a vote among the nearest training images
+#    707  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    746  Run.save_backbone  write backbone.pt
+#    754  Run.close          print the scores
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1694  main               run train(); print an expected error as one line
-#   1410  parse_args         Args from the command line
-#   1869  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1704  main               run train(); print an expected error as one line
+#   1420  parse_args         Args from the command line
+#   1879  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1335  Command line: flags from Args, checks, and sizes to propose
-#   1594  Messages and errors
-#   1766  Several processes
-#   1916  Data sets by name
-#   1992  Folders of images
-#   2350  Streaming
-#   2455  Recipes of augmentation
-#   2523  ResNets, Vision Transformer, LARS, Muon
-#   2652  Run folder and signals
-#   2813  Resume
-#   2929  Files of a run
-#   3001  Trained weights
+#   1345  Command line: flags from Args, checks, and sizes to propose
+#   1604  Messages and errors
+#   1776  Several processes
+#   1926  Data sets by name
+#   2002  Folders of images
+#   2360  Streaming
+#   2465  Recipes of augmentation
+#   2533  ResNets, Vision Transformer, LARS, Muon
+#   2663  Run folder and signals
+#   2824  Resume
+#   2940  Files of a run
+#   3012  Trained weights
 
 import argparse
 import collections
@@ -534,8 +534,8 @@ def texture(name, u, v):
 def build_backbone(name, image_size, width=32):
     """(network, feature_dim). H = network(x) is [N, feature_dim].
 
-    name: `tiny` or `vit_tiny`, whose channels follow from `width`, or a torchvision ResNet. Raises
-    UserError for other names, and for images that do not fit."""
+    name: `tiny` or `vit_tiny`, with channels by `width`, or a torchvision ResNet. Raises
+    UserError for other names or images that do not fit."""
     if name == "tiny":
         return Tiny(width), 32 * width
     if name == "vit_tiny":
@@ -543,18 +543,28 @@ def build_backbone(name, image_size, width=32):
     return build_resnet(name, image_size)
 
 
+class Float32Conv2d(nn.Conv2d):
+    """Float32 on a CPU: with few channels bfloat16 is no faster, and its threads spin as they
+    wait: twenty times as long beside a second training."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x)
+
+
 class Tiny(nn.Module):
     """A small network for CPUs: [N, 3, S, S] -> [N, 32 width].
 
     Most of its work is in few pixels with many channels: on CIFAR-10 it learned more per minute
-    than a small ResNet. It averages over each quarter of the image and not over the whole, from
-    which a linear classifier gained 3 to 4 %."""
+    than a small ResNet. It averages over quarters of the image, not the whole: a linear probe
+    gained 3 to 4 %."""
 
     def __init__(self, width):
         super().__init__()
 
         def block(inputs, outputs, kernel=3, stride=1, padding=1):
-            convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
+            kind = Float32Conv2d if stride == 2 else nn.Conv2d
+            convolution = kind(inputs, outputs, kernel, stride, padding, bias=False)
             return convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
 
         w = width
@@ -2555,6 +2565,7 @@ def build_vit(image_size, width):
     network = torchvision.models.VisionTransformer(
         image_size, patch, num_layers=3, num_heads=3, hidden_dim=width, mlp_dim=2 * width)
     network.heads = nn.Identity()
+    network.conv_proj.__class__ = Float32Conv2d
     return network
 
 
