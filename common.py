@@ -13,52 +13,52 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #
 #    117  flag               a field of Args: default, help, bounds
 #    127  Args               the flags that all nine methods share
-#    205  world_size         the number of processes (MoCo)
-#    210  rank               this process's number among them (MoCo)
-#    219  gives_back         signal handlers, lock and processes, when train() ends
-#    245  set_up             device, precision, other processes
-#    286  load_data          read or draw the data set: Data
-#    534  build_backbone     the network whose output is H
-#    591  build_optimizer    Adam, SGD, LARS or Muon
-#    630  Run                the run's folder, checkpoints, log and checks
-#    863  distribute         the model for several processes, or compiled
-#    653  Run.resume         the step to start from, usually 0
-#    355  Data.batches       the batches of an epoch, uint8
-#    875  step_seed          the seed of a step's random draws
-#    370  Data.augment       the random views of a batch
-#   1138  learning_rate      the schedule's factor at a step
-#    668  Run.guard          a failed decomposition becomes a clear error
-#   1154  gather             embeddings of all processes, with gradient
-#    672  Run.watch          note whether loss and gradients are finite
-#    679  Run.progress       stop if they were not; show the status line
-#    690  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    698  Run.mean_loss      the mean loss of the epoch
-#   1168  extract            H of a set of images
-#   1190  project            Z of H
-#   1201  collapse_metrics   how much of its space a set of embeddings fills
-#   1272  knn_accuracy       accuracy of a vote among the nearest training images
-#    707  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    746  Run.save_backbone  write backbone.pt
-#    754  Run.close          print the scores
+#    209  world_size         the number of processes (MoCo)
+#    214  rank               this process's number among them (MoCo)
+#    223  gives_back         signal handlers, lock and processes, when train() ends
+#    249  set_up             device, precision, other processes
+#    274  load_data          read or draw the data set: Data
+#    525  build_backbone     the network whose output is H
+#    582  build_optimizer    Adam, SGD, LARS or Muon
+#    621  Run                the run's folder, checkpoints, log and checks
+#    855  distribute         the model for several processes, or compiled
+#    644  Run.resume         the step to start from, usually 0
+#    346  Data.batches       the batches of an epoch, uint8
+#    867  step_seed          the seed of a step's random draws
+#    361  Data.augment       the random views of a batch
+#   1130  learning_rate      the schedule's factor at a step
+#    659  Run.guard          a failed decomposition becomes a clear error
+#   1146  gather             embeddings of all processes, with gradient
+#    663  Run.watch          note whether loss and gradients are finite
+#    670  Run.progress       stop if they were not; show the status line
+#    681  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    689  Run.mean_loss      the mean loss of the epoch
+#   1160  extract            H of a set of images
+#   1182  project            Z of H
+#   1193  collapse_metrics   how much of its space a set of embeddings fills
+#   1264  knn_accuracy       accuracy of a vote among the nearest training images
+#    698  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    738  Run.save_backbone  write backbone.pt
+#    746  Run.close          print the scores
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1704  main               run train(); print an expected error as one line
-#   1420  parse_args         Args from the command line
-#   1879  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1712  main               run train(); print an expected error as one line
+#   1412  parse_args         Args from the command line
+#   1887  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1345  Command line: flags from Args, checks, and sizes to propose
-#   1604  Messages and errors
-#   1776  Several processes
-#   1926  Data sets by name
-#   2002  Folders of images
-#   2360  Streaming
-#   2465  Recipes of augmentation
-#   2533  ResNets, Vision Transformer, LARS, Muon
-#   2663  Run folder and signals
-#   2824  Resume
-#   2940  Files of a run
-#   3012  Trained weights
+#   1337  Command line: flags from Args, checks, and sizes to propose
+#   1612  Messages and errors
+#   1784  Several processes
+#   1934  Data sets by name
+#   2010  Folders of images
+#   2371  Streaming
+#   2476  Recipes of augmentation
+#   2544  ResNets, Vision Transformer, LARS, Muon
+#   2674  Run folder and signals
+#   2835  Resume
+#   2948  Files of a run
+#   3027  Trained weights
 
 import argparse
 import collections
@@ -139,13 +139,15 @@ class Args:
     data_dir: str = flag("data", "folder of the data set, or where to download it to")
     test_fraction: float = flag(0.2, "share of each class of a folder without test images that is "
                                 "held out to measure kNN, and never trained on", least=0, below=1)
+    train_images: int | None = flag(None, "train on N evenly spaced images only (default: all)",
+                                    least=2, example=1000)
     image_size: int | None = flag(None, "side of a view in pixels (default: that of the images, "
                                   "at most 64)", least=8, most=1024, example=32)
     augment: str = flag("w-mse", "recipe of the random views; common.RECIPES explains them")
     views: int = flag(2, "views of each image", least=2, most=16)
 
-    backbone: str = flag("tiny", "`tiny`, `vit_tiny` (a Vision Transformer), or a torchvision "
-                         "ResNet by name, such as resnet18")
+    backbone: str = flag("tiny", "`tiny`, `vit_tiny`, or a torchvision ResNet by name, such "
+                         "as resnet18")
     init: str | None = flag(None, "weights to start the backbone from: last.pt or backbone.pt of a "
                             "run, or torchvision's file")
     proj_hidden: int = flag(1024, "width of the hidden layers of the projector (BYOL: and of the "
@@ -180,6 +182,8 @@ class Args:
                            least=0)
     save_every: int = flag(0, "steps between two extra checkpoints inside an epoch; 0: none",
                            least=0, example=100)
+    keep_every: int = flag(0, "epochs between two checkpoints that stay, as epoch-0010.pt; 0: none",
+                           least=0, example=10)
     log_every: int = flag(10, "steps between two looks at the loss, which wait for the device",
                           least=1)
 
@@ -261,22 +265,6 @@ def set_up(args):
     return completed(args, device), device
 
 
-def has_fast_bf16(device):
-    """True if the processor computes in bf16 instead of emulating it.
-
-    CUDA from Ampere on, x86 with AVX512-BF16 or AMX (known on Linux only); no others."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    try:
-        with open("/proc/cpuinfo") as file:
-            flags = file.read()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
 # ==== Data: uint8 images ====
 
 DEFAULT_IMAGE_SIZE = {"patterns": 32, "cifar10": 32, "cifar100": 32,
@@ -305,7 +293,8 @@ class Data:
     """A data set, ready for training and measuring.
 
     train            images to train on: uint8 [N, 3, H, W] on the device, or `Files` if too many
-    labelled_train   those with labels (all, except for STL-10), and train_labels, int64 [N] or None
+    images_found     their number without --train-images
+    labelled_train   all with labels; train_labels, their int64 [N] or None
     test             test images, or the labelled training images if there are none
     test_labels      int64 [M] or None
     labelled         True if training and test images have labels, so that kNN can be measured
@@ -328,8 +317,10 @@ class Data:
         self.class_names = class_names
         self.fingerprint = f"{len(train)} training images"
         everything = train if unlabeled is None else np.concatenate([train, unlabeled])
-        self.train = place(everything, device)
-        self.labelled_train = self.train if unlabeled is None else self.train[: len(train)]
+        everything = place(everything, device)
+        self.images_found = len(everything)
+        self.train, _ = evenly_spaced(everything, None, args.train_images or len(everything))
+        self.labelled_train = everything if unlabeled is None else everything[: len(train)]
         self.train_labels = place_labels(labels, device)
         self.test = self.labelled_train if test is None else place(test, device)
         self.test_labels = None if test is None else place_labels(test_labels, device)
@@ -339,7 +330,7 @@ class Data:
         self.queries, self.query_labels = evenly_spaced(self.test, self.test_labels, 1000)
         self.large_bank, self.large_bank_labels = evenly_spaced(*training, 100_000)
         mean, std = (COLOUR_STATISTICS.get(args.dataset)
-                     or colour_statistics(self.train, args.num_workers))
+                     or colour_statistics(everything, args.num_workers))
         self.mean = torch.tensor(mean, dtype=torch.float32, device=device).view(3, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32, device=device).view(3, 1, 1)
         self.statistics = {"mean": list(mean), "std": list(std), "scale": None, "size": self.size,
@@ -718,12 +709,13 @@ class Run:
         self.save(step)
         if rank() == 0:
             write_metrics(self.folder, self.rows)
+            keep_checkpoint(self.folder, len(self.rows), self.args.keep_every)
         left = (self.total_steps - step) * seconds / self.data.steps_per_epoch
         say(f"{self.where(step)}  {row_in_words(row)}  {format_seconds(left)} left")
         collapse = collapse_in_words(row, row["dim"]) if "rank" in row else ""
         if collapse:
             say(collapse)
-        self.clock.start_epoch()  # images/s of the next epoch do not count this one's checkpoint
+        self.clock.start_epoch()  # the next epoch's images/s do not count this checkpoint
         if self.signals.came(step * self.args.log_every) and step < self.total_steps:
             self.signals.leave(step, self.total_steps)
 
@@ -1496,6 +1488,22 @@ def check_model(args, model):
     found = getattr(model, "experiment", "")  # set by tests/experiments.py
     check(found == args.experiment, f"these Args are for {run_name(vars(args))}, the model is not; "
           "try Args and build of the same experiment")
+
+
+def has_fast_bf16(device):
+    """True if the processor computes in bf16 instead of emulating it.
+
+    CUDA from Ampere on, x86 with AVX512-BF16 or AMX (known on Linux only); no others."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = file.read()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def completed(args, device):
@@ -2350,10 +2358,13 @@ def found_in_words(data):
     classes = f" in {len(data.class_names)} classes"
     if data.train_labels is None:
         classes = " without labels"
-    elif len(data.labelled_train) < len(data.train):
+    elif len(data.labelled_train) < data.images_found:
         classes = f", {len(data.labelled_train)} of them{classes}"
+    images = data.images_found
+    if len(data.train) < images:
+        images = f"{len(data.train)} of {images}"
     test = "no" if data.test is data.labelled_train else len(data.test)
-    return (f"{len(data.train)} training images{classes}, {test} test images{data.test_note}, "
+    return (f"{images} training images{classes}, {test} test images{data.test_note}, "
             f"{data.size}x{data.size}{data.notes}")
 
 
@@ -2666,7 +2677,7 @@ CHECKPOINT_FORMAT = "nine-ssl-methods-4"
 # Flags that may change on --resume. They do not change the numbers, except for rounding (compile)
 # and the permutations that a GPU draws (device).
 FREE_ON_RESUME = {"epochs", "out", "resume", "device", "num_workers", "log_every", "save_every",
-                  "compile", "data_dir", "given", "init"}
+                  "keep_every", "compile", "data_dir", "given", "init"}
 
 STOP_SIGNALS = [number_ for number_ in signal.Signals if number_.name in
                 ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")]  # of clusters
@@ -2856,9 +2867,6 @@ def check_same_run(run, checkpoint):
           f"than already trained; try --epochs {before['epochs']}")
 
 
-
-
-
 def restore(run, checkpoint):
     """Put a run into the state of a checkpoint (a dict or None). Returns its step, or 0.
 
@@ -2960,6 +2968,13 @@ def write_file(path, content, keep_as=None):
                 os.replace(keep_as, path)
         raise UserError(f"{path} could not be written ({error.strerror}); what was there before "
                         "stays; make room there or try another place") from error
+
+
+def keep_checkpoint(folder, epoch, every):
+    """Copy last.pt to epoch-NNNN.pt if --keep-every wants this epoch's. Raises UserError."""
+    if every > 0 and epoch % every == 0:
+        with open(os.path.join(folder, "last.pt"), "rb") as file:
+            write_file(os.path.join(folder, f"epoch-{epoch:04d}.pt"), file.read())
 
 
 def write_metrics(folder, rows):

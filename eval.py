@@ -265,7 +265,7 @@ def load_data(run, args, device):
     mean and standard deviation of the run. The same images are held out as in the run."""
     wanted = SimpleNamespace(**vars(run.args))
     wanted.batch_size, wanted.views = 1, 8  # 8: the columns of --views
-    wanted.num_workers = args.num_workers
+    wanted.num_workers, wanted.train_images = args.num_workers, None
     if not hasattr(wanted, "test_fraction"):
         wanted.test_fraction = 0  # a run from before there was this flag
     if args.dataset not in (None, wanted.dataset):

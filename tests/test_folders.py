@@ -82,6 +82,34 @@ def test_the_first_line_of_patterns(capsys, monkeypatch):
 
 
 @BOTH
+def test_train_images_takes_evenly_spaced_ones_and_measures_on_all(tmp_path, capsys, more):
+    fill_all(tmp_path / "train", "a", "b", "c", count=8)
+    fill_all(tmp_path / "test", "a", "b", "c", count=2)
+    whole, few = load(tmp_path, *more), load(tmp_path, "--train-images", 6, *more)
+    assert first_line(capsys).startswith("24 training images in 3 classes, 6 test images")
+    load(tmp_path, "--train-images", 6, *more)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("6 of 24 training images in 3 classes, 6 test images")
+    every = torch.cat(list(whole.eval_views(whole.train, torch.arange(24), 24)))
+    taken = torch.cat(list(few.eval_views(few.train, torch.arange(len(few.train)), 24)))
+    torch.testing.assert_close(taken, every[[0, 4, 9, 13, 18, 23]], rtol=0, atol=0)
+    assert few.steps_per_epoch == 3 and few.statistics == whole.statistics and few.fingerprint == whole.fingerprint
+    assert len(few.bank) == len(few.bank_labels) == len(few.labelled_train) == 24
+    for epoch in range(2):
+        batches = list(few.batches(epoch))
+        assert len(batches) == 3
+        if not more:
+            drawn = torch.cat(batches).flatten(1)
+            torch.testing.assert_close(drawn.sort(0).values, few.train.flatten(1).sort(0).values)
+    assert len(load(tmp_path, "--train-images", 99, *more).train) == 24
+
+
+def test_too_few_train_images_for_a_batch_are_one_line(tmp_path):
+    fill(tmp_path, 12)
+    with pytest.raises(common.UserError, match="must be at most 4, the training images; try --batch-size 4"):
+        load(tmp_path, "--train-images", 4, "--batch-size", 8)
+
+
+@BOTH
 def test_the_size_of_views_is_the_median_and_not_that_of_the_first_file(tmp_path, capsys, more):
     fill(tmp_path, 1, 9)
     fill(tmp_path, 9, 200, first=1)
@@ -985,6 +1013,20 @@ def test_a_resume_with_another_test_fraction_is_refused(trained):
     assert is_one_line_error(result) and "--test-fraction was 0.2 and is now 0.3; try --test-fraction 0.2" in result.err
     result, _ = small_run(root, run, "--seed", 3, "--resume")
     assert result.status == 0, result.err
+
+
+def test_a_run_of_few_train_images_is_resumed_with_them_and_measured_with_all(trained, tmp_path):
+    root, _, _ = trained
+    few = "--train-images", 16, "--seed", 3
+    result, run = small_run(root, tmp_path / "run", *few)
+    assert result.status == 0 and result.out.startswith("16 of 48 training images in 3 classes, 12 test images"), result.err
+    assert "12 test images against 48 training images" in result.out
+    result, _ = small_run(root, run, "--seed", 3, "--resume")
+    assert is_one_line_error(result) and "--train-images was 16 and is now None; try --train-images 16" in result.err
+    result, _ = small_run(root, run, *few, "--resume", "--epochs", 2)
+    assert result.status == 0, result.err
+    result, report = evaluate(run)
+    assert result.status == 0 and result.out.startswith("48 training images in 3 classes"), result.err
 
 
 def test_a_resume_after_a_file_broke_is_refused(trained, tmp_path):

@@ -27,7 +27,7 @@ gc.freeze()  # torch's own objects need not be looked through after each run: a 
 STEPS = 4  # of an epoch; two epochs
 TIMES = ("images_per_s", "seconds")
 # Kept apart from config.json's own words: what two runs of the same numbers may differ in.
-OWN = ("out", "resume", "save_every", "log_every", "num_workers")
+OWN = ("out", "resume", "save_every", "keep_every", "log_every", "num_workers")
 KILLED = -signal.SIGKILL
 
 
@@ -480,7 +480,7 @@ def test_another_method_in_the_same_folder_is_refused(half_done, images):
     assert is_one_line_error(result) and "is a run of moco, not of simclr; try another --out" in result.err
 
 
-@pytest.mark.parametrize("more", [["--save-every", "1"], ["--log-every", "3"], ["--num-workers", "0"],
+@pytest.mark.parametrize("more", [["--save-every", "1"], ["--keep-every", "1"], ["--log-every", "3"], ["--num-workers", "0"],
                                   ["--device", "cpu" if torch.cuda.is_available() else "auto"]], ids=" ".join)
 def test_flags_that_do_not_touch_the_numbers_may_differ(half_done, images, unstopped, tmp_path, more):
     out = copied(half_done("cw_rgp"), tmp_path / "run")
@@ -488,6 +488,23 @@ def test_flags_that_do_not_touch_the_numbers_may_differ(half_done, images, unsto
     ignored = {".args.device", ".given.device"}
     ours, whole = ({k: v for k, v in numbers.items() if k not in ignored} for numbers in (left_by(out), unstopped("cw_rgp")))
     assert first_difference(ours, whole) == ""
+
+
+@pytest.mark.parametrize("every, kept", [(0, []), (1, [1, 2, 3]), (2, [2]), (3, [3]), (4, [])])
+def test_keep_every_keeps_the_checkpoints_of_these_epochs(images, tmp_path, every, kept):
+    argv = arguments("simclr", images, tmp_path / "run", "--epochs", 3, "--keep-every", every, "--schedule", "constant")
+    result = run_here("simclr", argv)
+    assert result.status == 0, result.err
+    found = sorted(path.name for path in (tmp_path / "run").glob("epoch-*"))
+    assert found == [f"epoch-{epoch:04d}.pt" for epoch in kept]
+    for epoch in kept:
+        checkpoint = common.load_checkpoint(str(tmp_path / "run" / f"epoch-{epoch:04d}.pt"))
+        assert checkpoint["step"] == epoch * STEPS and len(checkpoint["rows"]) == epoch
+    if 3 in kept:
+        assert (tmp_path / "run" / "epoch-0003.pt").read_bytes() == (tmp_path / "run" / "last.pt").read_bytes()
+    if kept == [2]:
+        result = run_here("eval", [tmp_path / "run" / "epoch-0002.pt", "--features", "H", "--probe-epochs", 0, "--device", "cpu"])
+        assert result.status == 0 and f"step {2 * STEPS}" in result.out, result.err
 
 
 def test_streaming_cannot_be_switched_on_in_mid_run(half_done, images):
