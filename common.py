@@ -16,49 +16,49 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #    209  world_size         the number of processes (MoCo)
 #    214  rank               this process's number among them (MoCo)
 #    223  gives_back         signal handlers, lock and processes, when train() ends
-#    249  set_up             device, precision, other processes
-#    274  load_data          read or draw the data set: Data
-#    525  build_backbone     the network whose output is H
-#    582  build_optimizer    Adam, SGD, LARS or Muon
-#    621  Run                the run's folder, checkpoints, log and checks
-#    855  distribute         the model for several processes, or compiled
-#    644  Run.resume         the step to start from, usually 0
-#    346  Data.batches       the batches of an epoch, uint8
-#    867  step_seed          the seed of a step's random draws
-#    361  Data.augment       the random views of a batch
-#   1130  learning_rate      the schedule's factor at a step
-#    659  Run.guard          a failed decomposition becomes a clear error
-#   1146  gather             embeddings of all processes, with gradient
-#    663  Run.watch          note whether loss and gradients are finite
-#    670  Run.progress       stop if they were not; show the status line
-#    681  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    689  Run.mean_loss      the mean loss of the epoch
-#   1160  extract            H of a set of images
-#   1182  project            Z of H
-#   1193  collapse_metrics   how much of its space a set of embeddings fills
-#   1264  knn_accuracy       accuracy of a vote among the nearest training images
-#    698  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    738  Run.save_backbone  write backbone.pt
-#    746  Run.close          print the scores
+#    246  set_up             device, precision, other processes
+#    271  load_data          read or draw the data set: Data
+#    522  build_backbone     the network whose output is H
+#    579  build_optimizer    Adam, SGD, LARS or Muon
+#    618  Run                the run's folder, checkpoints, log and checks
+#    852  distribute         the model for several processes, or compiled
+#    641  Run.resume         the step to start from, usually 0
+#    343  Data.batches       the batches of an epoch, uint8
+#    864  step_seed          the seed of a step's random draws
+#    358  Data.augment       the random views of a batch
+#   1127  learning_rate      the schedule's factor at a step
+#    656  Run.guard          a failed decomposition becomes a clear error
+#   1143  gather             embeddings of all processes, with gradient
+#    660  Run.watch          note whether loss and gradients are finite
+#    667  Run.progress       stop if they were not; show the status line
+#    678  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    686  Run.mean_loss      the mean loss of the epoch
+#   1157  extract            H of a set of images
+#   1179  project            Z of H
+#   1190  collapse_metrics   how much of its space a set of embeddings fills
+#   1261  knn_accuracy       accuracy of a vote among the nearest training images
+#    695  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    735  Run.save_backbone  write backbone.pt
+#    743  Run.close          print the scores
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1712  main               run train(); print an expected error as one line
-#   1412  parse_args         Args from the command line
-#   1887  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1720  main               run train(); print an expected error as one line
+#   1409  parse_args         Args from the command line
+#   1895  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1337  Command line: flags from Args, checks, and sizes to propose
-#   1612  Messages and errors
-#   1784  Several processes
-#   1934  Data sets by name
-#   2010  Folders of images
-#   2371  Streaming
-#   2476  Recipes of augmentation
-#   2544  ResNets, Vision Transformer, LARS, Muon
-#   2674  Run folder and signals
-#   2835  Resume
-#   2948  Files of a run
-#   3027  Trained weights
+#   1334  Command line: flags from Args, checks, and sizes to propose
+#   1620  Messages and errors
+#   1792  Several processes
+#   1942  Data sets by name
+#   2018  Folders of images
+#   2379  Streaming
+#   2484  Recipes of augmentation
+#   2552  ResNets, Vision Transformer, LARS, Muon
+#   2682  Run folder and signals
+#   2843  Resume
+#   2956  Files of a run
+#   3035  Trained weights
 
 import argparse
 import collections
@@ -231,10 +231,7 @@ def gives_back(train):
         with TRAINING, contextlib.ExitStack() as ending:
             ENDINGS.append(ending)
             ending.callback(ENDINGS.pop)
-            ending.callback(torch.set_default_dtype, torch.get_default_dtype())  # a notebook's
-            torch.set_default_dtype(torch.float32)
-            ending.enter_context(torch.inference_mode(False))
-            ending.enter_context(torch.enable_grad())
+            plain_torch(ending)
             return train(*args, **more)
 
     return train_alone
@@ -1523,6 +1520,17 @@ def completed(args, device):
 def optimizer_of(args):
     """The optimizer's name: of `tiny` we know that Muon learns faster, of ResNets we do not."""
     return args.optimizer or ("muon" if args.backbone == "tiny" else "adam")
+
+
+def plain_torch(ending):
+    """Undo, until the ExitStack closes, what a notebook may have set: where and of which kind new
+    tensors are, and that they have no gradient."""
+    ending.callback(torch.set_default_dtype, torch.get_default_dtype())
+    torch.set_default_dtype(torch.float32)
+    if torch.get_default_device().type != "cpu":
+        ending.enter_context(torch.device("cpu"))
+    ending.enter_context(torch.inference_mode(False))
+    ending.enter_context(torch.enable_grad())
 
 
 MEMORY = math.inf  # bytes of the machine

@@ -92,7 +92,18 @@ def losses(out):
     return [(row["loss"], row["std_sqrt_d"], row["knn"]) for row in rows(out)]
 
 
-@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, float64])
+@contextlib.contextmanager
+def elsewhere():
+    """New tensors go to another device, as after torch.set_default_device("cuda")."""
+    torch.set_default_device("meta")
+    try:
+        yield
+        assert torch.get_default_device().type == "meta"
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, float64, elsewhere])
 def test_what_a_notebook_has_set_around_a_run_changes_no_number(images, tmp_path, around):  # noqa: F811
     train(images, tmp_path / "plain")
     with around():
