@@ -9,12 +9,12 @@
     python eval.py runs/a --supervised --finetune 0.1      # trained with labels, for comparison
 
 Contents, by line number (`python tests/test_common.py` writes them):
-     82  command line             the flags, and what is refused before measuring
-    187  a run and its data       from a checkpoint to networks; a hash shows that these stay
-    333  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
-    572  report                   what is printed, and written by --json
-    686  pictures and files       --views, --neighbors, --plot, --save
-    878  all runs                 one after the other
+     84  command line             the flags, and what is refused before measuring
+    189  a run and its data       from a checkpoint to networks; a hash shows that these stay
+    335  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
+    602  report                   what is printed, and written by --json
+    716  pictures and files       --views, --neighbors, --plot, --save
+    908  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -46,6 +46,7 @@ the W-MSE code (which resizes to 70 pixels and crops 64).
 
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import csv
@@ -57,6 +58,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -421,6 +423,10 @@ def probe_learning_rate(epoch, epochs):
     return 1e-2 * (1e-6 / 1e-2) ** (epoch / epochs)
 
 
+DRAWING = threading.Lock()  # one probe at a time draws its layer from torch's random numbers
+LEAVING = threading.Event()  # after Ctrl-C: other probes end with their epoch
+
+
 def linear_probe(x, y, rows, x_test, y_test, epochs=500, seed=0, what="linear probe"):
     """(top-1, top-5) accuracy, 0 ... 1, of a linear layer on fixed features.
 
@@ -428,15 +434,20 @@ def linear_probe(x, y, rows, x_test, y_test, epochs=500, seed=0, what="linear pr
     all. Labels are int64; a class may be missing on either side. With five classes or fewer,
     top-5 is None. After htdt/self-supervised, eval/sgd.py: Adam, batches of 1000, weight decay
     5e-6, learning rate 1e-2 -> 1e-6."""
-    torch.manual_seed(seed)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads that wait for a busy core made small matrices 10x slower
     classes = int(max(y.max(), y_test.max())) + 1
-    layer = nn.Linear(x.shape[1], classes).to(x.device)
+    with DRAWING:
+        torch.manual_seed(seed)
+        layer = nn.Linear(x.shape[1], classes).to(x.device)
+        generator = torch.Generator()
+        generator.set_state(torch.get_rng_state())
     optimizer = torch.optim.Adam(layer.parameters(), weight_decay=5e-6, fused=True)
     for epoch in common.said(range(epochs), epochs, f"{what}, epoch"):
+        if LEAVING.is_set():
+            break
         optimizer.param_groups[0]["lr"] = probe_learning_rate(epoch, epochs)
-        order = rows[torch.randperm(len(rows))].to(x.device)
+        order = rows[torch.randperm(len(rows), generator=generator)].to(x.device)
         for batch in order.split(1000):  # the last one may be smaller
             optimizer.zero_grad()
             F.cross_entropy(layer(x.index_select(0, batch)), y[batch]).backward()
@@ -551,6 +562,25 @@ def accuracies(x, data, rows, args, name):
     return figures
 
 
+def all_accuracies(found, data, rows, args):
+    """Yields (name, its `accuracies`). found: {name: features as [bank, queries]}.
+
+    On a CPU as many as torch has threads are measured at a time, with a thread each. The widest
+    features take longest and start first."""
+    count = torch.get_num_threads() if data.device.type == "cpu" else 1
+    pool = concurrent.futures.ThreadPoolExecutor(count, "", torch.set_num_threads, (1,))
+    try:
+        widest = sorted(found, key=lambda name: found[name][0].shape[1], reverse=True)
+        futures = {name: pool.submit(accuracies, found[name], data, rows, args, FEATURES[name])
+                   for name in widest}
+        for name in found:
+            yield name, futures[name].result()
+    finally:
+        LEAVING.set()
+        pool.shutdown(cancel_futures=True)
+        LEAVING.clear()
+
+
 def protocols(data, rows, args):
     """{name of a figure: how it was measured}, {} without labels."""
     if not data.labelled:
@@ -598,20 +628,20 @@ def evaluate(run, data, args):
         say_row("accuracy, %", ["dim", *columns], widths)
     else:
         common.say("no labelled training and test images: accuracies are left out")
-    results = {}
+    found = {}
     for name in wanted:
         try:
-            x = features(name, run, data, args)
+            found[name] = features(name, run, data, args)
         except common.UserError as reason:
             left_out.append(f"{FEATURES[name]} left out: {reason}")
-            continue
-        results[name] = figures = {"dim": x[0].shape[1]}
-        if data.labelled:
-            figures.update(accuracies(x, data, rows, args, FEATURES[name]))
-            cells = ["-" if figures[c] is None else f"{100 * figures[c]:.2f}" for c in columns]
-            say_row(FEATURES[name], [figures["dim"], *cells], widths)
+    results = {name: {"dim": x[0].shape[1]} for name, x in found.items()}
+    for name, figures in all_accuracies(found if data.labelled else {}, data, rows, args):
+        results[name].update(figures)
+        cells = ["-" if figures[c] is None else f"{100 * figures[c]:.2f}" for c in columns]
+        say_row(FEATURES[name], [results[name]["dim"], *cells], widths)
+    for name, x in found.items():
         if name != "raw":
-            figures["collapse"] = common.collapse_metrics(sample(x[1]))
+            results[name]["collapse"] = common.collapse_metrics(sample(x[1]))
     for name, text in how.items():
         common.say(f"  {name:7} {text}")
     measured = f"{len(sample(run.h[1]))} {'test' if test_count(data) else 'training'} images"

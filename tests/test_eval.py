@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +44,56 @@ def evaluate(tmp_path, *argv):
 # ------------------------------------------------------------------------------
 # The linear probe
 # ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three_features():
+    """(features by name, as [bank, queries] of different width; data; arguments)"""
+    torch.manual_seed(0)
+    y, y_test = torch.arange(300) % 6, torch.arange(60) % 6
+    found = {}
+    for name, width in (("H", 20), ("Z", 5), ("raw", 40)):
+        centres = torch.randn(6, width)
+        found[name] = [centres[labels] + 2 * torch.randn(len(labels), width) for labels in (y, y_test)]
+    data = SimpleNamespace(train_labels=y, test_labels=y_test, device=torch.device("cpu"))
+    return found, data, SimpleNamespace(probe_epochs=20, seed=3)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_probes_side_by_side_are_those_of_one_after_the_other(three_features, threads):
+    found, data, args = three_features
+    rows = torch.arange(0, 300, 2)
+    alone = [(name, evaluation.accuracies(x, data, rows, args, name)) for name, x in found.items()]
+    assert len({figures["linear"] for _, figures in alone}) == 3
+    kept = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(3):
+            assert list(evaluation.all_accuracies(found, data, rows, args)) == alone
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(kept)
+
+
+def test_ctrl_c_ends_probes_that_run_beside(three_features, monkeypatch):
+    found, data, args = three_features
+    args.probe_epochs, measure, ended = 10**7, evaluation.accuracies, threading.Event()
+
+    def interrupted(x, data, rows, args, name):
+        if name == "H":
+            raise KeyboardInterrupt
+        return measure(x, data, rows, args, name)
+
+    def measure_all():
+        with pytest.raises(KeyboardInterrupt):
+            list(evaluation.all_accuracies({name: found[name] for name in "HZ"}, data, torch.arange(300), args))
+        ended.set()
+
+    monkeypatch.setattr(evaluation, "accuracies", interrupted)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    thread = threading.Thread(target=measure_all, daemon=True)
+    thread.start()
+    assert ended.wait(60) and not evaluation.LEAVING.is_set()
 
 
 def test_probe_separable_features():

@@ -517,7 +517,7 @@ def test_eval_measures_at_the_size_of_training_with_its_own_seed(monkeypatch):
     args = SimpleNamespace(dataset=None, data_dir=None, seed=5, num_workers=1)
     flags = {"dataset": "folder", "data_dir": "here", "image_size": 24, "seed": 2, "num_workers": 9, "batch_size": 128, "views": 2}
     evaluation.load_data(SimpleNamespace(args=SimpleNamespace(**flags), statistics=None), args, CPU)
-    assert vars(seen[0]) == {**flags, "test_fraction": 0, "seed": 5, "num_workers": 1, "batch_size": 1, "views": 8}
+    assert vars(seen[0]) == {**flags, "train_images": None, "test_fraction": 0, "seed": 5, "num_workers": 1, "batch_size": 1, "views": 8}
     args.dataset = "cifar10"
     evaluation.load_data(SimpleNamespace(args=SimpleNamespace(**flags), statistics=None), args, CPU)
     assert (seen[1].dataset, seen[1].data_dir, seen[1].image_size) == ("cifar10", "data", 24)
