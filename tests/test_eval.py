@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-from conftest import ROOT, SMALL, SMALL_OF, is_one_line_error, make_folder, run_here, save_edited
+from conftest import METHODS, ROOT, SMALL, SMALL_OF, is_one_line_error, make_folder, run_here, save_edited
 
 import common
 
@@ -483,6 +483,15 @@ def test_reference_curves_stand_beside_the_runs_of_their_method(tmp_path, monkey
                      [[(-1.5, 0.75), (-2.5, 0.25)]], []]
     assert {(line.get_label(), line.get_linestyle()) for panel in lines for line in panel} == {("byol, reference", "--")}
     assert said[0] == f"no reference curves of moco in {curves}" and sheet_size(tmp_path / "p.png") == (1800, 800)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_has_a_reference_curve_that_learns(method, trained):
+    found = evaluation.read_curves(str(ROOT / "tests" / "curves" / f"{method}.csv"))
+    assert list(found) == list(evaluation.read_curves(str(trained / "metrics.csv"))), "of the columns that a run has today"
+    assert found["epoch"] == list(range(1, 11)) and found["step"] == list(range(39, 391, 39))
+    assert found["knn"][-1] >= 0.95 and min(found["std_sqrt_d"][1:]) > 0.1
+    assert found["seconds"] == sorted(found["seconds"])
 
 
 def test_a_run_on_patterns_asks_for_its_reference(trained, tmp_path, monkeypatch):
