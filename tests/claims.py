@@ -4,6 +4,7 @@
     python tests/claims.py exact             check those that are exact (seconds, no training)
     python tests/claims.py A4                run a claim, here its parts A4-loss, A4-rank, ...
     python tests/claims.py all --jobs 2      run all; what is in --cache is not trained again
+    python tests/claims.py page              the table of tests/README.md, from what is on record
     python tests/claims.py gradients RUN     the gradient of a run as a sum of two terms
 
 A direction is a sum of figures of runs that differ in one thing, such as kNN of one minus kNN of
@@ -400,7 +401,7 @@ def value_of(claim, results, seed):
 
 
 def judge(claim, results, args):
-    """The verdict of a direction, after printing it with its figures."""
+    """(verdict, mean and half of its interval) of a direction, after printing them."""
     values = [value_of(claim, results, seed) for seed in seeds_of(args)]
     found = verdict(values, claim.margin, claim.sign)
     mean, half = interval(values)
@@ -411,7 +412,7 @@ def judge(claim, results, args):
     stopped = {results[job]["stopped"] for job in results if job[0] in commands_of(claim)} - {""}
     for reason in sorted(stopped):
         common.say(f"  a run stopped: {reason}")
-    return found
+    return found, f"{mean:+.3g} ± {half:.2g}"
 
 
 EXPECTED = {1: "above 0", -1: "below 0", 0: "alike"}
@@ -464,7 +465,8 @@ def run_claims(claims, args):
     warn_of_other_revisions(results, args)
     verdicts = {}
     for claim in directions:
-        verdicts[claim.id] = found = judge(claim, results, args)
+        found, value = judge(claim, results, args)
+        verdicts[claim.id] = found, value
         if args.epochs != EPOCHS:
             continue
         common.say(f"  on record: {claim.record}")
@@ -480,9 +482,9 @@ def run_claims(claims, args):
 def say_summary(verdicts, results):
     """Print the verdicts as lines of RECORD in directions.py, how many there are, and the time."""
     common.say("")
-    for id, found in verdicts.items():
-        common.say(f'    "{id}": "{found}",')
-    counts = collections.Counter(verdicts.values())
+    for id, (found, value) in verdicts.items():
+        common.say(f'    "{id}": ("{found}", "{value}"),')
+    counts = collections.Counter(found for found, _ in verdicts.values())
     tally = ", ".join(f"{count} {word}" for word, count in sorted(counts.items()))
     minutes = sum(result["seconds"] for result in results.values()) / 60
     common.say(f"\n{len(verdicts)} directions: {tally}.\n"
@@ -530,6 +532,20 @@ def listing(args):
               f"{SEEDS * len(commands)} runs of {args.epochs} epochs, about {minutes:.0f} minutes "
               f"with --jobs {args.jobs}"]
     return "\n".join(lines[1:])
+
+
+def page():
+    """The directions as a Markdown table."""
+    titles = ["id", "the sentence, and where it stands", "compared; expected; margin",
+              "verdict here", "mean ± half of the 95 % interval", "the paper's own figures"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for claim in DIRECTIONS.values():
+        compared = in_words(claim.terms).replace("(", "`").replace(")", "`")
+        cells = [claim.id, f"{claim.sentence} ({claim.source})",
+                 f"{compared}; {EXPECTED[claim.sign]}; {claim.margin:g}", claim.record,
+                 claim.value, claim.paper]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 # ==============================================================================
@@ -688,7 +704,7 @@ def parse_args(argv=None):
     parser = common.OneLineParser(prog="claims.py", description=first_line, allow_abbrev=False)
     number = common.number
     parser.add_argument("what", nargs="*", metavar="WHAT",
-                        help="ids such as A4, or exact, or all, or gradients RUN; none: list")
+                        help="ids such as A4, or exact, all, page, gradients RUN; none: list")
     add = parser.add_argument
     add("--epochs", type=number(int, least=1, most=10**6, example=EPOCHS), default=EPOCHS,
         metavar="N", help=f"of each run (default: {EPOCHS}, for which the record is)")
@@ -701,14 +717,14 @@ def parse_args(argv=None):
         help="folder of the runs (default: runs/claims); another one after the code changed")
     add("--plot", metavar="FILE.png", help="of gradients: the terms over the steps")
     args = parser.parse_args(argv)
-    for word in ("exact", "all"):
+    for word in ("exact", "all", "page"):
         common.check(word not in args.what or len(args.what) == 1,
                      f"{' '.join(args.what)}: {word} stands by itself; try claims.py {word}")
     gradients = args.what[:1] == ["gradients"]
     common.check(not gradients or args.what[1:],
                  "gradients needs a run's folder; try claims.py gradients runs/simclr-patterns-s0")
     common.check(gradients or not args.plot, "--plot is for gradients; leave it out")
-    if not gradients:
+    if not gradients and args.what != ["page"]:
         args.claims = chosen(args.what)
     evaluation.check_writable("--plot", args.plot)
     return args
@@ -719,6 +735,8 @@ def run(args):
     torch.set_num_threads(1)
     if not args.what:
         return common.say(listing(args))
+    if args.what == ["page"]:
+        return common.say(page())
     if args.what[0] == "gradients":
         return show_gradients(args.what[1:], args.plot)
     return run_claims(args.claims, args)

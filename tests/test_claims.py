@@ -1,6 +1,7 @@
 """claims.py: the statistics by hand, every exact claim with and without what it rests on, every
 direction a command that parses, the cache, the exit status, the gradients of real runs."""
 
+import ast
 import functools
 import importlib.util
 import itertools
@@ -13,7 +14,7 @@ import experiments
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, SMALL_OF, is_one_line_error, run_here, run_script
+from conftest import ROOT, SMALL, SMALL_OF, is_one_line_error, run_here, run_script
 from directions import (
     DIRECTIONS,
     EPOCHS,
@@ -167,10 +168,19 @@ def test_arms_differ_in_one_thing(claim):
     assert len(claims.commands_of(claim)) in (1, 2, 4)
 
 
+def test_the_page_has_the_table_of_what_is_on_record():
+    """`python tests/claims.py page` prints it."""
+    table = claims.page().splitlines()
+    assert len(table) == 2 + len(DIRECTIONS)
+    page = (ROOT / "tests" / "README.md").read_text().splitlines()
+    start = page.index(table[0])
+    assert page[start:start + len(table)] == table
+
+
 def test_the_record_has_no_claim_that_is_gone():
     assert set(RECORD) <= set(DIRECTIONS)
     for id, direction in DIRECTIONS.items():
-        assert direction.record == RECORD.get(id, "not yet run")
+        assert (direction.record, direction.value) == RECORD.get(id, ("not yet run", ""))
 
 
 def test_directions_are_many_and_do_not_take_two_hours():
@@ -258,7 +268,9 @@ def test_status_compares_with_the_record(filled, monkeypatch, record, status):
     assert result.status == status and not result.err, result.err
     assert "  HOLDS: +0.1 +- 0.01, margin 0.02, expected above 0; seeds from 10 on: " in result.out
     assert f"on record: {record}" in result.out and "1 directions: 1 HOLDS" in result.out
-    assert '    "B5-depth": "HOLDS",' in result.out.splitlines()  # to paste into RECORD
+    line, = [line for line in result.out.splitlines() if line.startswith('    "B5-depth": ')]  # to paste into RECORD
+    verdict_, value = ast.literal_eval(line.split(": ", 1)[1].rstrip(","))
+    assert verdict_ == "HOLDS" and f"HOLDS: {value.replace('±', '+-')}, margin 0.02" in result.out
     assert ("not as on record: B5-depth" in result.out) == bool(status)
     assert "expect at most 0.1" in result.out and "10 runs took 1 minutes" in result.out
 
