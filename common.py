@@ -291,7 +291,7 @@ class Data:
 
     train            images to train on: uint8 [N, 3, H, W] on the device, or `Files` if too many
     images_found     their number without --train-images
-    labelled_train   all with labels; train_labels, their int64 [N] or None
+    labelled_train   all but stl10's unlabelled; train_labels, int64 [N] or None
     test             test images, or the labelled training images if there are none
     test_labels      int64 [M] or None
     labelled         True if training and test images have labels, so that kNN can be measured
@@ -532,8 +532,8 @@ def build_backbone(name, image_size, width=32):
 
 
 class Float32Conv2d(nn.Conv2d):
-    """Float32 on a CPU: with few channels bfloat16 is no faster, and its threads spin as they
-    wait: twenty times as long beside a second training."""
+    """Float32 on a CPU: with few channels bfloat16 is no faster, and its waiting threads spin:
+    a step took ten times as long beside another training."""
 
     def forward(self, x):
         with torch.autocast("cpu", enabled=False):
@@ -551,7 +551,7 @@ class Tiny(nn.Module):
         super().__init__()
 
         def block(inputs, outputs, kernel=3, stride=1, padding=1):
-            kind = Float32Conv2d if stride == 2 else nn.Conv2d
+            kind = Float32Conv2d if stride == 2 else nn.Conv2d  # few channels
             convolution = kind(inputs, outputs, kernel, stride, padding, bias=False)
             return convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
 
@@ -661,7 +661,7 @@ class Run:
         """Add up the loss [] and note whether all numbers are finite, without waiting."""
         self.finite.note(step, loss)
         self.loss_sum += loss.detach()
-        if STATUS.overdue():  # --log-every slow steps can take many minutes
+        if STATUS.overdue():  # it waits: --log-every steps can be slow
             self.show_status(step + 1, loss)
 
     def progress(self, step, loss):
@@ -713,7 +713,7 @@ class Run:
         if collapse:
             say(collapse)
         self.clock.start_epoch()  # the next epoch's images/s do not count this checkpoint
-        if self.signals.came(step * self.args.log_every) and step < self.total_steps:
+        if self.signals.came(0) and step < self.total_steps:  # 0: all processes agree
             self.signals.leave(step, self.total_steps)
 
     def save(self, step):

@@ -455,7 +455,7 @@ def linear_probe(x, y, rows, x_test, y_test, epochs=500, seed=0, what="linear pr
     torch.set_num_threads(threads)
     with torch.no_grad():
         best = [layer(part).topk(min(5, classes)).indices for part in x_test.split(1000)]
-    hits = (torch.cat(best) == y_test[:, None]).cpu().double()  # [M, 5], the best guess first
+    hits = (torch.cat(best) == y_test[:, None]).cpu().double()  # [M, <= 5], the best guess first
     top5 = hits.sum(1).mean().item() if classes > 5 else None
     return hits[:, 0].mean().item(), top5
 

@@ -35,7 +35,7 @@ Recipe: the same in all nine files, so that a diff shows ideas; methods/README.m
     The backbone sees one view at a time. A ResNet's residual blocks start as the identity, but
     not in the official code of MoCo, W-MSE, Shuffled-DBN and (below ResNet-50) BYOL.
 
-Run: python methods/vicreg.py    (two to four minutes on two CPU cores, offline)
+Run: python methods/vicreg.py    (one to four minutes on two CPU cores, offline)
 """
 
 import itertools

@@ -8,17 +8,18 @@
     python tests/claims.py gradients RUN     the gradient of a run as a sum of two terms
 
 A direction is a sum of figures of runs that differ in one thing, such as kNN of one minus kNN of
-the other. Runs with the same seed have the same order of images and the same views. There are five
-seeds, fixed beforehand. The margin was fixed before the claim's first run. The verdict is about the
-95 % interval (Student's t) of the mean over the seeds, in the direction that the sentence expects:
+the other. Runs with the same seed have the same order of images, and the same views if batch and
+augmentation agree. There are five seeds, fixed beforehand. The margin was fixed before the claim's
+first run. The verdict is about the 95 % interval (Student's t) of the mean over the seeds, in the
+direction that the sentence expects:
 
     HOLDS                   above the margin
     OPPOSITE                below minus the margin
     NO DIFFERENCE           between the two
-    NOT SEEN AT THIS SCALE  anything else: the seeds differ too much
+    NOT SEEN AT THIS SCALE  anything else: the seeds differ too much, or a figure is missing
 
 Where the sentence says that two things are alike, HOLDS is between, and OPPOSITE is outside.
-The exit status is 1 if a verdict differs from the one on record, which may be any of the four.
+The exit status is 1 if an exact claim fails or a verdict differs from the one on record.
 No recipe is tuned to a claim: every run has its method's defaults but for what the claim changes.
 """
 
@@ -77,11 +78,11 @@ evaluation = importlib.import_module("eval")  # the name of a builtin: not to be
 # The verdict
 # ==============================================================================
 
-# 97.5 % quantile of Student's t by degrees of freedom: half of the width of a 95 % interval.
+# 97.5 % quantile of Student's t by degrees of freedom: half of a 95 % interval, in standard errors.
 T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306,
               9: 2.262}
 NOT_SEEN = "NOT SEEN AT THIS SCALE"
-ERROR = 0.05  # at most this share of the verdicts is wrong by chance, if differences are normal
+ERROR = 0.05  # at most this share of the verdicts is wrong by chance, if values are normal
 
 
 def interval(values):
@@ -121,7 +122,7 @@ def verdict(values, margin, sign):
 
 
 class Trained:
-    """A trained run with what the figures below need. h, z: of the test images, as in the log."""
+    """A trained run with what the figures below need. h, z: lists as `features` returns them."""
 
     def __init__(self, folder):
         device = torch.device("cpu")
@@ -216,11 +217,11 @@ def negative_cosine_start(trained):
     return mean_cosine(trained.z_start[1])
 
 
-def alignment(trained):
+def predictor_alignment(trained):
     return diagonal_share(trained.run.model.predictor.weight, trained.z[1])
 
 
-def alignment_start(trained):
+def predictor_alignment_start(trained):
     return diagonal_share(trained.run.untrained.predictor.weight, trained.z_start[1])
 
 
@@ -261,14 +262,14 @@ def nmi(trained):
 
 
 FIGURES = (knn_z, knn_w, knn_untrained, knn_teacher, whiteness_h, corr_start, negative_cosine,
-           negative_cosine_start, alignment, alignment_start, target_entropy, usage_entropy,
-           purity, nmi)
+           negative_cosine_start, predictor_alignment, predictor_alignment_start, target_entropy,
+           usage_entropy, purity, nmi)
 EXTRA = {function.__name__: function for function in FIGURES}
 ONE_AT_A_TIME = threading.Lock()  # figures rebuild untrained networks from torch's random numbers
 
 
 def read_figures(folder, extra):
-    """{figure: number} of a finished run, and the seconds that it took."""
+    """{figure: number} of a run: the last row of metrics.csv, and the functions named `extra`."""
     with open(os.path.join(folder, "metrics.csv"), newline="") as file:
         row = list(csv.DictReader(file))[-1]
     figures = {name: float(value) for name, value in row.items() if value}
@@ -277,7 +278,7 @@ def read_figures(folder, extra):
         with ONE_AT_A_TIME, torch.no_grad(), contextlib.redirect_stdout(words):
             trained = Trained(folder)
             figures.update({name: EXTRA[name](trained) for name in extra})
-    return {**figures, "finished": 1.0}
+    return figures
 
 
 # ==============================================================================
@@ -326,8 +327,8 @@ def cached(folder, command):
 def train_one(cache, command, seed, epochs):
     """{"command", "figures", "seconds", "stopped", "revision"} of a run, cached or trained now.
 
-    A run that stops since a number is not finite is a result: `finished` is 0, and `stopped` says
-    why. Raises UserError for anything else that goes wrong."""
+    A run that stops since a number is not finite is a result, without figures: `stopped` says why.
+    Raises UserError for anything else that goes wrong."""
     folder = folder_of(cache, command, seed, epochs)
     found = cached(folder, command)
     if found:
@@ -340,7 +341,7 @@ def train_one(cache, command, seed, epochs):
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True,
                           env=one_thread)
     last_line = (done.stderr.strip().splitlines() or ["it was stopped"])[-1]
-    found = {"command": command, "figures": {"finished": 0.0}, "stopped": last_line}
+    found = {"command": command, "figures": {}, "stopped": last_line}
     diverged = done.returncode == 2 and "not finite" in last_line
     common.check(done.returncode == 0 or diverged, f"{shlex.join(words)}: {last_line}; "
                  "try it by itself, then this again")
@@ -401,7 +402,7 @@ def value_of(claim, results, seed):
 
 
 def judge(claim, results, args):
-    """(verdict, mean and half of its interval) of a direction, after printing them."""
+    """(verdict, mean and half of its interval as text) of a direction, after printing them."""
     values = [value_of(claim, results, seed) for seed in seeds_of(args)]
     found = verdict(values, claim.margin, claim.sign)
     mean, half = interval(values)
@@ -412,7 +413,7 @@ def judge(claim, results, args):
     stopped = {results[job]["stopped"] for job in results if job[0] in commands_of(claim)} - {""}
     for reason in sorted(stopped):
         common.say(f"  a run stopped: {reason}")
-    return found, f"{mean:+.3g} ± {half:.2g}"
+    return found, f"{mean:+.3g} ± {half:.2g}" if math.isfinite(mean) else "not finite"
 
 
 EXPECTED = {1: "above 0", -1: "below 0", 0: "alike"}
@@ -438,8 +439,10 @@ def in_words(terms):
     """`knn of (wmse) - knn of (byol)`"""
     words = []
     for factor, command, figure in terms:
-        sign = "+" if factor > 0 else "-"
-        words += [sign, f"{figure:g}" if command is None else f"{figure} of ({command})"]
+        sign, what = "+" if factor > 0 else "-", f"{figure} of ({command})"
+        if command is None:  # a number
+            sign, what = "+" if factor * figure > 0 else "-", f"{abs(figure):g}"
+        words += [sign, what]
     return " ".join(words[1:] if words[0] == "+" else words)
 
 
@@ -488,7 +491,7 @@ def say_summary(verdicts, results):
     tally = ", ".join(f"{count} {word}" for word, count in sorted(counts.items()))
     minutes = sum(result["seconds"] for result in results.values()) / 60
     common.say(f"\n{len(verdicts)} directions: {tally}.\n"
-               "By chance, if differences between seeds are normal, at most "
+               "By chance, if values are normally distributed over the seeds, at most "
                f"{100 * ERROR:.0f} % are wrong: expect at most "
                f"{ERROR * len(verdicts):.1f}.\n{len(results)} runs took {minutes:.0f} minutes of "
                "one thread.")
@@ -507,7 +510,7 @@ def seconds_of(command, epochs):
 
 
 def minutes_of(claims, epochs, jobs=1):
-    """Minutes of all runs that the directions need, without what is cached."""
+    """Minutes of all runs that the directions need, if none of them is cached."""
     commands = {command for claim in claims for command in commands_of(claim)}
     return SEEDS * sum(seconds_of(command, epochs) for command in commands) / jobs / 60
 
@@ -651,7 +654,7 @@ def show_gradients(paths, plot):
         for step, figures in found:
             cells = [f"{figures[key]:>10.4f}" for key in CURVES]
             common.say(f"{step:>8} {' '.join(cells)} {figures['error']:>10.1e}")
-    common.say("positive + negative (with its balance) = both; error: beside autograd")
+    common.say("row by row, positive + negative (with its balance) = both; error: beside autograd")
     if plot:
         draw_gradients(curves, plot)
 

@@ -9,8 +9,9 @@ epochs of CIFAR-10. Ours are of the defaults of wmse.py, on `patterns` if --flag
 and with five seeds. A line is the mean, and the band around it is one standard deviation.
 
 In Figure 2 the accuracy is that of 20-NN on H, where the paper has a linear probe. A rank is drawn
-beside std*sqrt(d), since nearly equal embeddings can have full rank too. In Figure 3 whitened Z is
-Z after the whitening of the loss, and a stable rank is divided by d, so that 100 % is white.
+beside std*sqrt(d), since nearly equal embeddings can have full rank too. Figure 3 is of Cholesky
+whitening (the paper does not say which). Whitened Z is Z after the whitening of the loss. A stable
+rank is divided by d, so that 100 % is white.
 
 Runs stay in --cache, and a run that is there is not trained again.
 """
@@ -55,11 +56,11 @@ def trained(whitening, seed, args):
     """The folder of a run, which is trained now unless it is complete. Raises UserError."""
     flags = [*shlex.split(args.flags), "--whitening", whitening, "--epochs", str(args.epochs),
              "--seed", str(seed)]
+    if whitening == WHITENINGS["CD"]:
+        flags += ["--keep-every", str(args.every)]  # for Figure 3
     name = "-".join(word.strip("-").replace(os.sep, "_") for word in flags)
     folder = os.path.join(args.cache, name)
     if rows_of(folder) < args.epochs:
-        if whitening == WHITENINGS["CD"]:
-            flags += ["--keep-every", str(args.every)]  # for Figure 3
         call([os.path.join(ROOT, "methods", "wmse.py"), *flags, "--out", folder, "--resume"])
     return folder
 
@@ -167,7 +168,7 @@ def draw(panels, path):
 def say_last(panels):
     """Print the last point of each curve as a table: mean and standard deviation."""
     names = list(next(iter(panels.values())))
-    common.say(f"{'after the last epoch':38}" + "".join(f"{name:>16}" for name in names))
+    common.say(f"{'after the last epoch drawn':38}" + "".join(f"{name:>16}" for name in names))
     for title, curves in panels.items():
         cells = []
         for _, values in curves.values():
@@ -186,7 +187,7 @@ def parse_args(argv=None):
     first_line = (__doc__ or "figures.py").splitlines()[0]
     parser = common.OneLineParser(prog="figures.py", description=first_line, allow_abbrev=False)
     add, number = parser.add_argument, common.number
-    add("figure", type=int, choices=(2, 3))
+    add("figure", type=int, choices=(2, 3), help="2: five whitenings; 3: H, Z, whitened Z")
     add("--epochs", type=number(int, least=1, most=10**6, example=10), default=10, metavar="N",
         help="of each run (default: 10)")
     add("--every", type=number(int, least=1, most=10**6, example=2), default=2, metavar="N",

@@ -339,7 +339,7 @@ def test_figures_of_a_run_are_the_last_row_and_what_is_asked_for(runs):
     names = ["knn_z", "knn_w", "knn_untrained", "whiteness_h", "corr_start", "negative_cosine",
              "negative_cosine_start"]
     figures = claims.read_figures(runs("wmse", "--whitening", "zca"), names)
-    assert figures["finished"] == 1 and figures["epoch"] == 1 and figures["loss"] > 0
+    assert figures["epoch"] == 1 and figures["loss"] > 0
     assert all(0 <= figures[name] <= 1 for name in names[:5])
     assert -1 / 23 - 1e-6 <= figures["negative_cosine"] < 1
     trained = claims.Trained(runs("wmse", "--whitening", "zca"))
@@ -364,8 +364,8 @@ def test_entropy_by_hand():
     ("simclr/swav", ["--prototypes", "8"], "usage_entropy", 0.0, math.log(8)),
     ("simclr/deepcluster", ["--clusters", "8"], "purity", 0.25, 1.0),
     ("simclr/deepcluster", ["--clusters", "8"], "nmi", 0.0, 1.0),
-    ("byol/linear-predictor", [], "alignment", 0.0, 1.0),
-    ("byol/linear-predictor", [], "alignment_start", 0.0, 0.3)])
+    ("byol/linear-predictor", [], "predictor_alignment", 0.0, 1.0),
+    ("byol/linear-predictor", [], "predictor_alignment_start", 0.0, 0.3)])
 def test_figures_of_the_systems(runs, name, flags, figure, low, high):
     assert low <= claims.read_figures(runs(name, *flags), [figure])[figure] <= high + 1e-6
 

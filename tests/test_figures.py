@@ -34,7 +34,7 @@ def test_both_figures_from_the_same_runs(tmp_path, monkeypatch, capsys):
     argv = ["--epochs", "2", "--every", "1", "--flags", small, "--cache", str(tmp_path / "cache")]
     for number, names, titles in ((2, ["Plain", "CD"], 5), (3, ["H", "Z", "whitened Z"], 3)):
         figures.run(figures.parse_args([str(number), *argv, "--plot", str(tmp_path / f"{number}.png")]))
-        head, *rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("after", *TITLES))]
+        head, *rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("after the last epoch drawn", *TITLES))]
         assert re.split(r"  +", head)[1:] == names and len(rows) == titles
         assert (tmp_path / f"{number}.png").read_bytes()[:4] == b"\x89PNG"
     white = next(row for row in rows if row.startswith("stable rank"))
