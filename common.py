@@ -43,22 +43,22 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1720  main               run train(); print an expected error as one line
+#   1722  main               run train(); print an expected error as one line
 #   1409  parse_args         Args from the command line
-#   1895  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1896  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
 #   1334  Command line: flags from Args, checks, and sizes to propose
-#   1620  Messages and errors
-#   1792  Several processes
-#   1942  Data sets by name
-#   2018  Folders of images
-#   2379  Streaming
-#   2484  Recipes of augmentation
-#   2552  ResNets, Vision Transformer, LARS, Muon
-#   2682  Run folder and signals
-#   2843  Resume
-#   2956  Files of a run
-#   3035  Trained weights
+#   1622  Messages and errors
+#   1794  Several processes
+#   1943  Data sets by name
+#   2019  Folders of images
+#   2392  Streaming
+#   2497  Recipes of augmentation
+#   2565  ResNets, Vision Transformer, LARS, Muon
+#   2695  Run folder and signals
+#   2856  Resume
+#   2969  Files of a run
+#   3048  Trained weights
 
 import argparse
 import collections
@@ -1524,13 +1524,15 @@ def optimizer_of(args):
 
 def plain_torch(ending):
     """Undo, until the ExitStack closes, what a notebook may have set: where and of which kind new
-    tensors are, and that they have no gradient."""
+    tensors are, that they have no gradient, and autocast."""
     ending.callback(torch.set_default_dtype, torch.get_default_dtype())
     torch.set_default_dtype(torch.float32)
     if torch.get_default_device().type != "cpu":
         ending.enter_context(torch.device("cpu"))
     ending.enter_context(torch.inference_mode(False))
     ending.enter_context(torch.enable_grad())
+    for kind in ["cpu", "cuda"][:1 + torch.cuda.is_available()]:
+        ending.enter_context(torch.autocast(kind, enabled=False))
 
 
 MEMORY = math.inf  # bytes of the machine
@@ -1806,11 +1808,10 @@ def check_launch():
     fits = size.isdecimal() and mine.isdecimal() and max(len(size), len(mine)) < 10
     check(fits and int(mine) < int(size) <= 4096, f"WORLD_SIZE={size} and RANK={mine} "
           f"in the environment do not fit; {TORCHRUN}")
-    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):  # of srun, mpirun
         tasks = from_environment(name, 1)
-        lone = name == "SLURM_NTASKS" and "SLURM_PROCID" not in os.environ  # sbatch without srun
-        check(tasks <= 1 or lone or "RANK" in os.environ, f"{name}={tasks}: such tasks do not know "
-              f"of each other; try --ntasks=1 with torchrun --nproc_per_node={tasks}")
+        check(tasks <= 1 or "RANK" in os.environ, f"{name}={tasks}: such tasks do not know of each "
+              f"other; try --ntasks=1 with torchrun --nproc_per_node={tasks}")
 
 
 def set_up_gpu():
@@ -2018,7 +2019,7 @@ def load_tinyimagenet(args, device):
 # ==== Folders of images ====
 
 IMAGE_KINDS = torchvision.datasets.folder.IMG_EXTENSIONS
-IGNORED = re.compile(r"\.|(labels\.csv|__macosx|__pycache__|\$recycle\.bin|lost\+found|@eadir|"
+IGNORED = re.compile(r"\.|(__macosx|__pycache__|\$recycle\.bin|lost\+found|@eadir|"
                      r"system volume information|[@#]recycle)$", re.IGNORECASE)
 SPLIT = re.compile("(train|test|val)(?:ing|id|idation)?")
 # Beside a folder like train, these may be splits, too: train2017, seg_test, dev ...
@@ -2041,7 +2042,10 @@ def load_folder(args, device, root, statistics=None):
             test, note = parts[kind], f" ({splits[kind]}/)"
         else:
             skipped[f"in {splits[kind]}/"] += parts[kind]
-    strange = sorted({name for _, name in test if names} - {*names, None})
+    labelled = {name for _, name in test} - {None}
+    if labelled and not names:
+        warn(f"the classes of the test images are not used: the images in {place} have none")
+    strange = sorted(labelled - names if names else [])
     check(not strange, f"--data-dir {root}: {note[2:-1]}{listed(strange)} has no "
           f"counterpart in {place}; remove it, or add training images of it")
     data = data_from_files(args, device, root, train=train, test=test, skipped=skipped,
@@ -2076,7 +2080,7 @@ def list_images(root, skipped):
             continue
         seen.add(real)
         tops += filter(os.path.islink, [os.path.join(folder, name) for name in inside])
-        for name in itertools.filterfalse(IGNORED.match, names):
+        for name in itertools.filterfalse(IGNORED.match, set(names) - {"labels.csv"}):
             path, kind = os.path.join(folder, name), os.path.splitext(name)[1].lower()
             if kind not in IMAGE_KINDS:
                 why = f"of a kind that is not read ({shown(kind) or 'no extension'})"
@@ -2116,6 +2120,10 @@ def with_classes(root, folder, paths, skipped):
             table = read_labels(root, place)
             skipped["not in labels.csv"] += [path for path in mine if path not in table]
             return [(path, table[path]) for path in mine if path in table]
+    inner = {path[len(base):].split(os.sep)[1].lower() for path in mine
+             if path[len(base):].count(os.sep) > 1}
+    check(not {"train", "test"} <= inner, f"--data-dir {root}: train and test lie inside the class "
+          "folders; move them up, as train/<class> and test/<class>")
     beside = [path for path in mine if os.path.dirname(path) == folder]
     inside = [path for path in mine if os.path.dirname(path) != folder]
     classes = [path[len(base):].split(os.sep)[0] for path in inside]
@@ -2164,6 +2172,7 @@ def hold_out(args, images):
 # Bytes of images that a GPU keeps, or without one all processes of a machine together.
 MEMORY_LIMIT = 6 * 2**30
 warnings.filterwarnings("ignore", module=r"PIL\.")
+warnings.filterwarnings("ignore", "This DataLoader will create")  # more loaders than cores
 
 
 def data_from_files(args, device, root, train, test, skipped, note="", statistics=None):
@@ -2189,8 +2198,12 @@ def data_from_files(args, device, root, train, test, skipped, note="", statistic
         if names:
             warn(f"skipped {len(names)} {what}: {', '.join(names[:3])}")
     class_names = sorted({name for _, name in (*train, *test) if train[0][1]} - {None})
+    gone = sorted({*class_names} - {name for _, name in train})
+    if gone:
+        warn(f"no training image of {listed(gone)} can be read: its test images count as errors")
     if class_names and not test and args.test_fraction:
-        rows, note = hold_out(args, train), f" (held out: --test-fraction {args.test_fraction:g})"
+        rows = hold_out(args, train)
+        note = f" (held out: --test-fraction {args.test_fraction:g})" if rows[1] else ""
         loaded = [loaded[0][mine] for mine in rows]
         train, test = ([train[i] for i in mine] for mine in rows)
     number_of, parts = {name: i for i, name in enumerate(class_names)}, []
@@ -2794,7 +2807,7 @@ def lock_folder(folder):
     """A folder's lock file, locked until it is closed; None if another process has locked it."""
     try:
         os.makedirs(folder, exist_ok=True)
-        file = open(os.path.join(folder, "lock"), "w")
+        file = open(os.path.join(folder, "lock"), "a+b", buffering=0)  # a FIFO would wait in "w"
     except OSError as error:
         raise UserError(f"--out {folder}: cannot write there ({error.strerror}); "
                         "try another --out") from error
@@ -3043,7 +3056,10 @@ def load_backbone(run, device="cpu"):
     checkpoint = (load_last if os.path.isdir(run) else load_checkpoint)(os.fspath(run))
     check(checkpoint, f"{run}: no last.pt in this folder; try runs/<run>/last.pt")
     name, statistics = checkpoint["args"]["backbone"], checkpoint["data_statistics"]
-    network, weights = build_backbone(name, statistics["size"])[0], backbone_weights(checkpoint)
+    weights = backbone_weights(checkpoint)
+    with contextlib.ExitStack() as ending:
+        plain_torch(ending)
+        network = build_backbone(name, statistics["size"])[0]
     check(weights.keys() == network.state_dict().keys(), f"{run}: its backbone is not --backbone "
           f"{name}; load backbone.pt into your own")
     network.load_state_dict(weights)
@@ -3056,8 +3072,8 @@ def load_backbone(run, device="cpu"):
         else:
             images = [images] if isinstance(images, (str, os.PathLike)) else images
             x = torch.cat([prepare_file(os.fspath(path), statistics) for path in images])
-        mean, std = (torch.tensor(statistics[name]).view(3, 1, 1) for name in ("mean", "std"))
-        return ((x.cpu() - mean) / std).to(device)
+        mean, std = (x.new_tensor(statistics[name]).view(3, 1, 1) for name in ("mean", "std"))
+        return ((x - mean) / std).to(device)
 
     return network.requires_grad_(False).eval().to(device), prepare
 
@@ -3083,6 +3099,7 @@ def start_from(path, model):
             warnings.simplefilter("ignore")  # torch's own, about other formats
             found = torch.load(path, map_location="cpu", weights_only=True)
         found = backbone_weights(found) if "format" in found else found
+        found = {str(name): w for name, w in found.items()}
         finite = all(w.isfinite().all() for w in found.values())
     except Exception as error:  # torch raises many kinds
         raise UserError(f"--init {path} is no file of weights ({type(error).__name__}); "

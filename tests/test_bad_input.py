@@ -38,7 +38,7 @@ SHARED = [
     ("--device gpu", "--device", TRY), ("--device cuda:0", "--device", TRY), ("--precision fp16", "--precision", TRY),
     ("--num-workers -1", "--num-workers", "try 2"), ("--num-workers 257", "--num-workers", "try 2"),
     ("--eval-every -1", "--eval-every", "try 1"),
-    ("--save-every -5", "--save-every", "try 100"), ("--log-every 0", "--log-every", "try 10"),
+    ("--save-every -5", "--save-every", "try 100"), ("--keep-every -1", "--keep-every", "try 10"), ("--train-images 1", "--train-images", "try 1000"), ("--log-every 0", "--log-every", "try 10"),
     ("--lr", "--lr: expected one argument", HELP),
     ("--learning-rate 1", "--learning-rate", HELP), ("--batch 32", "--batch", HELP), ("--resume yes", "yes", HELP),
     ("--compile=1", "--compile", HELP), ("--init nowhere.pt", "--init nowhere.pt", TRY),

@@ -49,6 +49,20 @@ def saved(path, *argv):
 # ---- features out --------------------------------------------------------------------------------
 
 
+def test_the_defaults_of_a_notebook_do_not_change_a_loaded_backbone(trained):
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    network, prepare = common.load_backbone(trained)
+    expected = network(prepare(images))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            network, prepare = common.load_backbone(trained)
+            h = network(prepare(images))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert h.dtype == torch.float32 and torch.equal(h, expected)
+
+
 def test_saved_features_are_those_of_the_files_in_their_order(trained, small_folder, tmp_path):
     found, result = saved(tmp_path / "f.npz", trained)
     names = [path.relative_to(small_folder) for split in ("train", "test") for path in sorted((small_folder / split).rglob("*.png"))]

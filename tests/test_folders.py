@@ -440,6 +440,49 @@ def test_only_regular_files_are_opened(tmp_path, capsys, more):
     assert len(data.train) == 10 and "skipped: 2 not a regular file" in first_line(capsys)
 
 
+def test_splits_inside_the_class_folders_are_refused(tmp_path):
+    for name in ("a", "b"):
+        fill_all(tmp_path / name, "Train", "test")
+    assert "train and test lie inside the class folders; move them up, as train/<class>" in refusal(tmp_path)
+    fill_all(tmp_path / "ok" / "a", "train", "trains")  # of one kind, no split
+    fill_all(tmp_path / "ok" / "b", "train")
+    assert load(tmp_path / "ok").class_names == ["a", "b"]
+
+
+@BOTH
+def test_a_class_whose_training_images_cannot_be_read_is_named(tmp_path, capsys, more):
+    fill_all(tmp_path / "train", "a", "b", "c")
+    fill_all(tmp_path / "test", "a", "b", "c", count=2)
+    for path in (tmp_path / "train" / "c").iterdir():
+        path.write_bytes(b"no image")
+    assert load(tmp_path, *more).class_names == ["a", "b", "c"]
+    assert "no training image of c can be read: its test images count as errors" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "test" / "c")
+    assert load(tmp_path, *more).class_names == ["a", "b"]
+    assert "no training image" not in capsys.readouterr().err
+
+
+def test_classes_of_test_images_alone_are_said_to_be_unused(tmp_path, capsys):
+    fill(tmp_path / "train")
+    fill_all(tmp_path / "test", "a", "b")
+    assert not load(tmp_path).labelled
+    assert f"the classes of the test images are not used: the images in {tmp_path / 'train'} have none" in capsys.readouterr().err
+
+
+def test_one_image_of_each_class_leaves_nothing_to_hold_out(tmp_path, capsys):
+    fill_all(tmp_path, "a", "b", count=1)
+    assert len(load(tmp_path).train) == 2
+    assert first_line(capsys) == "2 training images in 2 classes, no test images, 16x16"
+
+
+@pytest.mark.parametrize("name", ["Labels.csv", "LABELS.CSV"])
+def test_another_spelling_of_labels_csv_is_counted(tmp_path, capsys, name):
+    fill(tmp_path)
+    (tmp_path / name).write_text("file,label\n")
+    load(tmp_path)
+    assert "skipped: 1 of a kind that is not read (.csv)" in first_line(capsys)
+
+
 # ---- 2. Folders: labels.csv ----------------------------------------------------------------------
 
 

@@ -103,7 +103,11 @@ def elsewhere():
         torch.set_default_device(None)
 
 
-@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, float64, elsewhere])
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, float64, elsewhere, autocast])
 def test_what_a_notebook_has_set_around_a_run_changes_no_number(images, tmp_path, around):  # noqa: F811
     train(images, tmp_path / "plain")
     with around():
@@ -114,6 +118,13 @@ def test_what_a_notebook_has_set_around_a_run_changes_no_number(images, tmp_path
     assert losses(tmp_path / "run") == losses(tmp_path / "plain") and figures.status == 0, figures.err
     plain = run_here("eval", [tmp_path / "plain", "--device", "cpu", "--precision", "fp32", "--probe-epochs", "2"])
     assert plain.out.replace("plain", "run") == figures.out
+
+
+def test_a_fifo_in_the_place_of_the_lock_does_not_hang(images, tmp_path):  # noqa: F811
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / "lock")
+    result = run_here("moco", arguments("moco", images, tmp_path / "run", "--epochs", 1))
+    assert result.status == 0 or is_one_line_error(result), result.err
 
 
 def test_the_folder_of_a_returned_run_is_found_from_anywhere(monkeypatch, images, tmp_path):  # noqa: F811
@@ -332,8 +343,8 @@ def test_a_signal_to_one_of_torchruns_processes_stops_all(images, tmp_path):  # 
 
 
 @pytest.mark.parametrize("environment", [{"WORLD_SIZE": "1"}, {"RANK": "0"}, {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "nowhere.invalid"},
-                                         {"MASTER_ADDR": ""}, {"LOCAL_WORLD_SIZE": ""}, {"LOCAL_RANK": "3"}, {"SLURM_NTASKS": "4"},
-                                         {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}], ids=str)
+                                         {"MASTER_ADDR": ""}, {"LOCAL_WORLD_SIZE": ""}, {"LOCAL_RANK": "3"}, {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
+                                         {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}], ids=str)  # the last but one: sbatch without srun
 def test_variables_of_one_process_simply_work(monkeypatch, images, unstopped, tmp_path, environment):  # noqa: F811
     whole = unstopped("moco")
     for name, value in environment.items():
@@ -354,7 +365,7 @@ def test_one_process_needs_no_variables_of_others_as_a_script(images, tmp_path):
     {"RANK": "1"}, {"WORLD_SIZE": "2", "RANK": "2"}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "0"},
     {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "", "MASTER_PORT": "29500"},
     {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "port"},
-    {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, {"SLURM_NTASKS": "8", "SLURM_PROCID": "7"}], ids=str)
+    {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "7"}], ids=str)
 def test_variables_that_torchrun_did_not_set_are_one_line(monkeypatch, images, tmp_path, environment):  # noqa: F811
     monkeypatch.setattr(time, "sleep", lambda _: None)  # ranks above 0 wait, so that rank 0 speaks first
     for name, value in environment.items():
