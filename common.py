@@ -3065,12 +3065,14 @@ def load_backbone(run, device="cpu"):
     network.load_state_dict(weights)
 
     def prepare(images):
+        images = torch.as_tensor(images) if isinstance(images, np.ndarray) else images
         if torch.is_tensor(images):
             check(images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3,
                   f"images are {images.dtype} {list(images.shape)}; try uint8 [N, 3, H, W]")
             x = centre_view(images.float() / 255, statistics["size"])
         else:
             images = [images] if isinstance(images, (str, os.PathLike)) else images
+            check(len(images), "there are no images; try a list of files")
             x = torch.cat([prepare_file(os.fspath(path), statistics) for path in images])
         mean, std = (x.new_tensor(statistics[name]).view(3, 1, 1) for name in ("mean", "std"))
         return ((x - mean) / std).to(device)
@@ -3081,7 +3083,7 @@ def load_backbone(run, device="cpu"):
 def prepare_file(path, statistics):
     """The centre of an image file for a run with these Data.statistics: [1, 3, size, size]."""
     image, size = read_image(path, statistics["scale"]), statistics["size"]
-    check(image is not None, f"{path} cannot be read as an image; try another file")
+    check(image is not None, f"{path} cannot be read as an image of 8x8 or more; try another file")
     side = size if min(image.shape[1:]) <= size else math.ceil(size * 8 / 7)
     return centre_view(to_square(image, side)[None].float() / 255, size)
 
@@ -3098,9 +3100,13 @@ def start_from(path, model):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, about other formats
             found = torch.load(path, map_location="cpu", weights_only=True)
-        found = backbone_weights(found) if "format" in found else found
-        found = {str(name): w for name, w in found.items()}
+        if "format" in found:
+            found = backbone_weights(load_checkpoint(path))
+        found = found.get("state_dict", found)  # some programs pack it so
+        found = {str(name).removeprefix("module."): w for name, w in found.items()}
         finite = all(w.isfinite().all() for w in found.values())
+    except UserError:
+        raise
     except Exception as error:  # torch raises many kinds
         raise UserError(f"--init {path} is no file of weights ({type(error).__name__}); "
                         "try runs/<run>/backbone.pt") from error
@@ -3109,7 +3115,8 @@ def start_from(path, model):
     own = backbones[0].state_dict()
     fits = {name: w for name, w in found.items() if name in own and w.shape == own[name].shape}
     words = f"--init {path}: {len(fits)} of the backbone's {len(own)} tensors"
-    check(len(fits) > len(own) / 2, f"{words} fit; try the --backbone that the file is of")
+    share = sum(w.numel() for w in fits.values()) / sum(w.numel() for w in own.values())
+    check(share > 0.9, f"{words} fit; try the --backbone that the file is of")
     for backbone in backbones:
         backbone.load_state_dict(fits, strict=False)
     rest = [name for name in {**own, **found} if name not in fits]

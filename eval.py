@@ -12,9 +12,9 @@ Contents, by line number (`python tests/test_common.py` writes them):
      84  command line             the flags, and what is refused before measuring
     189  a run and its data       from a checkpoint to networks; a hash shows that these stay
     335  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
-    602  report                   what is printed, and written by --json
-    716  pictures and files       --views, --neighbors, --plot, --save
-    908  all runs                 one after the other
+    605  report                   what is printed, and written by --json
+    719  pictures and files       --views, --neighbors, --plot, --save
+    912  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -522,6 +522,8 @@ def supervised(run, data, args):
     recipe = SimpleNamespace(**vars(run.args))
     recipe.precision, recipe.num_workers = args.precision, args.num_workers
     rows, started = torch.arange(len(data.train_labels)), time.monotonic()
+    few = getattr(recipe, "train_images", None)  # as the run
+    rows, _ = common.evenly_spaced(rows, None, few or len(rows))
     backbone = copy.deepcopy(run.untrained.backbone)
     layer = train_classifier(backbone, run.h[0].shape[1], data, rows, recipe, "supervised")
     minutes = common.format_seconds(time.monotonic() - started)
@@ -534,7 +536,8 @@ def supervised(run, data, args):
                                             epochs=args.probe_epochs, seed=args.seed)
     words = [f"{name} {100 * accuracy:.2f} %" for name, accuracy in figures.items()]
     common.say(f"\nsupervised, in {minutes}: {', '.join(words)}")
-    common.say(f"  {run.args.backbone} from its random start with all {len(rows)} labels; the "
+    known = f"all {len(rows)}" if not few else f"{len(rows)} of {len(labels[0])}"
+    common.say(f"  {run.args.backbone} from its random start with {known} labels; the "
                f"run's views, {recipe.epochs} epochs, batches, optimizer and rates")
     return figures
 
@@ -865,9 +868,10 @@ def draw_training(panels, found, label, **style):
 def draw_references(panels, methods):
     """Dashed: the default runs of these methods on `patterns`, as far as CURVES has them."""
     paths = {method: os.path.join(CURVES, f"{method}.csv") for method in methods}
-    for method in [method for method in methods if os.path.isfile(paths[method])]:
-        found = read_curves(paths.pop(method))
-        draw_training(panels, found, f"{method}, reference", ls="--", color="grey")
+    for i, method in enumerate(methods):
+        if os.path.isfile(paths[method]):
+            found = read_curves(paths.pop(method))
+            draw_training(panels, found, f"{method}, reference", ls="--", color=f"C{i}")
     if paths:
         common.say(f"no reference curves of {', '.join(paths)} in {CURVES}")
 

@@ -637,8 +637,8 @@ def gradients_of(path):
     views = data.augment(next(data.batches(0)), step=0)
     torch.manual_seed(args.seed)
     found = [(0, measure_gradient(run.name, run.untrained, views))]
-    for run in runs:
-        found.append((run.step, measure_gradient(run.name, run.model, views)))
+    for step, run in {run.step: run for run in runs}.items():  # previous.pt may be a kept one
+        found.append((step, measure_gradient(run.name, run.model, views)))
     return run.name, found
 
 

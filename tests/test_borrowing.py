@@ -286,6 +286,56 @@ def test_a_file_that_does_not_fit_is_one_line_and_leaves_no_folder(trained, flag
     assert not (tmp_path / "run").exists() and not (tmp_path / "executed").exists()
 
 
+def only_a_backbone(network):
+    model = nn.Module()
+    model.backbone = network
+    return model
+
+
+def test_weights_of_another_resnet_are_refused_though_most_of_their_names_fit(tmp_path):
+    """Batch norms are most tensors of a ResNet, and few of its weights."""
+    torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "34.pth")
+    model = only_a_backbone(common.build_backbone("resnet18", 224)[0])
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "50.pth")
+    with pytest.raises(common.UserError, match="97 of the backbone's 120 tensors fit; try the --backbone"):
+        common.start_from(str(tmp_path / "50.pth"), model)
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+    common.start_from(str(tmp_path / "34.pth"), only_a_backbone(common.build_backbone("resnet34", 224)[0]))
+
+
+def test_weights_packed_by_other_programs_are_found(trained, tmp_path, capsys):
+    given = torch.load(trained / "backbone.pt", weights_only=True)
+    torch.save({"epoch": 3, "state_dict": {f"module.{name}": w for name, w in given.items()}}, tmp_path / "packed.pt")
+    network = common.load_backbone(trained)[0]
+    with torch.no_grad():
+        for w in network.state_dict().values():
+            w.zero_()
+    common.start_from(str(tmp_path / "packed.pt"), only_a_backbone(network))
+    assert "30 of the backbone's 30 tensors" in capsys.readouterr().out
+    assert all(torch.equal(w, given[name]) for name, w in network.state_dict().items())
+
+
+def test_a_damaged_checkpoint_is_refused_by_init_too(trained, flags, tmp_path):
+    damaged = bytearray((trained / "last.pt").read_bytes())
+    damaged[len(damaged) // 3] ^= 1
+    (tmp_path / "last.pt").write_bytes(damaged)
+    result = run_here("cw_rgp", flags("cw_rgp", "--init", tmp_path / "last.pt"))
+    assert is_one_line_error(result) and str(tmp_path / "last.pt") in result.err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("images, words", [([], "no images; try a list of files"), (np.zeros((2, 3, 8, 8)), "try uint8"), (np.zeros((8, 8, 3), np.uint8), "try uint8")])
+def test_what_prepare_cannot_take_is_one_line(trained, images, words):
+    with pytest.raises(common.UserError, match=words):
+        common.load_backbone(trained)[1](images)
+
+
+def test_prepare_takes_numpys_images(trained):
+    images = np.random.default_rng(0).integers(0, 256, (3, 3, 20, 16), dtype=np.uint8)
+    prepare = common.load_backbone(trained)[1]
+    assert torch.equal(prepare(images), prepare(torch.from_numpy(images)))
+
+
 # ---- a small Vision Transformer, and any other backbone ------------------------------------------
 
 

@@ -653,7 +653,7 @@ def test_fine_tuning_and_supervised_training(trained, tmp_path, monkeypatch, epo
         assert repeated == report  # the seed decides
 
 
-def test_supervised_training_is_that_of_the_run_but_for_the_loss(trained, monkeypatch):
+def test_supervised_training_is_that_of_the_run_but_for_the_loss(trained, monkeypatch, capsys):
     """Its random start, views, batches, steps and rates."""
     run = evaluation.load_run(str(trained), torch.device("cpu"))
     args = evaluation.parse_args([str(trained), "--precision", "fp32", "--probe-epochs", "0"])
@@ -667,6 +667,11 @@ def test_supervised_training_is_that_of_the_run_but_for_the_loss(trained, monkey
     evaluation.supervised(run, data, args)
     flags = run.args
     assert calls == [(32, flags.augment, flags.views, 32, flags.seed, step) for step in (0, 1)]
+    run.args.train_images = 40
+    evaluation.supervised(run, data, args)
+    assert len(calls) == 3 and "random start with 40 of 64 labels" in capsys.readouterr().out
+    run.args.train_images = None
+    rates.pop()
     assert rates == [(flags.optimizer, flags.lr, flags.lr_bias)]
     assert evaluation.checksum(run.untrained) == start
 
