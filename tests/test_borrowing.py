@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import sys
+import warnings
 
 import common
 import numpy as np
@@ -281,7 +282,9 @@ def test_a_file_that_does_not_fit_is_one_line_and_leaves_no_folder(trained, flag
         file.write_bytes(pickle.dumps(content, protocol=4))  # torch has a warning about it, which is not shown
     if kind == "cut short":
         file.write_bytes(file.read_bytes()[:-300])
-    result = run_here("cw_rgp", flags("cw_rgp", "--init", file))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's own, which people would read first
+        result = run_here("cw_rgp", flags("cw_rgp", "--init", file))
     assert is_one_line_error(result) and f"--init {file}" in result.err and words in result.err and "try " in result.err
     assert not (tmp_path / "run").exists() and not (tmp_path / "executed").exists()
 

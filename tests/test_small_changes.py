@@ -797,3 +797,26 @@ def test_synchronised_batch_norm_counts_its_batches_and_keeps_torchs_running_sta
     for name, t in plain.state_dict().items():
         assert torch.allclose(ours.state_dict()[name].float(), t.float(), atol=1e-6), name
     assert F.mse_loss(ours.eval()(x), plain.eval()(x)) < 1e-10
+
+
+# ---- seen by changing the code anew, a line at a time --------------------------------------------
+
+
+def test_the_time_left_of_a_count(monkeypatch):
+    """Two of five took 20 s, so the other three take 30."""
+    now, shown = [100.0], []
+    monkeypatch.setattr(common.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(common.STATUS, "show", shown.append)
+    for _ in common.said(range(5), 5, "image"):
+        now[0] += 10
+    assert shown == ["image 1/5, 0m40s left", "image 2/5, 0m30s left", "image 3/5, 0m20s left", "image 4/5, 0m10s left", "image 5/5, 0m00s left"]
+
+
+def test_lars_without_groups_scales_and_decays_all():
+    """As with other optimizers of torch, plain parameters will do."""
+    w = torch.full((2, 2), 3.0, requires_grad=True)
+    optimizer = common.LARS([w], lr=0.5, weight_decay=0.1, momentum=0.9, trust=0.02)
+    w.grad = torch.tensor([[1.0, 2.0], [2.0, 4.0]])
+    optimizer.step()
+    update = torch.tensor([[1.3, 2.3], [2.3, 4.3]])
+    torch.testing.assert_close(w.detach(), 3 - 0.5 * 0.02 * 6 / update.norm() * update)
