@@ -2,6 +2,7 @@
 eval.py counts, whitens and draws. Each test asserts the right value, by a slow reference where there is a formula."""
 
 import importlib
+import inspect
 import io
 import json
 import math
@@ -820,3 +821,106 @@ def test_lars_without_groups_scales_and_decays_all():
     optimizer.step()
     update = torch.tensor([[1.3, 2.3], [2.3, 4.3]])
     torch.testing.assert_close(w.detach(), 3 - 0.5 * 0.02 * 6 / update.norm() * update)
+
+
+LOSSES = {"simclr": "nt_xent_loss", "moco": "info_nce_loss", "barlow": "barlow_twins_loss", "vicreg": "vicreg_loss", "wmse": "wmse_loss",
+          "shuffled_dbn": "shuffled_dbn_loss", "cw_rgp": "cw_rgp_loss"}
+
+
+@pytest.mark.parametrize("method", LOSSES)
+def test_a_loss_alone_has_the_defaults_of_the_flags(method):
+    """Who pastes the loss without the model gets the same numbers."""
+    module = importlib.import_module(method)
+    given = {name: p.default for name, p in inspect.signature(getattr(module, LOSSES[method])).parameters.items() if p.default is not p.empty}
+    names = {"kind": "whitening", "inv_weight": "inv", "var_weight": "var", "cov_weight": "cov"}
+    args, compared = module.Args(), 0
+    for name, value in given.items():
+        field = names.get(name, name)
+        if hasattr(args, field):
+            assert getattr(args, field) == value, name
+            compared += 1
+    assert compared + len(given.keys() & {"generator", "shuffle"}) == len(given) and compared
+
+
+def test_a_new_clock_starts_at_zero_and_counts_on_after_a_resume(monkeypatch):
+    now = [50.0]
+    monkeypatch.setattr(common.time, "monotonic", lambda: now[0])
+    clock = common.Clock()
+    assert clock.seconds() == clock.epoch_seconds() == 0.0
+    now[0] = 53.0
+    assert clock.seconds() == clock.epoch_seconds() == 3.0
+    clock.start_epoch()
+    now[0] = 54.0
+    assert clock.seconds() == 4.0 and clock.epoch_seconds() == 1.0
+    clock.run_before, clock.epoch_before = 100.0, 7.0
+    assert clock.seconds() == 104.0 and clock.epoch_seconds() == 8.0
+    clock.start_epoch()
+    assert clock.epoch_seconds() == 0.0
+
+
+def test_images_of_one_colour_have_the_least_deviation():
+    """So that nothing is divided by 0."""
+    mean, std = common.colour_statistics(torch.full((3, 3, 4, 4), 51, dtype=torch.uint8))
+    assert mean == pytest.approx([0.2] * 3) and std == pytest.approx([1e-3] * 3)
+
+
+def test_the_watch_keeps_no_graph():
+    model = nn.ModuleDict({"part": nn.Linear(2, 2)})
+    watch = common.FiniteWatch(model, SimpleNamespace(device=CPU), "")
+    out = model["part"](torch.ones(3, 2))
+    (kept,) = watch.outputs["part"]
+    assert out.requires_grad and not kept.requires_grad and torch.equal(kept, out)
+
+
+def test_the_rate_of_training_with_labels_rises_and_falls(monkeypatch):
+    data = data_of(np.random.default_rng(0).integers(0, 256, (64, 3, 8, 8), dtype=np.uint8), np.arange(64) % 3,
+                   np.zeros((3, 3, 8, 8), np.uint8), np.arange(3))
+    recipe = SimpleNamespace(**evaluation.FINETUNE, seed=0, precision="fp32", batch_size=16, epochs=10, num_workers=0)
+    rates, build = [], common.build_optimizer
+
+    def recorded(model, args):
+        optimizer = build(model, args)
+        step = optimizer.step
+        optimizer.step = lambda: rates.append({group["lr"] for group in optimizer.param_groups}) or step()
+        return optimizer
+
+    monkeypatch.setattr(common, "build_optimizer", recorded)
+    evaluation.train_classifier(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), 5, data, torch.arange(64), recipe, "test")
+    warm = 4  # a tenth of 40 steps
+    expected = [1e-3 * (min(1, (s + 1) / warm) if s < warm else 0.5 * (1 + math.cos(math.pi * (s - warm) / (40 - warm)))) for s in range(40)]
+    assert len(rates) == 40 and all(len(rate) == 1 for rate in rates)
+    found = [rate.pop() for rate in rates]
+    assert max(found) == pytest.approx(1e-3) and found.index(max(found)) in (warm - 1, warm) and found[-1] < 1e-5
+    assert found == pytest.approx(expected, abs=3e-4)
+
+
+def test_raw_pixels_are_left_out_beyond_the_memory_limit_exactly(monkeypatch):
+    data = data_of(np.zeros((16, 3, 8, 8), np.uint8), np.arange(16) % 3, np.zeros((3, 3, 8, 8), np.uint8), np.arange(3))
+    monkeypatch.setattr(common, "MEMORY_LIMIT", 4 * 3 * 8 * 8 * 19)  # float32
+    args = SimpleNamespace(precision="fp32", features=["raw"], batch_size=None)
+    assert [x.shape for x in evaluation.features("raw", None, data, args)] == [(16, 192), (3, 192)]
+    monkeypatch.setattr(common, "MEMORY_LIMIT", 4 * 3 * 8 * 8 * 19 - 1)
+    with pytest.raises(common.UserError, match="do not fit in memory"):
+        evaluation.features("raw", None, data, args)
+
+
+def test_spectra_begin_at_one(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="it draws")
+    figures, kind = [], evaluation.import_figure()
+    monkeypatch.setattr(evaluation, "import_figure", lambda: lambda **more: figures.append(kind(**more)) or figures[-1])
+    evaluation.draw_plot(str(tmp_path / "p.png"), [(str(tmp_path), torch.tensor([100.0, 10.0, 1.0]), torch.tensor([1.0]))])
+    (line,), (other,) = (panel.get_lines() for panel in figures[0].axes[:2])
+    assert line.get_xydata().tolist() == [[1, 2], [2, 1], [3, 0]] and other.get_xydata().tolist() == [[1, 0]]
+
+
+def test_pca_whitening_of_equal_eigenvalues_has_a_finite_gradient_without_their_terms():
+    """Four samples whose covariance is a multiple of the identity: the terms 1 / (lambda_i - lambda_j) are dropped."""
+    import wmse
+
+    z = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    white = wmse.whiten(z, kind="pca")
+    weights = torch.tensor([[1.0, 2.0], [-3.0, 0.5], [2.0, 2.0], [0.5, 1.0]], dtype=torch.float64)
+    gradient, = torch.autograd.grad((white * weights).sum(), z)
+    assert gradient.isfinite().all()
+    centred = weights - weights.mean(0)
+    torch.testing.assert_close(gradient, centred @ torch.linalg.lstsq(z.detach(), white.detach()).solution.T, rtol=1e-9, atol=1e-9)
