@@ -924,3 +924,30 @@ def test_pca_whitening_of_equal_eigenvalues_has_a_finite_gradient_without_their_
     assert gradient.isfinite().all()
     centred = weights - weights.mean(0)
     torch.testing.assert_close(gradient, centred @ torch.linalg.lstsq(z.detach(), white.detach()).solution.T, rtol=1e-9, atol=1e-9)
+
+
+def test_a_recipe_without_crops_needs_images_of_the_size_of_views(tmp_path):
+    for i in range(8):
+        write_image(tmp_path / "images" / f"{i}.png", np.random.default_rng(i).integers(0, 256, (12, 12, 3), dtype=np.uint8))
+    flags = dict(dataset="folder", data_dir=str(tmp_path / "images"), augment="none", out=str(tmp_path / "run"))
+    with pytest.raises(common.UserError, match="--augment none does not crop, .* larger than --image-size 8; try --augment crop-flip"):
+        importlib.import_module("simclr").train(args_of(**flags))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_args_take_names_alone(method):
+    with pytest.raises(TypeError):
+        importlib.import_module(method).Args("simclr")
+
+
+def test_neighbours_have_coloured_frames_where_both_sides_have_labels(tmp_path, monkeypatch):
+    images, labels = np.full((12, 3, 8, 8), 128, np.uint8), np.arange(12) % 3
+    written = []
+    monkeypatch.setattr(evaluation, "write_sheet", lambda path, tiles: written.append(tiles))
+    for train_labels, test_labels in ((labels, labels), (labels, None), (None, labels), (None, None)):
+        data = data_of(images, train_labels, images, test_labels)
+        h = [torch.randn(12, 4, generator=seeded()), torch.randn(12, 4, generator=seeded(1))]
+        evaluation.draw_neighbors("n.png", data, h)
+    coloured = [bool((tiles[:, 1:, :, :2].std(2) > 0.1).any()) for tiles in written]
+    assert coloured == [True, False, False, False]
