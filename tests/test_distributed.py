@@ -3,9 +3,11 @@
 import importlib
 import json
 import os
+import pathlib
 import socket
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -264,6 +266,26 @@ def test_a_process_that_dies_ends_the_others_with_the_cause_first(small_folder, 
     errors = [line for line in err.splitlines() if "error:" in line or "Traceback" in line or "Signal 9" in line]
     assert cause in errors[0] or "Signal 9" in errors[0], err[:3000]
     assert (tmp_path / "run" / "last.pt").exists()  # of the first epoch
+
+
+def downloading_worker(rank, world, port, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    args, device = common.set_up(importlib.import_module("simclr").Args(dataset="cifar10", device="cpu"))
+    place = pathlib.Path(folder, "downloaded")
+
+    def read(args, device):
+        if rank == 0:
+            time.sleep(1)
+            place.touch()
+        return place.exists()
+
+    common.load_torchvision = read
+    pathlib.Path(folder, str(rank)).write_text(str(common.load_by_name(args, device)))
+
+
+def test_rank_0_downloads_before_the_others_look(tmp_path):
+    in_processes(downloading_worker, 2, str(tmp_path))
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["True", "True"]
 
 
 def unshared_worker(rank, world, port, argv, folder):
