@@ -347,6 +347,8 @@ def test_vit_tiny_is_torchvisions_transformer_and_h_its_class_token(size, patch)
     network, width = common.build_backbone("vit_tiny", size)
     assert isinstance(network, torchvision.models.VisionTransformer) and width == network.hidden_dim == 12  # narrow: 3 times 4
     tokens = (size // patch) ** 2 + 1
+    layers = list(network.encoder.layers)
+    assert len(layers) == 3 and {layer.self_attention.num_heads for layer in layers} == {3} and {layer.mlp[0].out_features for layer in layers} == {24}
     assert network.conv_proj.kernel_size == (patch, patch) and network.encoder.pos_embedding.shape == (1, tokens, 12)
     seen = []
     network.encoder.register_forward_hook(lambda module, inputs, output: seen.append(output))

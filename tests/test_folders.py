@@ -622,6 +622,17 @@ def tiff_16(array, compress=False, order="<"):
     return out + struct.pack(f"{order}I", 0) + struct.pack(f"{order}{channels}H", *[16] * channels) + content
 
 
+@pytest.mark.parametrize("make, kind", [(png_16, "png"), (tiff_16, "tif")])
+def test_the_scale_is_that_of_the_colours_without_alpha(tmp_path, make, kind):
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        array = rng.integers(0, 4096, (12, 12, 4)).astype(np.uint16)
+        array[..., 3] = 65535  # opaque
+        (tmp_path / f"{i}.{kind}").write_bytes(make(array))
+    _, low, high = load(tmp_path).statistics["scale"]
+    assert low == pytest.approx(4, abs=6) and high == pytest.approx(4091, abs=6)
+
+
 @pytest.mark.parametrize("make, kind", [(png_16, "png"), (tiff_16, "tif"), (lambda a: tiff_16(a, compress=True), "tif"),
                                         (lambda a: tiff_16(a, order=">"), "tif"), (lambda a: tiff_16(a, True, ">"), "tif")])
 def test_colours_of_16_bits_keep_all_bits(tmp_path, make, kind):

@@ -490,6 +490,16 @@ def test_flags_that_do_not_touch_the_numbers_may_differ(half_done, images, unsto
     assert first_difference(ours, whole) == ""
 
 
+def test_a_torn_metrics_csv_is_written_again_at_once(images, unstopped, tmp_path):
+    """Also by a run that has nothing left to train."""
+    out = tmp_path / "run"
+    assert run_here("moco", arguments("moco", images, out)).status == 0
+    whole = (out / "metrics.csv").read_bytes()
+    (out / "metrics.csv").write_bytes(whole[: len(whole) // 2])
+    assert run_here("moco", arguments("moco", images, out, "--resume")).status == 0
+    assert (out / "metrics.csv").read_bytes() == whole
+
+
 @pytest.mark.parametrize("every, kept", [(0, []), (1, [1, 2, 3]), (2, [2]), (3, [3]), (4, [])])
 def test_keep_every_keeps_the_checkpoints_of_these_epochs(images, tmp_path, every, kept):
     argv = arguments("simclr", images, tmp_path / "run", "--epochs", 3, "--keep-every", every, "--schedule", "constant")
