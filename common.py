@@ -43,22 +43,22 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1722  main               run train(); print an expected error as one line
+#   1727  main               run train(); print an expected error as one line
 #   1409  parse_args         Args from the command line
-#   1896  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1901  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
 #   1334  Command line: flags from Args, checks, and sizes to propose
-#   1622  Messages and errors
-#   1794  Several processes
-#   1943  Data sets by name
-#   2019  Folders of images
-#   2392  Streaming
-#   2497  Recipes of augmentation
-#   2565  ResNets, Vision Transformer, LARS, Muon
-#   2695  Run folder and signals
-#   2856  Resume
-#   2969  Files of a run
-#   3048  Trained weights
+#   1627  Messages and errors
+#   1799  Several processes
+#   1948  Data sets by name
+#   2024  Folders of images
+#   2397  Streaming
+#   2502  Recipes of augmentation
+#   2570  ResNets, Vision Transformer, LARS, Muon
+#   2700  Run folder and signals
+#   2861  Resume
+#   2974  Files of a run
+#   3053  Trained weights
 
 import argparse
 import collections
@@ -1531,8 +1531,13 @@ def plain_torch(ending):
         ending.enter_context(torch.device("cpu"))
     ending.enter_context(torch.inference_mode(False))
     ending.enter_context(torch.enable_grad())
-    for kind in ["cpu", "cuda"][:1 + torch.cuda.is_available()]:
-        ending.enter_context(torch.autocast(kind, enabled=False))
+    for kind in ("cpu", "cuda"):
+        ending.callback(torch.set_autocast_enabled, kind, torch.is_autocast_enabled(kind))
+        torch.set_autocast_enabled(kind, False)
+    ending.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+    if torch.autocast_increment_nesting() > 1:  # its weights in bf16 would outlive our steps
+        torch.set_autocast_cache_enabled(False)
+    torch.autocast_decrement_nesting()
 
 
 MEMORY = math.inf  # bytes of the machine

@@ -127,6 +127,17 @@ def test_what_a_notebook_has_set_around_a_run_changes_no_number(images, plain, t
     assert (losses(tmp_path / "run"), figures.out.replace(str(tmp_path / "run"), "run")) == plain
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast_around_a_run_in_bf16_keeps_no_old_weights(images, tmp_path, enabled):  # noqa: F811
+    """torch keeps bf16 copies of the weights until the outermost autocast ends, which here is the notebook's."""
+    bf16 = dict(precision="bf16", epochs=2, lr=0.05)
+    train(images, tmp_path / "plain", **bf16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        train(images, tmp_path / "run", **bf16)
+        assert torch.is_autocast_enabled("cpu") == enabled and torch.is_autocast_cache_enabled()
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain") and len(set(losses(tmp_path / "run"))) == 2
+
+
 def test_a_fifo_in_the_place_of_the_lock_does_not_hang(images, tmp_path):  # noqa: F811
     (tmp_path / "run").mkdir()
     os.mkfifo(tmp_path / "run" / "lock")
