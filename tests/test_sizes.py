@@ -150,6 +150,6 @@ def test_the_ends_of_what_is_accepted_train(flags, method, flag, value):
 def test_without_docstrings_and_asserts_a_run_and_eval_work(flags, tmp_path, method):
     train = [sys.executable, "-OO", str(ROOT / "methods" / f"{method}.py"), *flags(method, "--epochs", "1", "--image-size", "16")]
     evaluate = [sys.executable, "-OO", str(ROOT / "eval.py"), str(tmp_path / "run"), "--probe-epochs", "1", "--device", "cpu"]
-    for command in (train, [*train[:-4], "--epochs", "2", "--image-size", "16", "--resume"], evaluate):
+    for command in ([*train[:3], "--help"], train, [*train[:-4], "--epochs", "2", "--image-size", "16", "--resume"], evaluate):
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
