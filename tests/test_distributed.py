@@ -275,7 +275,7 @@ def downloading_worker(rank, world, port, folder):
 
     def read(args, device):
         if rank == 0:
-            time.sleep(1)
+            time.sleep(0.3)
             place.touch()
         return place.exists()
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import common
-from conftest import METHODS, ROOT, is_one_line_error, run_here
+from conftest import METHODS, is_one_line_error, run_here
 
 RECIPES = " ".join(sorted(common.RECIPES))
 # flag: (type, default, what it may be: an interval, or words, or "" for any)
