@@ -43,16 +43,16 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1727  main               run train(); print an expected error as one line
+#   1725  main               run train(); print an expected error as one line
 #   1409  parse_args         Args from the command line
-#   1901  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1899  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
 #   1334  Command line: flags from Args, checks, and sizes to propose
-#   1627  Messages and errors
-#   1799  Several processes
-#   1948  Data sets by name
-#   2024  Folders of images
-#   2397  Streaming
+#   1625  Messages and errors
+#   1797  Several processes
+#   1946  Data sets by name
+#   2022  Folders of images
+#   2395  Streaming
 #   2502  Recipes of augmentation
 #   2570  ResNets, Vision Transformer, LARS, Muon
 #   2700  Run folder and signals
@@ -1546,23 +1546,21 @@ if hasattr(os, "sysconf"):
 
 
 def rules_of(args):
-    """The rules of sizes that hold for every method, then the method's own."""
+    """(whether it holds, its words) of each rule of sizes: of all methods, then its own."""
     world = world_size()
     images = getattr(args, "images", 10_000 if args.dataset == "patterns" else 2**20)
     side = args.image_size or 32
     need = 250 * side**2 * args.batch_size * args.views / world  # bytes, of `tiny`
     fits = need < MEMORY or (args.device != "cpu" and torch.cuda.is_available())
-    return [(args.batch_size % world == 0,
-             f"--batch-size must be a multiple of the {world} processes"),
-            (args.batch_size <= images,
-             f"--batch-size must be at most {images}, the training images"),
-            (args.proj_dim <= 2**14, "--proj-dim must be at most 16384"),
-            (fits, f"--batch-size and --views of {side} pixels need {need / 2**30:.0f} GB"),
-            *args.rules()]
+    yield args.batch_size % world == 0, f"--batch-size must be a multiple of the {world} processes"
+    yield args.batch_size <= images, f"--batch-size must be at most {images}, the training images"
+    yield args.proj_dim <= 2**14, "--proj-dim must be at most 16384"
+    yield fits, f"--batch-size and --views of {side} pixels need {need / 2**30:.0f} GB"
+    yield from args.rules()
 
 
 def check_rules(args):
-    """Raise UserError for the first rule that fails, with the nearest sizes that obey them all."""
+    """Raise UserError for the first rule that fails, with the nearest sizes that obey all."""
     broken = [text for holds, text in rules_of(args) if not holds]
     if not broken:
         return
@@ -1593,7 +1591,7 @@ def sizes_that_fit(args, sizes):
 
     At most two change if that is enough, those at their defaults first: the user asked for the
     others. Otherwise all may: they start at their defaults, then at a half, a quarter ..."""
-    rules = sorted(rules_of(args), key=lambda rule: rule[0])  # the broken ones first
+    rules = sorted(rules_of(args), key=lambda rule: rule[0])  # broken ones first
     names, trial = mentioned([text for _, text in rules], sizes), copy.copy(args)
     now = {name: getattr(args, name) for name in names}
     for halvings in range(13):
@@ -2398,14 +2396,14 @@ def found_in_words(data):
 
 
 class Files:
-    """Images on the disk, decoded and cropped by loader processes that stay for the run."""
+    """Images on the disk, read and cropped by loader processes that stay for the run."""
 
     def __init__(self, paths, size, side, scale=None):
         """size: of a view; side: of the squares for measuring; in pixels. scale: see survey."""
         self.paths, self.size, self.side, self.scale = paths, size, side, scale
         self.rows = torch.arange(len(paths))  # which of the paths
         self.pin_memory = False
-        self.idle = []  # loaders that wait for work
+        self.idle = []  # loaders without work
 
     def __len__(self):
         return len(self.rows)
@@ -2450,10 +2448,12 @@ class Files:
         yield from self.read(([(i,) for i in part.tolist()] for part in parts), num_workers)
 
     def read(self, tasks, num_workers):
-        """The results of lists of tasks. A UserError comes without its process's traceback."""
+        """The results of lists of tasks. A UserError comes without a process's traceback."""
         if not self.idle:
+            alone = copy.copy(self)
+            alone.idle = ()  # else a cycle, for whose end torch waits 5 s
             self.idle.append(torch.utils.data.DataLoader(
-                self, batch_sampler=Tasks(), num_workers=num_workers,
+                alone, batch_sampler=Tasks(), num_workers=num_workers,
                 persistent_workers=num_workers > 0, pin_memory=self.pin_memory,
                 worker_init_fn=leave_signals))
             at_end(functools.partial(end_processes, self.idle))
@@ -2468,7 +2468,7 @@ class Files:
 
 
 def end_processes(loaders):
-    """End the processes of loaders now. Of those in a traceback, torch would wait 20 s for them."""
+    """End the processes of loaders. For those in a traceback, torch would wait 20 s."""
     while loaders:
         iterator = loaders.pop()._iterator
         if iterator is not None:

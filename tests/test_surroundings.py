@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import errno
 import fcntl
+import gc
 import io
 import json
 import multiprocessing.process
@@ -574,6 +575,21 @@ def test_reading_while_reading_gives_both_their_own_images(images):  # noqa: F81
     assert torch.equal(torch.cat(nested), torch.cat(alone)[10:20])
     for _ in range(2):  # left in the middle: the next reader begins at its own beginning
         assert torch.equal(next(files.centres(torch.arange(8, 64), 8, 1)), alone[1])
+
+
+def test_loader_processes_end_with_the_images_though_no_run_ends_them(images):  # noqa: F811
+    """Without a cycle of references, which Python collects later and in any order: torch then waits 5 s for each process."""
+    before = set(multiprocessing.active_children())
+    files = common.Files(sorted(map(str, (images / "train").rglob("*.png"))), 16, 16)
+    half = files.centres(torch.arange(64), 8, 2)
+    next(half)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    gc.disable()
+    try:
+        del half, files
+        assert not set(multiprocessing.active_children()) - before
+    finally:
+        gc.enable()
 
 
 def limited(command, cwd):
