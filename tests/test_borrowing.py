@@ -156,6 +156,16 @@ def test_large_long_and_deep_images_are_prepared_too(trained, tmp_path):
     assert network(x).isfinite().all()
 
 
+@pytest.mark.parametrize("shape", [(32, 60), (60, 32)])
+def test_of_an_image_as_short_as_the_views_the_centre_is_taken_as_it_is(trained, tmp_path, shape):
+    _, prepare = common.load_backbone(trained)
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    write_image(tmp_path / "long.png", pixels)
+    top, left = (side // 2 - 16 for side in shape)
+    square = torch.from_numpy(pixels[top:top + 32, left:left + 32]).permute(2, 0, 1)[None]
+    assert torch.equal(prepare([tmp_path / "long.png"]), prepare(square))
+
+
 @pytest.mark.parametrize("images, words", [
     (torch.zeros(2, 3, 32, 32), "torch.float32"), (torch.zeros(3, 32, 32, dtype=torch.uint8), "uint8 [N, 3, H, W]"),
     (["nowhere.png"], "nowhere.png cannot be read")])

@@ -1093,7 +1093,7 @@ SOFTMAX = dict(loss=experiments.softmax_similarity)
     ("head-norm-none", dict(predictor="none"), dict()),
     ("head-norm-hidden", dict(), dict()),
     ("head-norm-all", dict(), dict()),
-    ("head-norm-all", dict(predictor="none"), dict())], ids=str)
+    ("head-norm-all", dict(predictor="none"), dict())], ids=lambda value: str(value).split(" at 0x")[0])
 def test_simsiam_model(s, name, flags, hand):
     views = images(8, s)
     model = make(f"simsiam/{name}", **flags)

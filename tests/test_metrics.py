@@ -49,7 +49,9 @@ def test_constant_embeddings_are_one_point(value, dtype):
     """The rounding that is left after centring is no rank: 0.1 has no exact mean in binary."""
     figures = common.collapse_metrics(torch.full((300, 64), value, dtype=dtype) * torch.arange(1, 65, dtype=dtype))
     assert figures["rank"] == 0 and figures["rank_1pct"] == 0 and figures["stable_rank"] == 0 and figures["stable_rank_sq"] == 0
-    assert figures["rankme"] == pytest.approx(1, abs=2e-3) and figures["std_sqrt_d"] == pytest.approx(0, abs=1e-6) and figures["corr"] == 1
+    shares = np.array([1.0] + [0.0] * 63) + 1e-7  # Garrido et al. add it to each
+    assert figures["rankme"] == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-6)
+    assert figures["std_sqrt_d"] == pytest.approx(0, abs=1e-6) and figures["corr"] == 1
     assert figures["entropy"] == pytest.approx(32 * math.log(2 * math.pi * math.e * 1e-4), rel=1e-4)
 
 

@@ -369,6 +369,14 @@ def test_times_go_on_inside_an_epoch(timed, tmp_path, monkeypatch):
     assert [row["images_per_s"] for row in rows] == [24 / 30] * 2 and [row["seconds"] for row in rows] == [230, 1460]
 
 
+def test_times_go_on_after_an_epoch(timed, tmp_path):
+    """The seconds of an epoch that was complete before the stop are not those of the next."""
+    timed(tmp_path / "run", epochs=1)
+    timed.clock.now += 12_345
+    rows = timed(tmp_path / "run", resume=True).rows
+    assert [row["images_per_s"] for row in rows] == [24 / 30] * 2
+
+
 @pytest.mark.parametrize("seconds, text", [(0, "0m00s"), (59.9, "0m59s"), (60, "1m00s"), (187, "3m07s"), (3599, "59m59s"), (3600, "1h00m"), (3720, "1h02m"),
                                            (7384, "2h03m"), (90_000, "25h00m")])
 def test_seconds_in_words(seconds, text):
