@@ -676,6 +676,16 @@ def test_supervised_training_is_that_of_the_run_but_for_the_loss(trained, monkey
     assert evaluation.checksum(run.untrained) == start
 
 
+def test_the_loss_of_training_with_labels_is_of_float32_in_bf16_too(trained, monkeypatch):
+    run = evaluation.load_run(str(trained), torch.device("cpu"))
+    data = evaluation.load_data(run, evaluation.parse_args([str(trained), "--precision", "fp32"]), torch.device("cpu"))
+    recipe = SimpleNamespace(**evaluation.FINETUNE, seed=0, precision="bf16", batch_size=32, epochs=1, num_workers=0)
+    kinds, loss = [], evaluation.F.cross_entropy
+    monkeypatch.setattr(evaluation.F, "cross_entropy", lambda y, *more: kinds.append(y.dtype) or loss(y, *more))
+    evaluation.train_classifier(run.model.backbone, 1024, data, torch.arange(64), recipe, "test")
+    assert set(kinds) == {torch.float32}
+
+
 def test_streamed_images_train_a_classifier_too(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "MEMORY_LIMIT", 0)
     _, (report,) = evaluate(tmp_path, trained, "--features", "H", "--supervised", "--probe-epochs", "0", "--num-workers", "0")

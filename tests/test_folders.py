@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 import zlib
+from types import SimpleNamespace
 
 import common
 import cw_rgp
@@ -993,6 +994,9 @@ def test_a_run_of_16_bits_keeps_its_scale(tmp_path):
     fill(tmp_path / "eight", 4, 16)
     result, _ = evaluate(run, tmp_path / "eight")
     assert is_one_line_error(result) and "has pixels of 8 bits" in result.err and "convert it to 16 bits" in result.err
+    by_name = SimpleNamespace(args=SimpleNamespace(dataset="patterns"), statistics={"scale": None})
+    with pytest.raises(common.UserError, match="--dataset patterns: the run saw images of 16 bits; try such ones"):
+        evaluation.use_statistics(by_name, kept)
 
 
 def images_of(run, root):
