@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import math
+import os
 import re
 import subprocess
 from types import SimpleNamespace
@@ -959,3 +960,12 @@ def test_neighbours_have_coloured_frames_where_both_sides_have_labels(tmp_path, 
         evaluation.draw_neighbors("n.png", data, h)
     coloured = [bool((tiles[:, 1:, :, :2].std(2) > 0.1).any()) for tiles in written]
     assert coloured == [True, False, False, False]
+
+
+def test_what_is_written_to_nowhere_is_lost_and_the_descriptor_comes_back(tmp_path):
+    with open(tmp_path / "log", "wb", buffering=0) as log:
+        before = len(os.listdir("/dev/fd"))
+        with common.to_nowhere(log.fileno()):
+            os.write(log.fileno(), b"lost")
+        os.write(log.fileno(), b"kept")
+        assert (tmp_path / "log").read_bytes() == b"kept" and len(os.listdir("/dev/fd")) == before
