@@ -540,13 +540,14 @@ def listing(args):
 def page():
     """The directions as a Markdown table."""
     titles = ["id", "the sentence, and where it stands", "compared; expected; margin",
-              "verdict here", "mean ± half of the 95 % interval", "the paper's own figures"]
+              "minutes", "verdict here", "mean ± half of the 95 % interval",
+              "the paper's own figures"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for claim in DIRECTIONS.values():
         compared = in_words(claim.terms).replace("(", "`").replace(")", "`")
         cells = [claim.id, f"{claim.sentence} ({claim.source})",
-                 f"{compared}; {EXPECTED[claim.sign]}; {claim.margin:g}", claim.record,
-                 claim.value, claim.paper]
+                 f"{compared}; {EXPECTED[claim.sign]}; {claim.margin:g}",
+                 f"{minutes_of([claim], EPOCHS):.0f}", claim.record, claim.value, claim.paper]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

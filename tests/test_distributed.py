@@ -288,20 +288,26 @@ def test_rank_0_downloads_before_the_others_look(tmp_path):
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["True", "True"]
 
 
-def not_finite_worker(rank, world, port, folder):
+def agreeing_worker(rank, world, port, folder):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo")
-    data = SimpleNamespace(device=torch.device("cpu"), args=None)
-    watch = common.FiniteWatch(torch.nn.Linear(2, 2), data, folder)
-    common.stop_non_finite = lambda step, what, *_: pathlib.Path(folder, str(rank)).write_text(f"{step} {what}")
+    os.chdir(folder)
+    said = pathlib.Path(folder, str(rank)).open("w")
+    name, _lock = common.open_folder(importlib.import_module("simclr").Args(device="cpu"))
+    print(name, file=said)
+    watch = common.FiniteWatch(torch.nn.Linear(2, 2), SimpleNamespace(device=torch.device("cpu")), folder)
+    common.stop_non_finite = lambda step, what, *_: print(step, what, file=said)
     watch.note(3, torch.tensor(1.0))
     watch.note(4, torch.tensor(float("inf") if rank == 1 else 1.0))
     watch.check()
+    said.close()
 
 
-def test_a_number_that_is_not_finite_in_one_process_stops_all_of_them(tmp_path):
-    in_processes(not_finite_worker, 2, str(tmp_path))
-    assert [(tmp_path / rank).read_text() for rank in "01"] == ["4 the loss"] * 2
+def test_all_processes_have_one_folder_and_stop_at_a_number_that_is_not_finite_in_one(tmp_path):
+    (tmp_path / "runs" / "simclr-patterns-s0").mkdir(parents=True)
+    (tmp_path / "runs" / "simclr-patterns-s0" / "last.pt").touch()
+    in_processes(agreeing_worker, 2, str(tmp_path))
+    assert [(tmp_path / rank).read_text().splitlines() for rank in "01"] == [["runs/simclr-patterns-s0-2", "4 the loss"]] * 2
 
 
 def unshared_worker(rank, world, port, argv, folder):

@@ -969,3 +969,35 @@ def test_what_is_written_to_nowhere_is_lost_and_the_descriptor_comes_back(tmp_pa
             os.write(log.fileno(), b"lost")
         os.write(log.fileno(), b"kept")
         assert (tmp_path / "log").read_bytes() == b"kept" and len(os.listdir("/dev/fd")) == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_help_has_a_methods_own_flags_first_and_by_themselves(method, capsys):
+    module = importlib.import_module(method)
+    with pytest.raises(SystemExit):
+        module.parse_args(["--help"])
+    first, second = re.split(r"\n\n(?=[^\n]+:\n  -)", capsys.readouterr().out)[2:4]
+    own = [common.option_of(name) for name, *_ in common.flags_of(module.Args) if common.option_of(name) not in shared_options()]
+    assert first.startswith(f"{method}'s own:\n") == bool(own)
+    if own:
+        assert re.findall(r"^  (--[\w-]+)", first, re.MULTILINE) == own
+        assert set(re.findall(r"^  (--[\w-]+)", second, re.MULTILINE)) <= shared_options()
+
+
+def shared_options():
+    return {common.option_of(name) for name, *_ in common.flags_of(common.Args)}
+
+
+@pytest.mark.parametrize("there, asked", [(True, [False]), (False, [False, True])])
+def test_a_data_set_that_is_there_is_not_downloaded(there, asked, capsys):
+    calls = []
+
+    def open_dataset(download):
+        calls.append(download)
+        if not there and not download:
+            raise RuntimeError("not found or corrupted")
+        return "the data"
+
+    args = SimpleNamespace(dataset="cifar10", data_dir="here")
+    assert common.local_or_downloaded(args, "cifar.tar.gz", open_dataset) == "the data" and calls == asked
+    assert ("downloading it" in capsys.readouterr().out) == (not there)
