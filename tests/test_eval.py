@@ -482,6 +482,9 @@ def test_reference_curves_stand_beside_the_runs_of_their_method(tmp_path, monkey
     assert drawn == [[], [], [[(2.0, 50.0)]], [[(1, 3.5), (2, 2.5)]], [[(1, 0.5), (2, 0.75)]], [[(1, 7), (2, 9)]],
                      [[(-1.5, 0.75), (-2.5, 0.25)]], []]
     assert {(line.get_label(), line.get_linestyle()) for panel in lines for line in panel} == {("byol, reference", "--")}
+    titles = [(re.split(",| [(]", axes.get_title())[0], axes.get_xlabel().split(" (")[0]) for axes in figures[0].axes]
+    assert titles == [("singular values of centred H", "k"), ("singular values of centred Z", "k"), ("kNN while training", "minutes"), ("loss", "epoch"),
+                      ("std sqrt(d) of Z", "epoch"), ("rank of Z", "epoch"), ("alignment", "uniformity"), ("", "")]
     assert said[0] == f"no reference curves of moco in {curves}" and sheet_size(tmp_path / "p.png") == (1800, 800)
 
 
@@ -632,6 +635,19 @@ def test_the_labels_decide_what_a_classifier_learns(trained):
     assert set(guesses.tolist()) == {0, 1} and 0.3 < share <= 0.5
     data.train_labels = 3 - data.train_labels
     assert accuracy(torch.arange(64))[1] < 0.2
+
+
+def test_fine_tuning_has_at_least_so_many_whole_steps(trained, monkeypatch):
+    """300 labels are one step of 256: 400 steps are 400 epochs, not 342."""
+    run = evaluation.load_run(str(trained), torch.device("cpu"))
+    run.h = [torch.zeros(1, 1024)]
+    args = SimpleNamespace(finetune=1.0, seed=0, precision="fp32", num_workers=0)
+    recipes = []
+    monkeypatch.setattr(evaluation, "train_classifier", lambda _, width, __, rows, recipe, ___: recipes.append((width, len(rows), recipe.epochs)) or 1 / 0)
+    for count, epochs in ((300, 400), (256, 400), (512, 200), (1000, 134), (20_000, 20)):
+        with pytest.raises(ZeroDivisionError):
+            evaluation.finetuned(run, SimpleNamespace(train_labels=torch.zeros(count, dtype=torch.int64)), args)
+        assert recipes.pop() == (1024, count, epochs)
 
 
 @pytest.mark.parametrize("epochs, steps, trained_for", [(5, 3, 5), (2, 6, 6)])

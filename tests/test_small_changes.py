@@ -950,6 +950,14 @@ def test_args_take_names_alone(method):
         importlib.import_module(method).Args("simclr")
 
 
+@pytest.mark.parametrize("images", [2, 5, 10])
+def test_of_few_images_all_others_are_neighbours(sheet, images):
+    data = data_of(noise(images), np.arange(images) % 2, batch_size=2)
+    h = torch.from_numpy(np.random.default_rng(2).normal(size=(images, 3)))
+    evaluation.draw_neighbors("near.png", data, [h, h])
+    assert sheet[0].shape[:2] == (images, images)  # itself and the others
+
+
 def test_neighbours_have_coloured_frames_where_both_sides_have_labels(tmp_path, monkeypatch):
     images, labels = np.full((12, 3, 8, 8), 128, np.uint8), np.arange(12) % 3
     written = []
@@ -1001,3 +1009,31 @@ def test_a_data_set_that_is_there_is_not_downloaded(there, asked, capsys):
     args = SimpleNamespace(dataset="cifar10", data_dir="here")
     assert common.local_or_downloaded(args, "cifar.tar.gz", open_dataset) == "the data" and calls == asked
     assert ("downloading it" in capsys.readouterr().out) == (not there)
+
+
+@pytest.mark.parametrize("rows", [7, 8])
+def test_as_many_images_as_a_slice_has_are_whitened(monkeypatch, rows):
+    monkeypatch.setattr(evaluation, "whitening_of", lambda run: lambda z: z - z.mean(0))
+    run, z = SimpleNamespace(args=SimpleNamespace(w_size=8)), [torch.randn(9, 3), torch.randn(rows, 3)]
+    if rows == 8:
+        assert [len(part) for part in evaluation.whitened(run, z, 0)] == [9, 8]
+        return
+    with pytest.raises(common.UserError, match="7 images are fewer than the 8 that are whitened together"):
+        evaluation.whitened(run, z, 0)
+
+
+@pytest.mark.parametrize("method, what, whitens", [
+    ("simclr", "the loss", False), ("simclr", "the whitening", True), ("shuffled_dbn", "the loss", True), ("cw_rgp", "the gradient of x", True),
+    ("cw_rgp", "the output of the backbone", False)])
+def test_identical_images_are_a_cause_where_something_is_whitened(monkeypatch, tmp_path, method, what, whitens):
+    monkeypatch.setattr(common, "identical_images", lambda data, step: 9)
+    with pytest.raises(common.UserError) as raised:
+        common.stop_non_finite(3, what, SimpleNamespace(args=importlib.import_module(method).Args()), str(tmp_path))
+    words = "9 of the batch's 256 images are identical" if whitens else "the weights diverged or an input is not finite"
+    assert f"step 3: {what} is not finite; likely cause: {words}: try " in str(raised.value)
+
+
+def test_the_help_of_eval_begins_with_its_first_line(capsys):
+    with pytest.raises(SystemExit):
+        evaluation.parse_args(["--help"])
+    assert evaluation.__doc__.splitlines()[0] in " ".join(capsys.readouterr().out.split())
