@@ -295,6 +295,8 @@ def agreeing_worker(rank, world, port, folder):
     said = pathlib.Path(folder, str(rank)).open("w")
     name, _lock = common.open_folder(importlib.import_module("simclr").Args(device="cpu"))
     print(name, file=said)
+    x = torch.arange(4.0).view(2, 2).T + 10 * rank
+    print(common.all_reduced(x).tolist(), x.tolist() == [[10.0 * rank, 2 + 10.0 * rank], [1 + 10.0 * rank, 3 + 10.0 * rank]], file=said)
     watch = common.FiniteWatch(torch.nn.Linear(2, 2), SimpleNamespace(device=torch.device("cpu")), folder)
     common.stop_non_finite = lambda step, what, *_: print(step, what, file=said)
     watch.note(3, torch.tensor(1.0))
@@ -303,11 +305,13 @@ def agreeing_worker(rank, world, port, folder):
     said.close()
 
 
-def test_all_processes_have_one_folder_and_stop_at_a_number_that_is_not_finite_in_one(tmp_path):
+def test_all_processes_have_one_folder_a_sum_and_a_stop_at_a_number_that_is_not_finite_in_one(tmp_path):
+    """The sum is a copy: the summands stay."""
     (tmp_path / "runs" / "simclr-patterns-s0").mkdir(parents=True)
     (tmp_path / "runs" / "simclr-patterns-s0" / "last.pt").touch()
     in_processes(agreeing_worker, 2, str(tmp_path))
-    assert [(tmp_path / rank).read_text().splitlines() for rank in "01"] == [["runs/simclr-patterns-s0-2", "4 the loss"]] * 2
+    assert [(tmp_path / rank).read_text().splitlines() for rank in "01"] == [
+        ["runs/simclr-patterns-s0-2", "[[10.0, 14.0], [12.0, 16.0]] True", "4 the loss"]] * 2
 
 
 def unshared_worker(rank, world, port, argv, folder):

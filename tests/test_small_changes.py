@@ -17,6 +17,7 @@ import reference as ref
 import torch
 import torch.nn.functional as F
 from conftest import METHODS, SMALL_OF, write_image
+from PIL import Image
 from test_metrics import slow_knn
 from torch import nn
 from torchvision.transforms.v2 import functional
@@ -683,8 +684,6 @@ def test_views_are_of_evenly_spaced_training_images(sheet):
 
 
 def test_a_sheet_has_each_pixel_where_it_belongs(tmp_path):
-    from PIL import Image
-
     tiles = torch.rand(2, 3, 3, 32, 32, generator=seeded())
     evaluation.write_sheet(str(tmp_path / "sheet.png"), tiles)
     picture = np.asarray(Image.open(tmp_path / "sheet.png")) / 255
@@ -697,10 +696,11 @@ def test_a_sheet_has_each_pixel_where_it_belongs(tmp_path):
 
 def test_the_plot_shows_the_right_columns(monkeypatch, tmp_path):
     """Without matplotlib: what is drawn in each panel, in minutes, percent and logarithms to base ten, without what was not measured."""
-    panels = [SimpleNamespace(drawn=[], set=lambda **_: None, grid=lambda **_: None, legend=lambda *_, **__: None, set_axis_off=lambda: None,
+    panels = [SimpleNamespace(drawn=[], words={}, grid=lambda **_: None, legend=lambda *_, **__: None, set_axis_off=lambda: None,
                               get_legend_handles_labels=lambda: ([], [])) for _ in range(8)]
     for panel in panels:
         panel.plot = lambda x, y, panel=panel, **_: panel.drawn.append((list(x), list(y)))
+        panel.set = panel.words.update
     figure = SimpleNamespace(subplots=lambda *_: SimpleNamespace(flat=panels), savefig=lambda file, **_: file.write(b"png"))
     monkeypatch.setattr(evaluation, "import_figure", lambda: lambda **_: figure)
     (tmp_path / "metrics.csv").write_text("epoch,step,loss,knn,std_sqrt_d,rank_1pct,uniformity,alignment,seconds\n1,3,9.0,,,,,,60\n"
@@ -712,6 +712,9 @@ def test_the_plot_shows_the_right_columns(monkeypatch, tmp_path):
     assert panels[0].drawn[0][1] == pytest.approx(np.log10(h.numpy()).tolist()) and panels[1].drawn == [([1, 2, 3], [2.0, 1.0, 0.0])]
     assert [panel.drawn for panel in panels[2:]] == [[([1.5], [25.0])], [([1.0, 2.0], [9.0, 8.5])], [([2.0], [0.75])], [([2.0], [4.0])],
                                                      [([-2.5], [0.5])], []]
+    words = [(panel.words["title"].split(" (")[0], panel.words["xlabel"].split(" (")[0]) for panel in panels[:7]]
+    assert words == [("singular values of centred H", "k"), ("singular values of centred Z", "k"), ("kNN while training, %", "minutes"), ("loss", "epoch"),
+                     ("std sqrt(d) of Z", "epoch"), ("rank of Z", "epoch"), ("alignment", "uniformity")]
 
 
 # ---- the report of eval.py -----------------------------------------------------------------------
@@ -830,6 +833,21 @@ def test_lars_without_groups_scales_and_decays_all():
     optimizer.step()
     update = torch.tensor([[1.3, 2.3], [2.3, 4.3]])
     torch.testing.assert_close(w.detach(), 3 - 0.5 * 0.02 * 6 / update.norm() * update)
+
+
+def test_lars_leaves_a_weight_without_gradient_and_decay_as_it_is():
+    """The trust ratio would be 0 / 0."""
+    w = torch.full((2, 2), 3.0, requires_grad=True)
+    optimizer = common.LARS([w], lr=0.5, weight_decay=0.0, momentum=0.9, trust=0.02)
+    w.grad = torch.zeros(2, 2)
+    optimizer.step()
+    assert torch.equal(w.detach(), torch.full((2, 2), 3.0))
+
+
+@pytest.mark.parametrize("values, missing", [(16, ["-9999"]), (15, [])])
+def test_a_number_for_missing_pixels_needs_sixteen_other_values(values, missing):
+    pixels = np.concatenate([np.full(100, -9999.0), np.tile(np.arange(1.0, values + 1), 10)])
+    assert common.grey_range(pixels) == (1.0 if missing else -9999.0, values, missing)
 
 
 LOSSES = {"simclr": "nt_xent_loss", "moco": "info_nce_loss", "barlow": "barlow_twins_loss", "vicreg": "vicreg_loss", "wmse": "wmse_loss",
@@ -1037,3 +1055,9 @@ def test_the_help_of_eval_begins_with_its_first_line(capsys):
     with pytest.raises(SystemExit):
         evaluation.parse_args(["--help"])
     assert evaluation.__doc__.splitlines()[0] in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_sheet_shows_what_is_too_bright_or_too_dark_as_white_or_black(tmp_path):
+    evaluation.write_sheet(str(tmp_path / "sheet.png"), torch.tensor([1.5, -0.5]).view(1, 2, 1, 1, 1).expand(1, 2, 3, 64, 64))
+    sheet = np.array(Image.open(tmp_path / "sheet.png"))
+    assert (sheet[10, 10] == 255).all() and (sheet[10, 90] == 0).all()
