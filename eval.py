@@ -723,7 +723,7 @@ def say_collapse(results, how):
 def write_sheet(path, tiles):
     """A PNG of tiles [rows, columns, 3, S, S] in 0 ... 1; small ones are enlarged to some 64."""
     factor = max(1, round(64 / tiles.shape[-1]))
-    large = tiles.cpu().clamp(0, 1).flatten(0, 1)
+    large = tiles.cpu().flatten(0, 1)  # save_image clips
     large = large.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     sheet = make_grid(large, nrow=tiles.shape[1], padding=2, pad_value=1.0)
     buffer = io.BytesIO()
