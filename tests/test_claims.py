@@ -293,6 +293,7 @@ def test_a_run_that_stopped_is_told(filled):
 
 def test_runs_of_another_revision_are_told(filled, monkeypatch):
     words = filled("B5-depth", around(0.1, 0.01))
+    monkeypatch.setattr(DIRECTIONS["B5-depth"], "record", "HOLDS")
     monkeypatch.setattr(common, "git_revision", lambda: "another")
     result = run_here("claims", words)
     assert result.status == 0 and "10 of 10 runs in" in result.err
