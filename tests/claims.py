@@ -10,7 +10,7 @@
 A direction is a sum of figures of runs that differ in one thing, such as kNN of one minus kNN of
 the other. Runs with the same seed have the same order of images, and the same views if batch and
 augmentation agree. There are five seeds, fixed beforehand. The margin was fixed before the claim's
-first run. The verdict is about the 95 % interval (Student's t) of the mean over the seeds, in the
+first run. The verdict rests on the 95 % interval (Student's t) of the mean over the seeds, in the
 direction that the sentence expects:
 
     HOLDS                   above the margin
@@ -18,7 +18,8 @@ direction that the sentence expects:
     NO DIFFERENCE           between the two
     NOT SEEN AT THIS SCALE  anything else: the seeds differ too much, or a figure is missing
 
-Where the sentence says that two things are alike, HOLDS is between, and OPPOSITE is outside.
+Where the sentence says that two things are alike, HOLDS is between, and OPPOSITE is outside. Where
+it says that one is not worse, HOLDS is above minus the margin, and OPPOSITE is below it.
 The exit status is 1 if an exact claim fails or a verdict differs from the one on record.
 No recipe is tuned to a claim: every run has its method's defaults but for what the claim changes.
 """
@@ -82,7 +83,7 @@ evaluation = importlib.import_module("eval")  # the name of a builtin: not to be
 T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306,
               9: 2.262}
 NOT_SEEN = "NOT SEEN AT THIS SCALE"
-ERROR = 0.05  # at most this share of the verdicts is wrong by chance, if values are normal
+ERROR = 0.05  # a claim's verdict is wrong with at most this probability, if values are normal
 
 
 def interval(values):
@@ -98,17 +99,23 @@ def interval(values):
 def verdict(values, margin, sign):
     """HOLDS, OPPOSITE, NO DIFFERENCE or NOT_SEEN for a claim's value with each seed.
 
-    sign: 1 or -1 if the sentence expects a value above 0 or below, 0 if it expects none."""
+    sign: 1 or -1 if the sentence expects a value above 0 or below, 0 if it expects none, 2 or -2 if
+    it expects one that is not below 0 or not above."""
     mean, half = interval(values)
     if math.isnan(mean):
         return NOT_SEEN
-    low, high = (sign or 1) * mean - half, (sign or 1) * mean + half
+    side = -1 if sign < 0 else 1
+    low, high = side * mean - half, side * mean + half
     inside = -margin <= low and high <= margin
     if sign == 0:
         outside = low > margin or high < -margin
         if inside:
             return "HOLDS"
         return "OPPOSITE" if outside else NOT_SEEN
+    if abs(sign) == 2 and low > -margin:
+        return "HOLDS"
+    if abs(sign) == 2:
+        return "OPPOSITE" if high < -margin else NOT_SEEN
     if low > margin:
         return "HOLDS"
     if high < -margin:
@@ -416,7 +423,7 @@ def judge(claim, results, args):
     return found, f"{mean:+.3g} ± {half:.2g}" if math.isfinite(mean) else "not finite"
 
 
-EXPECTED = {1: "above 0", -1: "below 0", 0: "alike"}
+EXPECTED = {1: "above 0", -1: "below 0", 0: "alike", 2: "not below 0", -2: "not above 0"}
 
 
 def say_claim(claim):

@@ -127,8 +127,9 @@ def two_way_is_two_one_way(stop=torch.Tensor.detach):
 
 
 @exact("A7", "Weng et al. 2022, Proposition 1",
-       "Every Z1 = U2 diag(sigma) V2^T with sigma > 0 is a minimum of the one-way loss with ZCA, "
-       "however far it is from white.", missing="ZCA (Cholesky in its place)", tolerance=1e-6,
+       "Every Z1 = U diag(sigma) V^T with the target's singular vectors and any sigma > 0 is a "
+       "minimum of the one-way loss with ZCA, however far it is from white.",
+       missing="ZCA (Cholesky in its place)", tolerance=1e-6,
        kind="cholesky")
 def any_spectrum_is_optimal(kind="zca"):
     target = white(40, 6)
@@ -149,7 +150,7 @@ def centred(z):
 
 @exact("A9", "Weng et al. 2022, sections 1 and 4",
        "Batch whitening needs more samples than channels; channel whitening works with few.",
-       missing="the mean that centring takes away", centre=unchanged)
+       missing="the centring", centre=unchanged)
 def smallest_batch(centre=centred):
     def smallest(x):
         eigenvalues = torch.linalg.eigvalsh(x.mT @ x).detach()
@@ -182,8 +183,8 @@ def channel_whitened_spectrum(whitening=channel_whiten):
 
 
 @exact("A10", "Weng et al. 2022, section 4, for the groups; the floor is our observation",
-       "With random groups of its own for each view, the loss of equal views stays above zero; "
-       "with the same groups it is zero.", missing="the groups of its own", own=shared_loss)
+       "With separate random groups for each view, the loss of equal views stays above zero; "
+       "with the same groups it is zero.", missing="the separate groups", own=shared_loss)
 def floor_of_random_groups(own=cw_rgp_loss):
     z = embeddings(8, 32, 1)[0].detach()
 
@@ -193,9 +194,9 @@ def floor_of_random_groups(own=cw_rgp_loss):
     return abs(loss(shared_loss)) if loss(own) > 0.02 else math.inf
 
 
-@exact("A11", "Weng et al. 2022, section 2",
+@exact("A11", "Weng et al. 2022, section 2; the form is ours",
        "Channel whitening propagates through the whitening matrix: its gradient has no part along "
-       "Z, whose scale is void. That of ICL has.", missing="the gradient through the matrix",
+       "Z, whose scale has no effect. That of ICL has.", missing="the gradient through the matrix",
        whitening=detached_whiten)
 def gradient_through_the_matrix(whitening=channel_whiten):
     z = embeddings(4, 12, 1)[0]
@@ -409,7 +410,7 @@ def constant_in_barlow(loss=barlow_twins_loss):
     return largest(value - 6, *torch.autograd.grad(value, (z1, z2)))
 
 
-@exact("B10-l2", UNIFIED + "2.3.1, note",
+@exact("B10-l2", UNIFIED + "2.3.1, note; the form is ours",
        "With rows of length sqrt(d) in place of the standardising, a constant of equal entries "
        "has no loss but lambda d (d - 1).",
        missing="the rows of length sqrt(d) (the standardisation in its place)",
@@ -437,8 +438,9 @@ def rank_of_the_last_layer(after=unchanged):
 
 
 @exact("C3", "document 002, entropy of embeddings",
-       "The prediction term alone has its minimum, 0, at a constant; an entropy term takes it "
-       "from there.", missing="the entropy term (VICReg's variance)", tolerance=1e-6, var=0.0)
+       "The prediction term alone has its minimum, 0, at a constant; with an entropy term a "
+       "constant is no longer a minimum.", missing="the entropy term (VICReg's variance)",
+       tolerance=1e-6, var=0.0)
 def constant_without_entropy(var=25.0):
     z = torch.ones(8, 4, dtype=torch.float64, requires_grad=True)
     alone, both = vicreg_loss(z, z, 25.0, 0.0, 0.0), vicreg_loss(z, z, 25.0, var, 0.0)
@@ -477,7 +479,8 @@ def around_the_image(z):
 
 @exact("C6", "document 002, information bottleneck",
        "For a Gaussian Z that depends on X through its mean, log|C_Z| - E log|C_(Z given X)| is "
-       "twice the information about X, and H(Z|X) + (1 - beta) / beta H(Z) falls as it grows.",
+       "twice the information about X. For beta > 1, H(Z|X) + (1 - beta) / beta H(Z) falls as it "
+       "grows.",
        missing="the term that is conditioned on X", tolerance=1e-9, within=unchanged)
 def information_bottleneck(within=around_the_image):
     signal, noise = white(20, 3), white(16, 3, seed=1)  # 20 images, 16 views of each
@@ -499,8 +502,8 @@ def information_bottleneck(within=around_the_image):
 
 
 @exact("C10", "document 002, Barlow Twins",
-       "The loss is 0 if and only if the cross-correlation of the views is the identity: equal "
-       "channels cost lambda each.", missing="the redundancy term", tolerance=1e-3, lambd=0.0)
+       "The loss is 0 if the cross-correlation of the views is the identity. A pair of equal "
+       "channels costs 2 lambda.", missing="the redundancy term", tolerance=1e-3, lambd=0.0)
 def identity_is_the_minimum(lambd=0.5):
     z = white(40, 4)
     equal = z[:, [0, 1, 2, 2]]
@@ -609,7 +612,8 @@ def info_nce_bound(loss=contrast):
 
 
 @exact("E8-critic", "document 004, InfoNCE",
-       "The best score is log p(y|x) / p(y), whatever the number of negatives.",
+       "The score log(p(y|x) / p(y)) has a lower loss than others, whatever the number of "
+       "negatives.",
        missing="the density p(y)", tolerance=0.0, best=log_density)
 def best_critic(best=log_ratio):
     x, y, _ = gaussian_pairs(1024, 2, 0.7, seed=1)
