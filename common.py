@@ -56,9 +56,9 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #   2502  Recipes of augmentation
 #   2570  ResNets, Vision Transformer, LARS, Muon
 #   2700  Run folder and signals
-#   2861  Resume
-#   2974  Files of a run
-#   3053  Trained weights
+#   2862  Resume
+#   2975  Files of a run
+#   3054  Trained weights
 
 import argparse
 import collections
@@ -2803,19 +2803,19 @@ def candidate_folders(args):
 
 
 def holds_run(folder, *more):
-    """True if there is a checkpoint in the folder, or one of `more` files."""
+    """True if the folder has a checkpoint, or one of `more` files."""
     names = "last.pt", "previous.pt", *more
     return any(os.path.isfile(os.path.join(folder, name)) for name in names)
 
 
-def lock_folder(folder):
-    """A folder's lock file, locked until it is closed; None if another process has locked it."""
+def lock_folder(folder, name="--out"):
+    """A folder's lock file, held until closed; None if another process has it. Raises UserError."""
     try:
         os.makedirs(folder, exist_ok=True)
         file = open(os.path.join(folder, "lock"), "a+b", buffering=0)  # a FIFO would wait in "w"
     except OSError as error:
-        raise UserError(f"--out {folder}: cannot write there ({error.strerror}); "
-                        "try another --out") from error
+        raise UserError(f"{name} {folder}: cannot write there ({error.strerror}); "
+                        f"try another {name}") from error
     try:
         import fcntl  # not on Windows
 
@@ -2842,14 +2842,15 @@ def stop_non_finite(step, what, data, folder):
             remedy = "it without them"
         if hasattr(args, "eps"):
             remedy = f"--eps {min(max(1e-3, 10 * args.eps), 0.5):g}, or {remedy}"
-    saved = holds_run(folder)
-    kept = "the last good checkpoint stays" if saved else "no checkpoint was written yet"
+    kept = "no checkpoint was written yet"
+    if holds_run(folder):
+        kept = "the last good checkpoint stays"
     raise UserError(f"step {step}: {what} is not finite; likely cause: {cause}: try {remedy}; "
                     f"{folder}: {kept}")
 
 
 def identical_images(data, step):
-    """How many images of a step's global batch equal another one of it."""
+    """How many images of a step's global batch equal another."""
     epoch, number = divmod(step, data.steps_per_epoch)
     order = np.random.default_rng((data.args.seed, 1, epoch)).permutation(len(data.train))
     rows = torch.from_numpy(order).split(data.args.batch_size)[number]  # as in Data.batches

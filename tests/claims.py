@@ -299,9 +299,9 @@ def commands_of(claim):
 
 
 def wanted_figures(command):
-    """The figures of a checkpoint that any claim needs of this command."""
+    """The figures that any claim needs of this command."""
     found = [figure for claim in DIRECTIONS.values() for _, c, figure in claim.terms
-             if c == command and figure in EXTRA]
+             if c == command]
     return list(dict.fromkeys(found))
 
 
@@ -320,15 +320,22 @@ def folder_of(cache, command, seed, epochs):
 
 
 def cached(folder, command):
-    """What figures.json in a folder holds, or None if a figure is missing there."""
+    """What figures.json in a folder holds, or None if it is not there or lacks something.
+
+    Raises UserError if it cannot be read."""
+    path = os.path.join(folder, "figures.json")
     try:
-        with open(os.path.join(folder, "figures.json")) as file:
+        with open(path) as file:
             found = json.load(file)
-    except (OSError, ValueError):
+        whole = set(found) == {"command", "figures", "seconds", "stopped", "revision"}
+        missing = whole and not found["stopped"] and set(wanted_figures(command)) - set(
+            found["figures"])
+    except (FileNotFoundError, ValueError, TypeError):
         return None
-    missing = set(wanted_figures(command)) - set(found["figures"])
-    complete = found["stopped"] or not missing
-    return found if complete and found["command"] == command else None
+    except OSError as error:
+        raise common.UserError(f"{path} cannot be read ({error.strerror}); "
+                               "try another --cache") from error
+    return found if whole and not missing and found["command"] == command else None
 
 
 def train_one(cache, command, seed, epochs):
@@ -351,10 +358,10 @@ def train_one(cache, command, seed, epochs):
     found = {"command": command, "figures": {}, "stopped": last_line}
     diverged = done.returncode == 2 and "not finite" in last_line
     common.check(done.returncode == 0 or diverged, f"{shlex.join(words)}: {last_line}; "
-                 "try it by itself, then this again")
+                 f"try it by itself, or remove {folder}")
     if not diverged:
-        found = {"command": command, "stopped": "",
-                 "figures": read_figures(folder, wanted_figures(command))}
+        extra = [figure for figure in wanted_figures(command) if figure in EXTRA]
+        found = {"command": command, "stopped": "", "figures": read_figures(folder, extra)}
     found["seconds"] = round(time.monotonic() - started, 1)
     found["revision"] = common.git_revision()
     common.write_file(os.path.join(folder, "figures.json"), json.dumps(found, indent=1).encode())
@@ -367,12 +374,17 @@ def train_all(claims, args):
     """{(command, seed): what `train_one` gives} of all the claims' runs, --jobs at a time."""
     commands = dict.fromkeys(command for claim in claims for command in commands_of(claim))
     jobs = [(command, seed) for command in commands for seed in seeds_of(args)]
-    results = {}
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+    lock = common.lock_folder(args.cache, "--cache")
+    common.check(lock, f"--cache {args.cache} is in use by another claims.py; wait for it, or try "
+                 "another --cache")
+    results = {job: cached(folder_of(args.cache, *job, args.epochs), job[0]) for job in jobs}
+    missing = [job for job in jobs if not results[job]]
+    with lock, concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         try:
-            futures = {pool.submit(train_one, args.cache, *job, args.epochs): job for job in jobs}
+            futures = {pool.submit(train_one, args.cache, *job, args.epochs): job
+                       for job in missing}
             finished = concurrent.futures.as_completed(futures)
-            for future in common.said(finished, len(jobs), "run"):
+            for future in common.said(finished, len(missing), "run"):
                 results[futures[future]] = future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -643,6 +655,8 @@ def gradients_of(path):
                  f"closed form here; try one of {', '.join(GRADIENTS)}")
     args = SimpleNamespace(**vars(run.args))
     data = common.load_data(args, torch.device("cpu"), run.statistics)
+    common.check(data.fingerprint == run.fingerprint, f"{path}: --data-dir {args.data_dir} holds "
+                 "other images than the run saw; start claims.py in the folder where the run began")
     evaluation.use_statistics(data, run.statistics)
     views = data.augment(next(data.batches(0)), step=0)
     torch.manual_seed(args.seed)
@@ -703,8 +717,9 @@ def chosen(ids):
         return list(EXACT.values())
     found = []
     for id in ids:
-        parts = [name for name in claims if name == id or name.startswith(f"{id}-")]
-        near = difflib.get_close_matches(id, claims, cutoff=0.3)
+        start = id[:1].upper() + id[1:]  # a4 is A4
+        parts = [name for name in claims if name == start or name.startswith(f"{start}-")]
+        near = difflib.get_close_matches(start, claims, cutoff=0.3)
         remedy = f"try {', '.join(near)}" if near else "claims.py without an id lists them"
         common.check(parts, f"{id}: there is no such claim; {remedy}")
         found += parts
@@ -740,6 +755,8 @@ def parse_args(argv=None):
     if not gradients and args.what != ["page"]:
         args.claims = chosen(args.what)
     evaluation.check_writable("--plot", args.plot)
+    if args.plot:
+        evaluation.import_figure()  # before the work, not after it
     return args
 
 

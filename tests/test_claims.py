@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import shlex
+import shutil
 
 import claims
 import experiments
@@ -232,6 +233,7 @@ def test_bad_words_are_one_line(line, words):
 
 def test_an_id_has_its_parts():
     assert [c.id for c in claims.chosen(["A4"])] == ["A4-loss", "A4-rank", "A4-accuracy"]
+    assert claims.chosen(["a4"]) == claims.chosen(["A4"])
     assert [c.id for c in claims.chosen(["A9"])] == ["A9", "A9-ones", "A9-small"]
     assert len(claims.chosen(["all"])) == len(EXACT) + len(DIRECTIONS)
 
@@ -241,8 +243,9 @@ def fill(cache, claim, values, first=FIRST_SEED, epochs=EPOCHS, stopped=""):
     """Figures of finished runs in a cache: values with the first command, 0 with the others."""
     for i, command in enumerate(claims.commands_of(claim)):
         for seed, value in zip(range(first, first + SEEDS), values):
-            figures = {figure: value if i == 0 else 0.0 for _, c, figure in claim.terms if c}
-            figures.update({name: 0.0 for name in claims.wanted_figures(command)})
+            figures = {name: 0.0 for name in claims.wanted_figures(command)}
+            if i == 0:
+                figures.update({figure: value for _, c, figure in claim.terms if c})
             found = {"command": command, "seconds": 6.0, "revision": common.git_revision(),
                      "stopped": stopped if i == 0 else "",
                      "figures": {} if stopped and i == 0 else figures}
@@ -286,7 +289,8 @@ def test_other_seeds_are_compared_with_the_record_and_other_epochs_are_not(fille
     assert result.status == 0 and "on record" not in result.out
 
 
-def test_a_run_that_stopped_is_told(filled):
+def test_a_run_that_stopped_is_told(filled, monkeypatch):
+    monkeypatch.setattr(DIRECTIONS["D13"], "record", "not yet run")
     words = filled("D13", [0] * 5, stopped="loss is not finite at step 7")
     result = run_here("claims", words)
     assert result.status == 0
@@ -305,13 +309,39 @@ def test_runs_of_another_revision_are_told(filled, monkeypatch):
 def test_cache_wants_the_same_command_and_all_figures(tmp_path, filled):
     filled("B7-simclr", [1] * 5)
     folder = claims.folder_of(tmp_path, "simclr", FIRST_SEED, EPOCHS)
-    assert claims.cached(folder, "simclr")["figures"]["corr_start"] == 0
+    assert claims.cached(folder, "simclr")["figures"]["corr_start"] == 1
     assert claims.cached(folder, "simclr --views 3") is None
     found = json.loads(open(f"{folder}/figures.json").read())
     del found["figures"]["corr_start"]
     common.write_file(f"{folder}/figures.json", json.dumps(found).encode())
     assert claims.cached(folder, "simclr") is None
     assert claims.cached(tmp_path / "nowhere", "simclr") is None
+    found["figures"].update(corr_start=0.0)
+    del found["figures"]["knn"]  # a column of metrics.csv, which another claim needs
+    common.write_file(f"{folder}/figures.json", json.dumps(found).encode())
+    assert claims.cached(folder, "simclr") is None
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "[1]", "null", "7", '"x"', "{", "\xff"])
+def test_a_foreign_file_in_the_cache_is_no_result(tmp_path, text):
+    (tmp_path / "figures.json").write_text(text)
+    assert claims.cached(tmp_path, "simclr") is None
+
+
+def test_a_file_that_cannot_be_read_is_not_trained_again(tmp_path):
+    (tmp_path / "figures.json").mkdir()
+    with pytest.raises(common.UserError, match="figures.json cannot be read"):
+        claims.cached(tmp_path, "simclr")
+
+
+def test_a_cache_in_use_or_in_a_bad_place_is_one_line(tmp_path):
+    with common.lock_folder(tmp_path / "cache"):
+        result = run_script(ROOT / "tests" / "claims.py", "B5-depth", "--cache", tmp_path / "cache")
+    assert is_one_line_error(result) and "--cache" in result.err and "in use by another claims.py" in result.err
+    (tmp_path / "file").touch()
+    result = run_here("claims", ["B5-depth", "--cache", tmp_path / "file"])
+    assert is_one_line_error(result) and f"--cache {tmp_path}/file: cannot write there" in result.err
+    assert "--out" not in result.err
 
 
 def test_command_line_of_a_run():
@@ -405,6 +435,15 @@ def test_gradients_need_a_closed_form(runs):
     result = run_here("claims", ["gradients", runs("wmse", "--whitening", "zca")])
     assert is_one_line_error(result) and "is a run of wmse" in result.err
     assert "byol/direct-predictor" in result.err
+
+
+def test_gradients_want_the_images_of_the_run(small_folder, tmp_path, narrow_backbone):
+    images = shutil.copytree(small_folder, tmp_path / "images")
+    words = [*SMALL, *SMALL_OF["simclr"], "--dataset", "folder", "--data-dir", images, "--epochs", "1"]
+    assert run_here("simclr", [*words, "--out", tmp_path / "run"]).status == 0
+    next(images.rglob("train/*/*.*")).unlink()
+    result = run_here("claims", ["gradients", tmp_path / "run"])
+    assert is_one_line_error(result) and "holds other images than the run saw" in result.err, result.err
 
 
 def test_a_wrong_closed_form_is_not_drawn(runs, monkeypatch):
