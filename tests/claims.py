@@ -653,7 +653,7 @@ def gradients_of(path):
     run = runs[-1]
     common.check(run.name in GRADIENTS, f"{path} is a run of {run.name}, whose gradient has no "
                  f"closed form here; try one of {', '.join(GRADIENTS)}")
-    args = SimpleNamespace(**vars(run.args))
+    args = SimpleNamespace(**{**vars(common.Args()), **vars(run.args)})  # an older run lacks some
     data = common.load_data(args, torch.device("cpu"), run.statistics)
     common.check(data.fingerprint == run.fingerprint, f"{path}: --data-dir {args.data_dir} holds "
                  "other images than the run saw; start claims.py in the folder where the run began")
