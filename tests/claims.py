@@ -7,11 +7,11 @@
     python tests/claims.py page              the table of tests/README.md, from what is on record
     python tests/claims.py gradients RUN     the gradient of a run as a sum of two terms
 
-A direction is a sum of figures of runs that differ in one thing, such as kNN of one minus kNN of
-the other. Runs with the same seed have the same order of images, and the same views if batch and
-augmentation agree. There are five seeds, fixed beforehand. The margin was fixed before the claim's
-first run. The verdict rests on the 95 % interval (Student's t) of the mean over the seeds, in the
-direction that the sentence expects:
+A direction is a sum of figures of runs that differ in what the sentence is about, such as kNN of
+one minus kNN of the other. Runs with the same seed have the same order of images, and the same
+views if batch and augmentation agree. There are five seeds, fixed beforehand. The margin was fixed
+before the claim's first run, but for those that tests/README.md names. The verdict rests on the
+95 % interval (Student's t) of the mean over the seeds, in the direction that the sentence expects:
 
     HOLDS                   above the margin
     OPPOSITE                below minus the margin
@@ -411,13 +411,15 @@ def seeds_of(args):
 # ==============================================================================
 
 
+def figure_of(term, results, seed):
+    """A term's figure with one seed; NaN if the run stopped before it had the figure."""
+    _, command, figure = term
+    return figure if command is None else results[command, seed]["figures"].get(figure, math.nan)
+
+
 def value_of(claim, results, seed):
-    """The claim's sum of figures with one seed; NaN if a run stopped before it had the figure."""
-    total = 0.0
-    for factor, command, figure in claim.terms:
-        number = figure if command is None else results[command, seed]["figures"].get(figure)
-        total += factor * (math.nan if number is None else number)
-    return total
+    """The claim's sum of figures with one seed."""
+    return sum(term[0] * figure_of(term, results, seed) for term in claim.terms)
 
 
 def judge(claim, results, args):
@@ -429,6 +431,9 @@ def judge(claim, results, args):
     each = " ".join(f"{value:+.3g}" for value in values)
     common.say(f"  {found}: {mean:+.3g} +- {half:.2g}, margin {claim.margin:g}, "
                f"expected {EXPECTED[claim.sign]}; seeds from {args.first_seed} on: {each}")
+    means = [statistics.fmean(figure_of(term, results, seed) for seed in seeds_of(args))
+             for term in claim.terms]
+    common.say(f"  means of its figures, in that order: {' '.join(f'{x:.4g}' for x in means)}")
     stopped = {results[job]["stopped"] for job in results if job[0] in commands_of(claim)} - {""}
     for reason in sorted(stopped):
         common.say(f"  a run stopped: {reason}")

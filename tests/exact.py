@@ -371,7 +371,8 @@ def vicreg_gradient(gradient=added):
     return relative(gradient(*vicreg_terms(z1, z2, 3.0, 5.0, 7.0)), wanted)
 
 
-@exact("B1-unigrad", UNIFIED + "3 of the paper", THREE + "UniGrad's own loss.",
+@exact("B1-unigrad", "Tao et al. 2022 (UniGrad), arXiv 2112.05141, section 3",
+       THREE + "UniGrad's own loss.",
        missing="the correlation", tolerance=1e-10, gradient=positive_only)
 def unigrad_gradient(gradient=added):
     z, target = embeddings(10, 6)

@@ -112,7 +112,8 @@ class SwAVArgs(simclr.Args):
     temperature: float = 0.1
     prototypes: int = common.flag(100, "K, directions that embeddings are compared with", least=2)
     no_sinkhorn: bool = common.flag(False, "codes are a softmax: one prototype takes all")
-    no_stop_gradient: bool = common.flag(False, "let the gradient into the codes too: diverges")
+    no_stop_gradient: bool = common.flag(False, "let the gradient into the codes too: NaN in the "
+                                         "SimSiam paper")
 
 
 class SwAV(simclr.SimCLR):
