@@ -17,7 +17,7 @@ comparison and margin changed after their first run.
 import math
 from dataclasses import dataclass
 
-EPOCHS = 2  # of each run, so that all of them take about two hours with two jobs
+EPOCHS = 2  # of each run, so that all of them take two to three hours with two jobs
 FIRST_SEED = 10  # of five; the recipes were chosen on other seeds
 SEEDS = 5
 DIRECTIONS = {}  # id -> Direction, in the order of this file

@@ -171,6 +171,22 @@ def test_arms_differ_in_one_thing(claim):
     assert len(claims.commands_of(claim)) in (1, 2, 4)
 
 
+# What two arms differ in besides the flags in their commands, since the sentence is about it.
+BY_NATURE = {"A9-small": {"w_iter"}, "A11-icl": {"w_size", "w_iter", "eps", "groups"}, "B3": {"predictor"}}
+
+
+@PER_DIRECTION
+def test_arms_have_the_same_sizes(claim):
+    """Such as d, in which an experiment may differ from its method."""
+    commands = claims.commands_of(claim)
+    named = {word for command in commands for word in command.split()}
+    if len(commands) == 2:
+        first, second = (vars(args_of(command)) for command in commands)
+        differ = {name for name in first.keys() & second.keys() if first[name] != second[name]}
+        differ -= {"method", "experiment"} | {name for name in differ if common.option_of(name) in named}
+        assert differ == BY_NATURE.get(claim.id, set())
+
+
 def test_the_page_has_the_table_of_what_is_on_record():
     """`python tests/claims.py page` prints it."""
     table = claims.page().splitlines()
