@@ -76,7 +76,7 @@ RECORD = {
     "D8-std": ("HOLDS", "+0.398 ± 0.025"),
     "D9": ("HOLDS", "-0.173 ± 0.1"),
     "D10": ("NOT SEEN AT THIS SCALE", "-0.101 ± 0.078"),
-    "D11": ("NO DIFFERENCE", "+0.0142 ± 0.018"),
+    "D11": ("NOT SEEN AT THIS SCALE", "+0.0468 ± 0.09"),
     "D12": ("HOLDS", "-0.047 ± 0.027"),
     "D13": ("OPPOSITE", "+0.167 ± 0.11"),
     "D14": ("NOT SEEN AT THIS SCALE", "+0.376 ± 0.41"),
