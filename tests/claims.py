@@ -530,7 +530,7 @@ def seconds_of(command, epochs):
     """About how long a run takes with one thread, a job beside it: start, epochs, closing kNN.
 
     Measured on an AMD EPYC with bf16, 2026-11-26, commit cfaa1bf: wmse 44 (25 runs), simsiam 55
-    (24 runs). On a busier one, others took up to a third more."""
+    (24 runs). On a busier one, others took up to half more."""
     method = re.split(r"[ /]", command)[0]
     epoch = {"byol": 15, "simsiam": 17, "moco": 9, "cw_rgp": 13}.get(method, 11)
     return 22 + epoch * epochs

@@ -2,6 +2,7 @@
 
 import math
 import re
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -44,13 +45,14 @@ def test_runs_with_other_flags_or_images_are_told_apart(monkeypatch):
     assert figures.digest(wmse.parse_args([])) == figures.digest(wmse.parse_args(["--seed", "0"]))
 
 
-def test_the_first_failure_ends_the_rest(monkeypatch):
+def test_the_first_failure_ends_the_rest():
     """Ctrl-C does too: it arrives as an exception in the main thread."""
-    begun = []
+    begun, told = [], threading.Event()
 
     def job(number, args):
         begun.append(number)
         common.check(number, "the first fails")
+        told.wait(0.05)  # else all might end before the failure is seen
 
     with pytest.raises(common.UserError, match="the first fails"):
         figures.in_parallel(job, [(0,), *[(n,) for n in range(1, 200)]], SimpleNamespace(jobs=1), "run")
