@@ -24,11 +24,11 @@ Deviations:
     As in that demo, parts of a batch stand for GPUs: see SplitBatchNorm and `keys`.
 
 Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
-    Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.
+    Batches of 256 (BYOL: 128), two views by the W-MSE recipe, bf16 where the processor has it.
     With more than two views, the loss is the mean over all pairs of views.
     Muon at a rate of 0.1 for the filters of `tiny`: it learns weak features as fast as strong ones.
-    Adam at 3e-3 (BYOL: 1e-3) with weight decay 1e-6 for all else, and for other backbones.
-    Both rates rise for a tenth of the run, at most 500 steps (MoCo: for 150), and fall as a cosine.
+    Adam at 3e-3 with weight decay 1e-6 for all else, and for other backbones.
+    The rates rise for a tenth of the run (at most 500 steps; MoCo, BYOL: 150) and fall as a cosine.
     The backbone sees one view at a time. A ResNet's residual blocks start as the identity, but
     not in the official code of MoCo, W-MSE, Shuffled-DBN and (below ResNet-50) BYOL.
 
@@ -58,7 +58,7 @@ import torch.nn.functional as F  # noqa: E402
 @dataclass(kw_only=True)
 class Args(common.Args):
     method: str = "moco"
-    warmup: int = 150  # with fewer steps the embeddings nearly collapsed to a point at first
+    warmup: int = 150  # with fewer steps the embeddings drew together at first
     proj_hidden: int = 512
     proj_dim: int = 128
     proj_layers: int = 1

@@ -26,11 +26,11 @@ Deviations:
     Whitening and batch norms see the global batch; in the authors' code, one GPU's images.
 
 Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
-    Batches of 256, two views by the W-MSE recipe, bf16 where the processor has it.
+    Batches of 256 (BYOL: 128), two views by the W-MSE recipe, bf16 where the processor has it.
     With more than two views, the loss is the mean over all pairs of views.
     Muon at a rate of 0.1 for the filters of `tiny`: it learns weak features as fast as strong ones.
-    Adam at 3e-3 (BYOL: 1e-3) with weight decay 1e-6 for all else, and for other backbones.
-    Both rates rise for a tenth of the run, at most 500 steps (MoCo: for 150), and fall as a cosine.
+    Adam at 3e-3 with weight decay 1e-6 for all else, and for other backbones.
+    The rates rise for a tenth of the run (at most 500 steps; MoCo, BYOL: 150) and fall as a cosine.
     The backbone sees one view at a time. A ResNet's residual blocks start as the identity, but
     not in the official code of MoCo, W-MSE, Shuffled-DBN and (below ResNet-50) BYOL.
 

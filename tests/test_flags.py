@@ -57,7 +57,7 @@ SHARED = {
 OTHER_DEFAULTS = {
     "simclr": dict(proj_hidden=512, proj_dim=128, proj_layers=2),
     "moco": dict(proj_hidden=512, proj_dim=128, proj_layers=1, warmup=150),
-    "byol": dict(proj_hidden=1024, proj_dim=64, proj_layers=2, lr=0.001),
+    "byol": dict(batch_size=128, warmup=150, proj_hidden=1024, proj_dim=64, proj_layers=2),
     "simsiam": dict(proj_hidden=2048, proj_dim=2048, proj_layers=2),
     "barlow": dict(proj_hidden=1024, proj_dim=512, proj_layers=2),
     "vicreg": dict(proj_hidden=1024, proj_dim=512, proj_layers=2),
@@ -247,11 +247,11 @@ def test_types_written_as_text_are_types_all_the_same(tmp_path, monkeypatch):
 
 
 def test_an_overridden_default_keeps_help_and_bounds():
-    for module, lr in (("byol", 0.001), ("simsiam", 0.003), ("simclr", 0.003)):
-        with pytest.raises(common.UserError, match="^--lr: '-1' is not a number above 0 and at most 10000; try "):
-            args_of(module, lr=-1)
+    for module, size in (("byol", 128), ("simsiam", 256), ("simclr", 256)):
+        with pytest.raises(common.UserError, match=f"^--batch-size: '1' is not a whole number at least 2; try {size}"):
+            args_of(module, batch_size=1)
         shown = " ".join(run_here(module, ["--help"]).out.split())
-        assert f"--lr X peak learning rate, not scaled by the batch size (default: {lr})" in shown
+        assert f"--batch-size N images in a step, in all processes together (default: {size})" in shown
     for value in (0, 9):
         with pytest.raises(common.UserError, match="^--proj-layers: "):
             args_of("moco", proj_layers=value)
@@ -318,7 +318,7 @@ def test_help_without_docstrings(monkeypatch):
     assert "BYOL (Grill et al., NeurIPS 2020)" in run_here("byol", ["--help"]).out
     monkeypatch.setattr(importlib.import_module("byol"), "__doc__", None)
     done = run_here("byol", ["--help"])
-    assert done.status == 0 and not done.err and "--momentum" in done.out and "(default: 0.001)" in done.out
+    assert done.status == 0 and not done.err and "--momentum" in done.out and "(default: 0.97)" in " ".join(done.out.split())
 
 
 # ---- sizes that a message proposes ---------------------------------------------------------------
