@@ -122,7 +122,7 @@ def test_views_that_no_memory_holds_are_refused_and_the_proposal_fits(monkeypatc
     monkeypatch.setattr(common, "MEMORY", 16 * 2**30)
     for method in METHODS:
         with pytest.raises(common.UserError, match="^--batch-size 256 --views 2: --batch-size and --views of 1024 pixels need 125 GB; try --") as raised:
-            __import__(method).parse_args(["--image-size", "1024"])
+            __import__(method).parse_args(["--batch-size", "256", "--image-size", "1024"])
         words = str(raised.value).rsplit("; try ", 1)[1].split()
         __import__(method).parse_args(["--image-size", "1024", *words])
 
