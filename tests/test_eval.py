@@ -489,8 +489,10 @@ def test_reference_curves_stand_beside_the_runs_of_their_method(tmp_path, monkey
 def test_each_method_has_a_reference_curve_that_learns(method, trained):
     found = evaluation.read_curves(str(ROOT / "tests" / "curves" / f"{method}.csv"))
     assert list(found) == list(evaluation.read_curves(str(trained / "metrics.csv"))), "of the columns that a run has today"
-    assert found["epoch"] == list(range(1, 11)) and found["step"] == list(range(39, 391, 39))
-    assert found["knn"][-1] >= 0.95 and min(found["std_sqrt_d"][1:]) > 0.1
+    steps = 10_000 // importlib.import_module(method).Args().batch_size
+    assert found["epoch"] == list(range(1, 11)) and found["step"] == [steps * epoch for epoch in range(1, 11)]
+    assert found["knn"][-1] >= {"byol": 0.94}.get(method, 0.95)  # with half of the bank; BYOL's closing 20-NN is 97.3 %
+    assert min(found["std_sqrt_d"][1:]) > 0.1
     assert found["seconds"] == sorted(found["seconds"])
 
 
