@@ -1369,8 +1369,8 @@ def number(kind, least=None, most=None, above=None, below=None, example=None):
 def flags_of(kind):
     """The fields of an Args class as [(name, type, default, metadata)], without those of no flag.
 
-    A field that only changes a default has the metadata of the class above it. Raises TypeError
-    for a class that Python would misread in silence: without @dataclass, or a name without type."""
+    A field that only changes a default has its base's metadata. Raises TypeError for a class that
+    Python would misread: without @dataclass, or a name without type."""
     if "__dataclass_fields__" not in vars(kind):
         raise TypeError(f"{kind.__name__} needs @dataclass(kw_only=True) above it")
     for name, value in vars(kind).items():
@@ -1424,7 +1424,7 @@ def parse_args(kind, argv=None, description=None):
             group.add_argument(option, action="store_true", help=help)
             continue
         if default is not None:
-            help += f" (default: {default})"
+            help = f"{help.split(' (default')[0]} (default: {default})"
         words = words_of(name, metadata)
         metavar = None if words else {int: "N", float: "X", str: "NAME"}[type_]
         group.add_argument(option, choices=words, default=default, metavar=metavar, help=help)
