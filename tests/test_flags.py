@@ -140,7 +140,9 @@ def test_help_shows_every_flag_with_its_help_and_default(method):
     shown = " ".join(result.out.split())
     for name, type_, default, metadata in common.flags_of(importlib.import_module(method).Args):
         help = " ".join(metadata["help"].split())
-        with_default = f"{help} (default: {default})" if default is not None and type_ is not bool else help
+        with_default = help
+        if default is not None and type_ is not bool:  # a method's own default replaces the inherited one
+            with_default = f"{help.partition(' (default: ')[0]} (default: {default})"
         assert f"--{name.replace('_', '-')}" in shown and help and with_default.replace("- ", "-") in shown.replace("- ", "-"), name
 
 

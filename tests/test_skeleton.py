@@ -184,19 +184,6 @@ def test_the_losses_take_the_defaults_of_the_flags():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_help_has_one_default_for_each_flag(name, capsys, monkeypatch):
-    """A method's own default replaces the one in the text that the flag inherits."""
-    module = importlib.import_module(name)
-    monkeypatch.setenv("COLUMNS", "1000")
-    with pytest.raises(SystemExit):
-        module.parse_args(["--help"])
-    lines = capsys.readouterr().out.splitlines()
-    assert not [line for line in lines if line.count("(default:") > 1]
-    warmup = "a tenth of the run, at most 500" if module.Args.warmup is None else module.Args.warmup
-    assert f"  --warmup N            steps in which the learning rate rises (default: {warmup})" in lines
-
-
-@pytest.mark.parametrize("name", METHODS)
 def test_one_statement_a_line(name):
     statements = [node for node in ast.walk(ast.parse(SOURCES[name])) if isinstance(node, ast.stmt)]
     assert len({node.lineno for node in statements}) == len(statements)
