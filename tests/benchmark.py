@@ -22,12 +22,12 @@ peak       arithmetic of `network` (products and convolutions) divided by the ti
 Without --busy, run it on a machine that does nothing else.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import copy
 import importlib
 import multiprocessing
+import os
 import shlex
 import statistics
 import subprocess
@@ -132,7 +132,7 @@ def measure(name, backbone, flags, repeats, with_loss=True):
     """(medians in ms, args, FLOP of `network`, MiB of a GPU's memory or None) of a method."""
     module = importlib.import_module(name)
     args = module.parse_args(["--backbone", backbone, *shlex.split(flags)])
-    common.check(not args.compile, "--flags: --compile is not measured here; remove it")
+    common.check(not args.compile, "--compile is not measured here; try it without")
     args, device = common.set_up(args)
     args.image_size = size = args.image_size or 32
     torch.manual_seed(0)
@@ -199,8 +199,9 @@ def peak_speed(device, dtype, repeats=10):
 
 @contextlib.contextmanager
 def busy_programs(count):
-    """`count` processes beside this one that compute without end."""
-    loop = [sys.executable, "-c", "while True: pass"]
+    """`count` processes beside this one that compute, at most as long as it lives."""
+    loop = f"import os\nwhile os.getppid() == {os.getpid()}: sum(range(10**6))"
+    loop = [sys.executable, "-c", loop]
     programs = [subprocess.Popen(loop) for _ in range(count)]
     try:
         yield
@@ -211,7 +212,8 @@ def busy_programs(count):
 
 
 def table(options):
-    """Print a row for each method."""
+    """Print a row for each method. Raises UserError if all refuse their flags."""
+    refused = 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{common.processor_name(device)}, {torch.get_num_threads()} threads, {options.busy} busy "
           f"programs, torch {torch.__version__}; ms, medians of {options.repeats}")
@@ -223,6 +225,7 @@ def table(options):
             ms, args, work, memory = measure(name, options.backbone, options.flags, options.repeats)
         except common.UserError as error:  # sizes that this method does not take
             print(f"{name:13}refused: {error}", flush=True)
+            refused += 1
             continue
         ms["heads"] = ms["network"] - ms["bare"] - ms["loss"]
         dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
@@ -232,6 +235,7 @@ def table(options):
         print(f"{name:13}{ms['bare']:9.1f}{ms['step']:9.1f}{ms['step'] / ms['bare']:10.2f}"
               f"{speed:9.0f}{times}{100 * share:5.0f} %"
               + (f"  {memory:.0f} MiB" if memory else ""), flush=True)
+    common.check(refused < len(options.methods), "--flags: no method takes them; try other ones")
 
 
 def step_and_memory(name, backbone, flags, repeats):
@@ -272,19 +276,31 @@ def grow(options):
     print("\n".join(["", *refusals]))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_args(argv=None):
+    """The options. Raises UserError."""
+    first_line = (__doc__ or "benchmark.py").splitlines()[0]  # -OO: no docstring
+    parser = common.OneLineParser(prog="benchmark.py", description=first_line, allow_abbrev=False)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--backbone", default="tiny")
     parser.add_argument("--flags", default="", help="flags of the method, in one string")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--busy", type=int, default=0, help="busy programs beside the measurement")
+    parser.add_argument("--repeats", type=common.number(int, least=1, example=10), default=10)
+    parser.add_argument("--busy", type=common.number(int, least=0, most=1000, example=2), default=0,
+                        help="busy programs beside the measurement")
     parser.add_argument("--grow", action="store_true",
                         help="vary batch, embedding size and views; each cell in a fresh process")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    try:
+        shlex.split(options.flags)
+    except ValueError as error:
+        raise common.UserError(f"--flags {options.flags}: {error}; try \"--views 4\"") from error
+    return options
+
+
+def run(options):
+    """Measure beside the busy programs, and print."""
     with busy_programs(options.busy):
         (grow if options.grow else table)(options)
 
 
 if __name__ == "__main__":
-    main()
+    common.main(run, parse_args)

@@ -448,3 +448,32 @@ def test_write_file_is_whole_or_not_at_all_and_keeps_the_one_before(tmp_path):
     for content in (b"1", b"2", b"3"):
         common.write_file(str(path), content, keep_as=str(kept))
     assert path.read_bytes() == b"3" and kept.read_bytes() == b"2" and len(list(tmp_path.iterdir())) == 2
+
+
+# ---- the benchmark -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--repeats", "0"], "--repeats: '0' is not a whole number at least 1; try 10"),
+    (["--busy", "-1"], "--busy: '-1' is not a whole number at least 0"),
+    (["--flags", "--lr '1"], "--flags --lr '1: No closing quotation; try "),
+    (["--methods", "pca"], "--methods: invalid choice: 'pca'"),
+    (["--method", "simclr"], "--method"),
+])
+def test_the_benchmark_refuses_in_one_line(argv, words):
+    assert words in refused(run_here("benchmark", argv))
+
+
+def test_the_benchmark_says_for_each_method_why_it_refuses_and_fails_if_all_do():
+    flags = ["--repeats", "1", "--flags", "--batch-size 4 --image-size 8 --num-workers 0 --cov 1", "--methods"]
+    result = run_here("benchmark", [*flags, "simclr", "moco"])
+    assert "--flags: no method takes them" in refused(result) and result.out.count("refused: unrecognized arguments: --cov 1") == 2
+    result = run_here("benchmark", [*flags, "simclr", "vicreg"])
+    simclr, vicreg = result.out.splitlines()[2:]
+    assert result.status == 0 and "refused" in simclr and vicreg.startswith("vicreg ") and vicreg.endswith(" %")
+
+
+def test_busy_programs_end_with_the_benchmark_however_it_ends():
+    """They hold its pipes, so this waits for them."""
+    command = "import os, benchmark\nwith benchmark.busy_programs(2): os._exit(3)"
+    assert subprocess.run([sys.executable, "-c", command], cwd=ROOT / "tests", capture_output=True, timeout=60).returncode == 3
