@@ -17,48 +17,48 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #    214  rank               this process's number among them (MoCo)
 #    223  gives_back         signal handlers, lock and processes, when train() ends
 #    246  set_up             device, precision, other processes
-#    271  load_data          read or draw the data set: Data
-#    522  build_backbone     the network whose output is H
-#    579  build_optimizer    Adam, SGD, LARS or Muon
-#    618  Run                the run's folder, checkpoints, log and checks
-#    852  distribute         the model for several processes, or compiled
-#    641  Run.resume         the step to start from, usually 0
-#    343  Data.batches       the batches of an epoch, uint8
-#    864  step_seed          the seed of a step's random draws
-#    358  Data.augment       the random views of a batch
-#   1127  learning_rate      the schedule's factor at a step
-#    656  Run.guard          a failed decomposition becomes a clear error
-#   1143  gather             embeddings of all processes, with gradient
-#    660  Run.watch          note whether loss and gradients are finite
-#    667  Run.progress       stop if they were not; show the status line
-#    678  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    686  Run.mean_loss      the mean loss of the epoch
-#   1157  extract            H of a set of images
-#   1179  project            Z of H
-#   1190  collapse_metrics   how much of its space a set of embeddings fills
-#   1261  knn_accuracy       accuracy of a vote among the nearest training images
-#    695  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    270  load_data          read or draw the data set: Data
+#    518  build_backbone     the network whose output is H
+#    575  build_optimizer    Adam, SGD, LARS or Muon
+#    614  Run                the run's folder, checkpoints, log and checks
+#    853  distribute         the model for several processes, or compiled
+#    637  Run.resume         the step to start from, usually 0
+#    342  Data.batches       the batches of an epoch, uint8
+#    865  step_seed          the seed of a step's random draws
+#    357  Data.augment       the random views of a batch
+#   1128  learning_rate      the schedule's factor at a step
+#    655  Run.guard          a failed decomposition becomes a clear error
+#   1144  gather             embeddings of all processes, with gradient
+#    659  Run.watch          note whether loss and gradients are finite
+#    666  Run.progress       stop if they were not; show the status line
+#    677  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    685  Run.mean_loss      the mean loss of the epoch
+#   1158  extract            H of a set of images
+#   1180  project            Z of H
+#   1191  collapse_metrics   how much of its space a set of embeddings fills
+#   1262  knn_accuracy       accuracy of a vote among the nearest training images
+#    694  Run.end_epoch      write metrics.csv and last.pt, print a line
 #    735  Run.save_backbone  write backbone.pt
 #    743  Run.close          print the scores
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1725  main               run train(); print an expected error as one line
-#   1409  parse_args         Args from the command line
-#   1899  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1723  main               run train(); print an expected error as one line
+#   1410  parse_args         Args from the command line
+#   1897  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1334  Command line: flags from Args, checks, and sizes to propose
-#   1625  Messages and errors
-#   1797  Several processes
-#   1946  Data sets by name
-#   2022  Folders of images
-#   2395  Streaming
-#   2502  Recipes of augmentation
-#   2570  ResNets, Vision Transformer, LARS, Muon
-#   2700  Run folder and signals
-#   2862  Resume
-#   2975  Files of a run
-#   3054  Trained weights
+#   1335  Command line: flags from Args, checks, and sizes to propose
+#   1623  Messages and errors
+#   1795  Several processes
+#   1942  Data sets by name
+#   2015  Folders of images
+#   2388  Streaming
+#   2495  Recipes of augmentation
+#   2563  ResNets, Vision Transformer, LARS, Muon
+#   2693  Run folder and signals
+#   2853  Resume
+#   2966  Files of a run
+#   3045  Trained weights
 
 import argparse
 import collections
@@ -264,8 +264,7 @@ def set_up(args):
 
 # ==== Data: uint8 images ====
 
-DEFAULT_IMAGE_SIZE = {"patterns": 32, "cifar10": 32, "cifar100": 32,
-                      "stl10": 64, "tinyimagenet": 64}
+DEFAULT_IMAGE_SIZE = {"stl10": 64, "tinyimagenet": 64, "folder": None}  # others: 32
 
 
 def load_data(args, device, statistics=None):
@@ -273,7 +272,7 @@ def load_data(args, device, statistics=None):
 
     statistics: of a run (Data.statistics), if the scale of its pixels is to be kept. Returns Data.
     Raises UserError if there are no usable images or a download fails."""
-    args.image_size = args.image_size or DEFAULT_IMAGE_SIZE.get(args.dataset)
+    args.image_size = args.image_size or DEFAULT_IMAGE_SIZE.get(args.dataset, 32)
     if args.dataset == "patterns":
         train, labels, test, test_labels = make_patterns()
         data = Data(args, device, train=train, labels=labels, test=test, test_labels=test_labels,
@@ -320,7 +319,7 @@ class Data:
         self.labelled_train = everything if unlabeled is None else everything[: len(train)]
         self.train_labels = place_labels(labels, device)
         self.test = self.labelled_train if test is None else place(test, device)
-        self.test_labels = None if test is None else place_labels(test_labels, device)
+        self.test_labels = place_labels(test_labels, device)
         self.labelled = self.train_labels is not None and self.test_labels is not None
         training = self.labelled_train, self.train_labels
         self.bank, self.bank_labels = evenly_spaced(*training, 5000)
@@ -328,16 +327,16 @@ class Data:
         self.large_bank, self.large_bank_labels = evenly_spaced(*training, 100_000)
         mean, std = (COLOUR_STATISTICS.get(args.dataset)
                      or colour_statistics(everything, args.num_workers))
-        self.mean = torch.tensor(mean, dtype=torch.float32, device=device).view(3, 1, 1)
-        self.std = torch.tensor(std, dtype=torch.float32, device=device).view(3, 1, 1)
+        self.mean, self.std = (torch.tensor(x, dtype=torch.float32, device=device).view(3, 1, 1)
+                               for x in (mean, std))
         self.statistics = {"mean": list(mean), "std": list(std), "scale": None, "size": self.size,
                            "class_names": list(class_names)}
         self.test_note, self.notes, self.files = "", "", None
         self.steps_per_epoch = len(self.train) // args.batch_size
-        in_memory = not isinstance(self.train, Files)
-        self.must_be_cropped = in_memory and self.train.shape[2:] != (self.size, self.size)
+        self.must_be_cropped = (not isinstance(self.train, Files)
+                                and self.train.shape[2:] != (self.size, self.size))
         if self.steps_per_epoch == 0:
-            vars(args).update(images=len(self.train))
+            args.images = len(self.train)
             check_rules(args)
 
     def batches(self, epoch, first=0):
@@ -386,10 +385,7 @@ def evenly_spaced(images, labels, count):
     if len(images) <= count:
         return images, labels
     index = torch.linspace(0, len(images) - 1, count).long()
-    if isinstance(images, Files):
-        part = images.part(index)
-    else:
-        part = images[index.to(images.device)]
+    part = images.part(index) if isinstance(images, Files) else images[index.to(images.device)]
     return part, None if labels is None else labels[index.to(labels.device)]
 
 
@@ -648,6 +644,9 @@ class Run:
             check_same_step(self, checkpoint)
             if checkpoint:
                 check_same_run(self, checkpoint)
+        steps, warmup = self.total_steps, self.args.warmup or 0
+        if warmup > steps:
+            warn(f"--warmup {warmup} is more than the run's {steps} steps; try {steps // 10}")
         if rank() == 0:  # only now: a refused --resume leaves config.json as it was
             config = json.dumps(configuration(self.args, self.data), indent=1)
             write_file(os.path.join(self.folder, "config.json"), config.encode())
@@ -709,7 +708,8 @@ class Run:
             keep_checkpoint(self.folder, len(self.rows), self.args.keep_every)
         left = (self.total_steps - step) * seconds / self.data.steps_per_epoch
         say(f"{self.where(step)}  {row_in_words(row)}  {format_seconds(left)} left")
-        collapse = collapse_in_words(row, row["dim"]) if "rank" in row else ""
+        dim_h = self.finite.widths.get("backbone", 20)
+        collapse = collapse_in_words(row, row["dim"], dim_h) if "rank" in row else ""
         if collapse:
             say(collapse)
         self.clock.start_epoch()  # the next epoch's images/s do not count this checkpoint
@@ -764,7 +764,7 @@ class Run:
 
 
 class Clock:
-    """Seconds of the run and of its present epoch. After a resume they go on counting."""
+    """Seconds of the run and of its present epoch. They go on after a resume."""
 
     def __init__(self):
         self.run_before = self.epoch_before = 0.0  # before the resume
@@ -793,7 +793,7 @@ class FiniteWatch:
     def __init__(self, model, data, folder):
         """folder: that of the run."""
         self.data, self.folder = data, folder
-        self.outputs = {}  # of each child of the model, in this step
+        self.outputs, self.widths = {}, {}  # of each child of the model, in this step
         for name, child in model.named_children():
             self.outputs[name] = []
             at_end(child.register_forward_hook(functools.partial(self.keep, name)).remove)
@@ -806,6 +806,7 @@ class FiniteWatch:
         """Called after a child's forward, to remember its output."""
         if module.training:
             self.outputs[name].append(output.detach())
+            self.widths[name] = output.shape[-1]
 
     @torch.no_grad()
     def note(self, step, loss):
@@ -1297,11 +1298,11 @@ def row_in_words(row):
     return f"{words}  {row['images_per_s']:.0f} images/s"
 
 
-def collapse_in_words(figures, dim):
+def collapse_in_words(figures, dim, dim_h):
     """A sentence if the figures of Z, and rank_h of H, show a collapse, else an empty string.
 
-    figures: of collapse_metrics, and rank_h if it is known. Two images or fewer cannot tell. The
-    runs in methods/README.md, `What collapses`, are the reason for the limits."""
+    figures: of collapse_metrics, and rank_h. dim, dim_h: of Z, of H. Two images or fewer cannot
+    tell. The runs in methods/README.md, `What collapses`, are the reason for the limits."""
     if dim < 2:
         return ""
     if figures["std_sqrt_d"] < 0.1:
@@ -1313,7 +1314,7 @@ def collapse_in_words(figures, dim):
     if dim >= 10 and figures["rankme"] < 2.5:
         return ("DIMENSIONAL COLLAPSE: one direction has nearly all of the embeddings "
                 f"(rankme {figures['rankme']:.2f}, 1 is the least)")
-    if dim >= 10 and figures.get("rank_h", dim) < 10:
+    if dim >= 10 and figures["rank_h"] < min(10, dim_h / 2):
         return ("DIMENSIONAL COLLAPSE: the backbone's output H fills few dimensions "
                 f"(rank_h {figures['rank_h']:.0f})")
     return ""
@@ -1333,7 +1334,7 @@ def format_seconds(seconds):
 
 # ==== Command line: flags from Args, checks, and sizes to propose ====
 
-# The first flag of each group of --help. The method's own flags come before them all.
+# The first flag of each group of --help.
 GROUPS = {"dataset": "images and views", "backbone": "network", "epochs": "training",
           "out": "run folder", "device": "machine"}
 
@@ -1490,17 +1491,14 @@ def check_model(args, model):
 def has_fast_bf16(device):
     """True if the processor computes in bf16 instead of emulating it.
 
-    CUDA from Ampere on, x86 with AVX512-BF16 or AMX (known on Linux only); no others."""
+    CUDA from Ampere on, x86 with AVX512-BF16 or AMX (known on Linux only)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    try:
-        with open("/proc/cpuinfo") as file:
-            flags = file.read()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        return bool(re.search("avx512_bf16|amx_bf16", file.read()))
+    return False
 
 
 def completed(args, device):
@@ -1571,7 +1569,7 @@ def check_rules(args):
         world, os.environ["WORLD_SIZE"] = os.environ["WORLD_SIZE"], "1"  # for the rules
         found, remedy = sizes_that_fit(args, sizes), "--nproc_per_node=1 "
         os.environ["WORLD_SIZE"] = world
-    remedy = "a folder with more images" if found is None else remedy + as_flags(found)
+    remedy = "more images" if found is None else remedy + as_flags(found)
     raise UserError(f"{now}: {broken[0]}; try {remedy}")
 
 
@@ -1762,7 +1760,7 @@ def main(function, parse):
     sys.exit(status)
 
 
-# Errors of the system that are not bugs: what their type or text has, and a line about it.
+# Errors of the system, not bugs: what their type or text has, and a line about it.
 EXPLANATIONS = {
     "OutOfMemoryError|CUDA error: out of memory":
         "out of GPU memory; try a smaller --batch-size or --precision bf16, or --stream if the "
@@ -1938,9 +1936,7 @@ def synchronise_batch_norm(model):
 
 def data_parallel(model):
     """The model in DistributedDataParallel, without its broadcast of the (equal) buffers."""
-    model = nn.parallel.DistributedDataParallel(model)
-    model.broadcast_buffers = False
-    return model
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 
 # ==== Data sets by name ====
@@ -1969,12 +1965,9 @@ def load_torchvision(args, device):
     """cifar10, cifar100 or stl10 as Data, by torchvision's own classes."""
     kind = getattr(torchvision.datasets, args.dataset.upper())
     stl10 = args.dataset == "stl10"
-    splits = [{"train": True}, {"train": False}]
-    if stl10:
-        splits = [{"split": name} for name in ("train", "test", "unlabeled")]
     images, labels = [], []
-    for split in splits:
-        open_split = functools.partial(kind, args.data_dir, **split)
+    for split in ["train", "test", "unlabeled"] if stl10 else [True, False]:
+        open_split = functools.partial(kind, args.data_dir, split)
         part = local_or_downloaded(args, kind.filename, open_split)
         images.append(part.data if stl10 else part.data.transpose(0, 3, 1, 2))  # [N, 3, H, W]
         labels.append(part.labels if stl10 else part.targets)
@@ -1993,7 +1986,7 @@ def local_or_downloaded(args, archive, open_dataset):
     except Exception as error:  # of a network, an archive or a disk
         raise UserError(
             f"--dataset {args.dataset}: no complete copy in --data-dir {args.data_dir} and the "
-            f"download failed ({error}); put {archive} there yourself, "
+            f"download failed ({error}); put {archive} there, "
             "or train offline with --dataset patterns") from error
 
 
@@ -2842,9 +2835,7 @@ def stop_non_finite(step, what, data, folder):
             remedy = "it without them"
         if hasattr(args, "eps"):
             remedy = f"--eps {min(max(1e-3, 10 * args.eps), 0.5):g}, or {remedy}"
-    kept = "no checkpoint was written yet"
-    if holds_run(folder):
-        kept = "the last good checkpoint stays"
+    kept = "the last good checkpoint stays" if holds_run(folder) else "there is no checkpoint yet"
     raise UserError(f"step {step}: {what} is not finite; likely cause: {cause}: try {remedy}; "
                     f"{folder}: {kept}")
 
@@ -2968,8 +2959,8 @@ def load_checkpoint(path):
         return checkpoint
     except Exception as error:  # torch raises many kinds
         reason = f" ({error.strerror})" if getattr(error, "strerror", None) else ""
-        raise UserError(f"{path} is not a checkpoint of these scripts, or is damaged, cut short or "
-                        f"edited{reason}; try runs/<run>/last.pt") from error
+        raise UserError(f"{path} is no checkpoint of these scripts, or it is damaged or edited"
+                        f"{reason}; try a run's folder") from error
 
 
 # ==== Files of a run ====

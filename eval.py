@@ -10,11 +10,11 @@
 
 Contents, by line number (`python tests/test_common.py` writes them):
      84  command line             the flags, and what is refused before measuring
-    189  a run and its data       from a checkpoint to networks; a hash shows that these stay
-    335  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
-    608  report                   what is printed, and written by --json
-    722  pictures and files       --views, --neighbors, --plot, --save
-    915  all runs                 one after the other
+    196  a run and its data       from a checkpoint to networks; a hash shows that these stay
+    342  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
+    615  report                   what is printed, and written by --json
+    734  pictures and files       --views, --neighbors, --plot, --save
+    932  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -138,8 +138,14 @@ def parse_args(argv=None):
     common.check(common.world_size() == 1, "eval.py is one process; start it without torchrun")
     common.check(args.dataset != "folder" or args.data_dir,
                  "--dataset folder needs --data-dir DIR, the folder of your images")
+    written = {}
     for flag in ("plot", "neighbors", "views", "json", "save"):
-        check_writable(f"--{flag}", getattr(args, flag))
+        path = getattr(args, flag)
+        check_writable(f"--{flag}", path)
+        if path and not is_stream(path):
+            other = written.setdefault(os.path.realpath(path), flag)
+            common.check(other == flag, f"--{flag} {path}: --{other} writes this file too; "
+                         "try another name")
     common.check(args.save or args.split == "all", "--split is of --save; try --save features.npz")
     common.check(len(args.runs) == 1 or not (args.neighbors or args.views or args.save),
                  f"--neighbors, --views, --save: of one run; try {args.runs[0]}")
@@ -150,6 +156,7 @@ def check_writable(flag, path):
     """Raise UserError if a file that will be written after measuring cannot be written."""
     if path is None:
         return
+    common.check(path, f"{flag} needs the name of a file; try {flag} {flag[2:]}.out")
     kind = {"--json": "", "--save": ".npz"}.get(flag, ".png")
     common.check(path.lower().endswith(kind),
                  f"{flag} {path} is not the name of a {kind[1:].upper()} file; try {path}{kind}")
@@ -645,13 +652,15 @@ def evaluate(run, data, args):
         results[name].update(figures)
         cells = ["-" if figures[c] is None else f"{100 * figures[c]:.2f}" for c in columns]
         say_row(FEATURES[name], [results[name]["dim"], *cells], widths)
-    for name, x in found.items():
-        if name != "raw":
-            results[name]["collapse"] = common.collapse_metrics(sample(x[1]))
+    judged = {"H": run.h} if run.z is None else {"H": run.h, "Z": run.z}  # with any --features
+    collapse = {name: common.collapse_metrics(sample(x[1]))
+                for name, x in {**found, **judged}.items() if name != "raw"}
+    for name in found.keys() & collapse.keys():
+        results[name]["collapse"] = collapse[name]
     for name, text in how.items():
         common.say(f"  {name:7} {text}")
     measured = f"{len(sample(run.h[1]))} {'test' if test_count(data) else 'training'} images"
-    say_collapse(results, f"{measured}, eval mode; see common.collapse_metrics")
+    say_collapse(found, collapse, f"{measured}, eval mode; see common.collapse_metrics")
     for text in left_out:
         common.say(f"  {text}")
     return {"run": run.path, "method": run.name, "step": run.step,
@@ -694,26 +703,29 @@ def say_row(name, cells, widths):
     common.say(f"{name:14}" + "".join(padded))
 
 
-def say_collapse(results, how):
-    """Print the collapse figures as a table, under the names of common.collapse_metrics.
+def say_collapse(names, collapse, how):
+    """Print the collapse figures as a table, under the names of common.collapse_metrics, and in
+    words what those of Z and H show.
 
-    results: {name of the features: {"dim": d, "collapse": figures}}; `raw` has no figures."""
-    found = {name: r["collapse"] for name, r in results.items() if "collapse" in r}
-    if not found:
-        return
-    columns = list(next(iter(found.values())))
+    names: of the features in the table; `raw` has no figures. collapse: {name: its figures}, of H
+    and, if there is Z, of Z with any names."""
+    columns = list(collapse["H"])
     widths = [max(8, len(column) + 1) for column in columns]
-    common.say("")
-    say_row("collapse", columns, widths)
-    for name, figures in found.items():
-        digits = [0 if column in ("dim", "rank", "rank_1pct") else 3 for column in columns]
-        cells = [f"{figures[column]:.{n}f}" for column, n in zip(columns, digits)]
+    digits = [0 if column in ("dim", "rank", "rank_1pct") else 3 for column in columns]
+    rows = [name for name in names if name in collapse]
+    if rows:
+        common.say("")
+        say_row("collapse", columns, widths)
+    for name in rows:
+        cells = [f"{collapse[name][column]:.{n}f}" for column, n in zip(columns, digits)]
         say_row(FEATURES[name], cells, widths)
-    common.say(f"  {how}")
+    if rows:
+        common.say(f"  {how}")
+    z, h = collapse.get("Z"), collapse["H"]
     words = ""
-    if "Z" in found:
-        figures = {**found["Z"], "rank_h": found.get("H", {}).get("rank_1pct", math.inf)}
-        words = common.collapse_in_words(figures, figures["dim"])
+    if z:
+        figures = {**z, "rank_h": h["rank_1pct"]}
+        words = common.collapse_in_words(figures, z["dim"], h["dim"])
     if words:
         common.say(f"  {words}")
 
@@ -837,9 +849,9 @@ def read_curves(path):
     """The metrics.csv of a run as {column: [number or nan]}, {} if it cannot be read."""
     try:
         with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
+            rows = list(csv.DictReader(file, restval="a row that was cut short"))
         return {name: [float(row[name] or "nan") for row in rows] for name in rows[0]}
-    except (OSError, ValueError, TypeError, LookupError):
+    except (OSError, ValueError, TypeError, LookupError, csv.Error):
         folder, name = os.path.split(path)
         common.warn(f"{folder or '.'}: no readable {name}, so no training curves of this run")
         return {}
@@ -890,18 +902,23 @@ def draw_plot(path, spectra, methods=()):
         panel.set(title=f"singular values of centred {name}", xlabel="k", ylabel="log10 sigma_k")
     panels[2].set(title="kNN while training, %", xlabel="minutes")
     panels[3].set(title="loss (each method's own scale)", xlabel="epoch")
-    panels[3].set(yscale="symlog")  # -1 for SimSiam, thousands for Barlow Twins
     panels[4].set(title="std sqrt(d) of Z", xlabel="epoch")
     panels[5].set(title="rank of Z (above 1 % of the largest)", xlabel="epoch")
     panels[6].set(title="alignment (down is better)", xlabel="uniformity (left is better)")
     draw_references(panels[2:], methods)
-    for folder, *sigmas in spectra:
-        label = os.path.basename(os.path.abspath(folder))
+    names = [os.path.basename(os.path.abspath(folder)) for folder, *_ in spectra]
+    for name, (folder, *sigmas) in zip(names, spectra):
+        label = name if names.count(name) == 1 else folder
+        label = label.replace("$", r"\$")  # `$` begins maths
+        label = f" {label}" if label.startswith("_") else label  # `_` is left out of a legend
         for panel, sigma in zip(panels, sigmas):
             sigma = sigma.clamp_min(max(1e-12, 1e-8 * sigma[0].item()))  # no log of 0
             draw_curve(panel, range(1, len(sigma) + 1), sigma.log10().tolist(), label)
         found = read_curves(os.path.join(folder, "metrics.csv"))
         draw_training(panels[2:], found, label, marker=".")
+    losses = [abs(y) for line in panels[3].get_lines() for y in line.get_ydata()]
+    if losses and max(losses) > 10 * min(losses):  # -1 for SimSiam, thousands for Barlow Twins
+        panels[3].set(yscale="symlog")
     for panel in panels[:7]:
         panel.grid(alpha=0.3)
     panels[7].legend(*panels[3].get_legend_handles_labels(), loc="center")
@@ -954,10 +971,10 @@ def run(args):
             draw_views(args.views, data)
         if args.save:
             write_features(args.save, args.split, trained, data)
-    if args.plot:
-        draw_plot(args.plot, spectra, methods)
     if args.json:
         write_output(args.json, (json.dumps(reports, indent=1) + "\n").encode())
+    if args.plot:
+        draw_plot(args.plot, spectra, methods)
 
 
 if __name__ == "__main__":

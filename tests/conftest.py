@@ -26,12 +26,13 @@ METHODS = ("simclr", "moco", "byol", "simsiam", "barlow", "vicreg", "wmse", "shu
 # The smallest sensible run of each method: batches of 32, two steps an epoch on `small_folder`.
 SMALL = ["--device", "cpu", "--batch-size", "32", "--epochs", "2", "--precision", "fp32", "--log-every", "1"]
 SMALL_OF = {
-    "moco": ["--queue-size", "64", "--bn-splits", "2"],
+    "moco": ["--queue-size", "64", "--bn-splits", "2", "--warmup", "1"],
     "wmse": ["--proj-dim", "8", "--w-size", "16"],
     # Views of 8 pixels: after two steps of Muon 16 embeddings no longer fill 16 dimensions.
     "cw_rgp": ["--proj-dim", "64", "--w-size", "16", "--groups", "2", "--w-iter", "1", "--optimizer", "adam"],
     "shuffled_dbn": ["--proj-dim", "32", "--groups", "4"],
-    **{name: ["--proj-dim", "32"] for name in ("simclr", "byol", "simsiam", "barlow", "vicreg")},
+    "byol": ["--proj-dim", "32", "--warmup", "1"],
+    **{name: ["--proj-dim", "32"] for name in ("simclr", "simsiam", "barlow", "vicreg")},
 }
 
 

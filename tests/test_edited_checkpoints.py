@@ -87,7 +87,7 @@ def refused(results, folder):
     """Both are one line that names the file."""
     for result in results:
         assert is_one_line_error(result), (result.status, result.err[-2000:])
-        assert f"{folder}/last.pt is not a checkpoint of these scripts, or is damaged, cut short or edited" in result.err, result.err
+        assert f"{folder}/last.pt is no checkpoint of these scripts, or it is damaged or edited" in result.err, result.err
         assert "train again with another --out" in result.err and len(result.err) < 600
 
 
@@ -267,7 +267,7 @@ def test_the_checkpoint_before_an_edited_one_is_used(stopped, finished, images, 
     shutil.copy(tmp_path / "whole" / "previous.pt", folder)
     for result in both("moco", images, folder):
         assert result.status == 0 and len(result.err.splitlines()) == 1, result.err
-        assert f"{folder}/last.pt is not a checkpoint of these scripts, or is damaged" in result.err and f"using {folder}/previous.pt (step 4) instead" in result.err
+        assert f"{folder}/last.pt is no checkpoint of these scripts, or it is damaged" in result.err and f"using {folder}/previous.pt (step 4) instead" in result.err
     assert first_difference(left_by(folder), finished("moco")) == ""
 
 

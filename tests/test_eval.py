@@ -384,7 +384,7 @@ def test_report(trained, small_folder, tmp_path):
 def test_long_figures_stay_apart(capsys):
     """The entropy of 1024 channels that hardly vary has nine characters."""
     figures = common.collapse_metrics(torch.randn(50, 8)) | {"corr": -0.234, "entropy": -123456.789, "uniformity": -3.25}
-    evaluation.say_collapse({"H": {"dim": 8, "collapse": figures}}, "here")
+    evaluation.say_collapse(["H"], {"H": figures}, "here")
     names, cells = (line.split() for line in capsys.readouterr().out.splitlines()[1:3])
     assert len(cells) == len(names) and cells[-3:] == ["-0.234", "-123456.789", "-3.250"]
 
@@ -496,6 +496,50 @@ def test_each_method_has_a_reference_curve_that_learns(method, trained):
     assert found["seconds"] == sorted(found["seconds"])
 
 
+def drawn_plot(tmp_path, monkeypatch, runs):
+    """matplotlib's figure of runs, {folder: the losses of its epochs}."""
+    pytest.importorskip("matplotlib", reason="the plot is the one thing that needs it")
+    figures, kind = [], evaluation.import_figure()
+    monkeypatch.setattr(evaluation, "import_figure", lambda: lambda **more: figures.append(kind(**more)) or figures[-1])
+    for folder, losses in runs.items():
+        (tmp_path / folder).mkdir(parents=True)
+        rows = [f"{epoch},{loss}" for epoch, loss in enumerate(losses, 1)]
+        (tmp_path / folder / "metrics.csv").write_text("\n".join(["epoch,loss", *rows, ""]))
+    evaluation.draw_plot(str(tmp_path / "p.png"), [(str(tmp_path / folder), torch.ones(3)) for folder in runs])
+    return figures[0]
+
+
+@pytest.mark.parametrize("runs, scale", [
+    ({"a": [5.2, 4.9, 4.8]}, "linear"), ({"a": [-0.5, -0.9]}, "linear"), ({"a": [3000.0, 90.0], "b": [-0.5, -0.9]}, "symlog"), ({"a": []}, "linear")])
+def test_the_panel_of_losses_has_numbers_beside_it(runs, scale, tmp_path, monkeypatch):
+    panel = drawn_plot(tmp_path, monkeypatch, runs).axes[3]
+    low, high = panel.get_ylim()
+    seen = [label.get_text() for label in panel.get_yticklabels() if low <= label.get_position()[1] <= high]
+    assert panel.get_yscale() == scale and len([text for text in seen if text]) >= 2, seen
+
+
+def test_a_plot_names_each_run_by_its_folder_whatever_the_letters(tmp_path, monkeypatch):
+    """To matplotlib `$` begins a formula, and a name with `_` in front has no legend."""
+    runs = {"a/run": [2.0], "b/run": [2.0], "_mine": [2.0], "x$y$_{": [2.0]}
+    found = [text.get_text() for text in drawn_plot(tmp_path, monkeypatch, runs).axes[7].get_legend().get_texts()]
+    assert found == [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run"), " _mine", r"x\$y\$_{"]
+
+
+@pytest.mark.parametrize("rows", ["1,2.0,0.5\n2,1.5", "1,2.0,0.5,7", "1,2.0," + "5" * 200_000])
+def test_curves_that_are_cut_short_or_strange_are_left_out_with_a_word(rows, tmp_path, capsys):
+    (tmp_path / "metrics.csv").write_text("epoch,loss,knn\n" + rows)
+    found = evaluation.read_curves(str(tmp_path / "metrics.csv"))
+    err = capsys.readouterr().err
+    assert found == {} and f"{tmp_path}: no readable metrics.csv" in err
+
+
+def test_the_figures_are_written_before_the_plot(trained, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the plot is the one thing that needs it")
+    monkeypatch.setattr(evaluation, "draw_plot", lambda *_: common.check(False, "no plot; try again"))
+    result = run_here("eval", [*QUICK, trained, "--features", "H", "--plot", tmp_path / "p.png", "--json", tmp_path / "j.json"])
+    assert is_one_line_error(result) and json.loads((tmp_path / "j.json").read_text())[0]["features"]["H"]
+
+
 def test_a_run_on_patterns_asks_for_its_reference(trained, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="the plot is the one thing that needs it")
     draw = common.make_patterns
@@ -536,6 +580,9 @@ def changed(trained, path, **changes):
     (["--plot", "/nonexistent/p.png"], "--plot /nonexistent/p.png cannot be written"),
     (["--views", "v.jpg"], "not the name of a PNG"),
     (["--json", "/"], "is a folder"),
+    (["--json", ""], "--json needs the name of a file; try --json json.out"),
+    (["--plot", "a.png", "--views", "a.png"], "--views a.png: --plot writes this file too; try another name"),
+    (["--json", "./b.npz", "--save", "b.npz"], "--save b.npz: --json writes this file too"),
     (["--save", "features.npy"], "not the name of a NPZ file; try features.npy.npz"),
     (["another", "--save", "f.npz"], "of one run"),
     (["another", "--neighbors", "n.png"], "of one run"),
@@ -548,9 +595,9 @@ def test_bad_flags(trained, argv, words, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind, words", [
-    ("missing", "no such file"), ("empty folder", "no last.pt"), ("truncated", "cut short"), ("random", "not a checkpoint"),
-    ("zero bytes", "not a checkpoint"),
-    ("other dict", "not a checkpoint"), ("flipped bit", "damaged"), ("unknown method", "unknown method"),
+    ("missing", "no such file"), ("empty folder", "no last.pt"), ("truncated", "damaged"), ("random", "no checkpoint"),
+    ("zero bytes", "no checkpoint"),
+    ("other dict", "no checkpoint"), ("flipped bit", "damaged"), ("unknown method", "unknown method"),
     ("path as method", "unknown method"),
     ("flag missing", "'proj_hidden'"), ("other weights", "does not fit cw_rgp.py"), ("not finite", "not finite")])
 def test_bad_checkpoints(trained, tmp_path, kind, words):

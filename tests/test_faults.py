@@ -395,7 +395,7 @@ def test_a_rare_look_at_the_loss_still_names_the_first_step_and_cause(monkeypatc
 def test_in_the_first_epoch_there_is_no_checkpoint_yet_and_none_comes(monkeypatch, now, images, tmp_path):  # noqa: F811
     monkeypatch.setattr(common, "learning_rate", lambda *_: float("nan") if now.step == 1 else 1.0)
     result = run_here("simclr", arguments("simclr", images, tmp_path / "run"))
-    assert is_one_line_error(result) and "no checkpoint was written yet" in result.err and "step 2: " in result.err
+    assert is_one_line_error(result) and "there is no checkpoint yet" in result.err and "step 2: " in result.err
     assert not list((tmp_path / "run").glob("*.pt"))
 
 

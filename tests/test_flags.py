@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import byol
 import common
 from conftest import METHODS, is_one_line_error, run_here
 
@@ -404,7 +405,7 @@ def test_a_proposal_for_few_images_and_many_processes_works_at_once(monkeypatch,
     assert time.process_time() - started < 5 and common.os.environ["WORLD_SIZE"] == str(world)
     message, proposed = str(raised.value).split("; try ")
     if method == "wmse" and images == 2:  # its slices have three images or more
-        assert proposed == "a folder with more images"
+        assert proposed == "more images"
         return
     processes = re.findall(r"^--nproc_per_node=(\d+) ?", proposed)
     assert processes or world <= images, proposed
@@ -423,3 +424,13 @@ def test_a_proposal_keeps_what_was_asked_for_and_is_near():
         with pytest.raises(common.UserError) as raised:
             importlib.import_module(method).parse_args(argv)
         assert str(raised.value).endswith(words), raised.value
+
+
+@pytest.mark.parametrize("method, warmup, said", [("simclr", 1000, True), ("byol", byol.Args.warmup, True), ("simclr", 2, False), ("simclr", None, False), ("moco", 0, False)])
+def test_a_warm_up_longer_than_the_run_is_said(method, warmup, said, flags):
+    """BYOL's own, of 150 steps, too: its rate stays far below the peak."""
+    given = [] if warmup is None else ["--warmup", warmup]
+    result = run_here(method, flags(method, "--epochs", 1, *given))
+    steps = re.search(r"step (\d+)/\1 ", result.out)[1]
+    words = f"--warmup {warmup} is more than the run's {steps} steps; try {int(steps) // 10}\n"
+    assert result.status == 0 and (result.err == words if said else result.err == "")

@@ -213,7 +213,7 @@ def test_half_precision_and_gradients_do_no_harm():
 
 def in_words(figures):
     """As a run says it."""
-    return common.collapse_in_words(figures, figures["dim"])
+    return common.collapse_in_words(figures | {"rank_h": 100}, figures["dim"], 128)
 
 
 def words(z):
@@ -256,6 +256,18 @@ def test_a_run_with_few_test_images_does_not_speak_of_a_collapse_and_a_collapsed
     monkeypatch.setattr(common, "project", lambda projector, h, precision="fp32": torch.ones(len(h), 64))
     result = run_here("cw_rgp", flags("cw_rgp", "--epochs", 1, "--image-size", 16, "--out", tmp_path / "other"))
     assert result.status == 0 and "COLLAPSE: all embeddings are nearly one point" in result.out
+
+
+@pytest.mark.parametrize("rank, word", [(8, False), (2, True)])
+def test_a_backbone_of_eight_features_is_judged_by_its_own_width(rank, word, flags, monkeypatch):
+    """All eight are full, and fewer than ten: no collapse. Two of eight are one."""
+    flatten = torch.nn.Flatten()
+    wide = torch.nn.Linear(3 * 64, rank), torch.nn.Linear(rank, 8)
+    monkeypatch.setattr(common, "build_backbone", lambda *_: (torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(8), flatten, *wide), 8))
+    noise = torch.randn(1000, 64, generator=seeded())
+    monkeypatch.setattr(common, "project", lambda projector, h, precision="fp32": noise[: len(h)])
+    result = run_here("simclr", flags("simclr", "--epochs", 1, "--image-size", 16, "--optimizer", "adam"))
+    assert result.status == 0 and ("H fills few dimensions (rank_h 2)" in result.out) == word and ("COLLAPSE" in result.out) == word
 
 
 # ---- knn_accuracy --------------------------------------------------------------------------------

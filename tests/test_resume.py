@@ -424,7 +424,7 @@ def content(folder):
 OTHER = [("moco", "--lr", "0.01"), ("moco", "--batch-size", "32"), ("moco", "--queue-size", "128"), ("moco", "--momentum", "0.5"),
          ("moco", "--temperature", "0.3"), ("moco", "--seed", "1"), ("shuffled_dbn", "--no-shuffle"), ("simsiam", "--no-stop-gradient"),
          ("moco", "--bn-splits", "1"),
-         ("moco", "--weight-decay", "0.1"), ("moco", "--augment", "byol"), ("moco", "--schedule", "constant"), ("moco", "--warmup", "1"),
+         ("moco", "--weight-decay", "0.1"), ("moco", "--augment", "byol"), ("moco", "--schedule", "constant"), ("moco", "--warmup", "2"),
          ("moco", "--optimizer", "sgd"), ("moco", "--lr-bias", "0.5"), ("moco", "--views", "3"), ("moco", "--proj-dim", "16"),
          ("moco", "--proj-layers", "2"), ("moco", "--eval-every", "2"), ("moco", "--image-size", "16"), ("moco", "--backbone", "resnet18"),
          ("moco", "--precision", "bf16"), ("cw_rgp", "--groups", "4"), ("cw_rgp", "--w-size", "8"), ("cw_rgp", "--eps", "0.1"),

@@ -161,7 +161,8 @@ def test_known_data_sets_have_the_papers_colours_and_sizes():
     assert common.COLOUR_STATISTICS == {
         "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)), "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
         "stl10": ((0.43, 0.42, 0.39), (0.27, 0.26, 0.27)), "tinyimagenet": ((0.480, 0.448, 0.398), (0.277, 0.269, 0.282))}
-    assert common.DEFAULT_IMAGE_SIZE == {"patterns": 32, "cifar10": 32, "cifar100": 32, "stl10": 64, "tinyimagenet": 64}
+    sides = {name: common.DEFAULT_IMAGE_SIZE.get(name, 32) for name in common.DATASETS}
+    assert sides == {"patterns": 32, "cifar10": 32, "cifar100": 32, "stl10": 64, "tinyimagenet": 64, "folder": None}
 
 
 def test_no_draw_of_a_step_is_that_of_another_step_or_view():
@@ -470,8 +471,14 @@ def test_what_is_measured_is_no_output_of_a_step(evaluated):
     (0.9, 9, 50, 9, 64, "DIMENSIONAL"), (0.9, 9, 50, 10, 64, ""), (0.9, 2.4, 5, 5, 9, ""), (0.9, 2.4, 5, 50, 10, "DIMENSIONAL"),
     (0.9, 9, 2, 4, 4, ""), (0.9, 9, 1, 4, 4, "DIMENSIONAL"), (0.0, 1, 1, 1, 1, ""), (0.0, 1, 1, 1, 2, "COLLAPSE")])
 def test_the_limits_of_a_collapse(std, rankme, rank, rank_h, dim, word):
-    words = common.collapse_in_words({"std_sqrt_d": std, "rankme": rankme, "rank_1pct": rank, "rank_h": rank_h}, dim)
+    words = common.collapse_in_words({"std_sqrt_d": std, "rankme": rankme, "rank_1pct": rank, "rank_h": rank_h}, dim, 128)
     assert words.split(" ")[0].rstrip(":") == word
+
+
+@pytest.mark.parametrize("rank_h, dim_h, word", [(8, 8, ""), (4, 8, ""), (3, 8, "DIMENSIONAL"), (1, 2, ""), (9, 19, "DIMENSIONAL"), (9, 18, ""), (10, 512, "")])
+def test_a_narrow_backbone_is_no_collapse_unless_it_fills_less_than_half(rank_h, dim_h, word):
+    figures = {"std_sqrt_d": 0.9, "rankme": 9, "rank_1pct": 50, "rank_h": rank_h}
+    assert common.collapse_in_words(figures, 64, dim_h).split(" ")[0] == word
 
 
 # ---- features ------------------------------------------------------------------------------------
@@ -697,7 +704,7 @@ def test_a_sheet_has_each_pixel_where_it_belongs(tmp_path):
 def test_the_plot_shows_the_right_columns(monkeypatch, tmp_path):
     """Without matplotlib: what is drawn in each panel, in minutes, percent and logarithms to base ten, without what was not measured."""
     panels = [SimpleNamespace(drawn=[], words={}, grid=lambda **_: None, legend=lambda *_, **__: None, set_axis_off=lambda: None,
-                              get_legend_handles_labels=lambda: ([], [])) for _ in range(8)]
+                              get_lines=lambda: [], get_legend_handles_labels=lambda: ([], [])) for _ in range(8)]
     for panel in panels:
         panel.plot = lambda x, y, panel=panel, **_: panel.drawn.append((list(x), list(y)))
         panel.set = panel.words.update
@@ -771,7 +778,7 @@ def test_the_protocol_names_all_images():
 def test_collapse_is_of_the_test_images(evaluated):
     _, printed, calls, _, _ = evaluated
     assert [len(z) for z in calls.collapse[-3:]] == [10, 10, 10] and "10 test images, eval mode" in printed
-    words = common.collapse_in_words(common.collapse_metrics(calls.collapse[-2]), 4)
+    words = common.collapse_in_words(common.collapse_metrics(calls.collapse[-2]) | {"rank_h": 128}, 4, 128)
     assert (words in printed) if words else "COLLAPSE" not in printed
 
 
@@ -788,10 +795,22 @@ def test_one_number_that_is_not_finite_is_enough(part, evaluated, monkeypatch):
 
 def test_z_is_what_the_collapse_is_said_of(capsys):
     one, spread = common.collapse_metrics(torch.ones(50, 8)), common.collapse_metrics(torch.randn(50, 8, generator=seeded()))
-    evaluation.say_collapse({"H": {"dim": 8, "collapse": spread}, "Z": {"dim": 8, "collapse": one}, "W": {"dim": 8, "collapse": spread}}, "here")
+    evaluation.say_collapse(["H", "Z", "W"], {"H": spread, "Z": one, "W": spread}, "here")
     assert "COLLAPSE: all embeddings are nearly one point" in capsys.readouterr().out
-    evaluation.say_collapse({"H": {"dim": 8, "collapse": one}, "Z": {"dim": 8, "collapse": spread}, "W": {"dim": 8, "collapse": one}}, "here")
+    evaluation.say_collapse(["H", "Z", "W"], {"H": one, "Z": spread, "W": one}, "here")
     assert "COLLAPSE" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names", [["H"], ["Z"], ["raw"], ["H", "Z"]])
+def test_the_word_does_not_depend_on_the_features_in_the_table(names, capsys):
+    """A wide Z of an H of three dimensions, or a Z of one point, whatever --features names."""
+    narrow, one, spread = (common.collapse_metrics(x) for x in (
+        torch.randn(50, 3, generator=seeded()) @ torch.randn(3, 64, generator=seeded(1)), torch.ones(50, 16), torch.randn(50, 16, generator=seeded())))
+    evaluation.say_collapse(names, {"H": narrow, "Z": spread}, "here")
+    assert "H fills few dimensions (rank_h 3)" in capsys.readouterr().out
+    evaluation.say_collapse(names, {"H": spread, "Z": one}, "here")
+    out = capsys.readouterr().out
+    assert "all embeddings are nearly one point" in out and ("here" in out) == (names != ["raw"])
 
 
 # ---- batch norm over processes -------------------------------------------------------------------

@@ -42,7 +42,7 @@ def args_of(images, out, **more):  # noqa: F811
     """Args as a notebook makes them."""
     import moco
 
-    flags = dict(device="cpu", batch_size=16, epochs=2, precision="fp32", log_every=1, queue_size=64, bn_splits=2, proj_hidden=32,
+    flags = dict(device="cpu", batch_size=16, epochs=2, precision="fp32", log_every=1, queue_size=64, bn_splits=2, proj_hidden=32, warmup=1,
                  image_size=8, dataset="folder", data_dir=str(images), out=str(out))
     return moco.Args(**{**flags, **more})
 
