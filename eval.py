@@ -13,8 +13,8 @@ Contents, by line number (`python tests/test_common.py` writes them):
     196  a run and its data       from a checkpoint to networks; a hash shows that these stay
     342  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
     615  report                   what is printed, and written by --json
-    734  pictures and files       --views, --neighbors, --plot, --save
-    932  all runs                 one after the other
+    740  pictures and files       --views, --neighbors, --plot, --save
+    938  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -620,11 +620,10 @@ def evaluate(run, data, args):
     """Measure one run and print it line by line. Returns the figures as plain numbers, for --json.
 
     Sets run.h and run.z, H and Z as [bank, queries]; run.z is None if only the backbone could be
-    rebuilt. Raises UserError if H is not finite."""
+    rebuilt. Raises UserError if H or Z is not finite."""
     say_heading(run, data, args)
     run.h = extract(run.model.backbone, data, args, "H")
-    common.check(all(part.isfinite().all() for part in run.h),
-                 f"{run.path}: the backbone's output is not finite; try an earlier checkpoint")
+    check_finite(run, "backbone", run.h)
     wanted, left_out = args.features, []
     if run.backbone_only:
         run.z = None
@@ -632,6 +631,7 @@ def evaluate(run, data, args):
         left_out.append(f"Z and whitened Z left out: {run.backbone_only}")
     else:
         run.z = [common.project(run.model.projector, h, args.precision) for h in run.h]
+        check_finite(run, "projector", run.z)
     rows = labelled_rows(data.train_labels, args.label_fraction, args.seed) if data.labelled else []
     how = protocols(data, rows, args)
     columns = [*how, "top-5"] if "linear" in how else list(how)
@@ -668,6 +668,12 @@ def evaluate(run, data, args):
             "training_images": len(data.labelled_train), "test_images": test_count(data),
             "class_names": list(data.class_names), "labels_for_probe": len(rows),
             "precision": args.precision, "protocols": how, "features": results}
+
+
+def check_finite(run, what, features):
+    """Raise UserError unless the features [bank, queries], the output of `what`, are finite."""
+    common.check(all(part.isfinite().all() for part in features),
+                 f"{run.path}: the {what}'s output is not finite; try an earlier checkpoint")
 
 
 def say_heading(run, data, args):

@@ -791,6 +791,10 @@ def test_one_number_that_is_not_finite_is_enough(part, evaluated, monkeypatch):
     trained = SimpleNamespace(path="here", name="wmse", args=run.args, step=6, backbone_only="", model=run.model)
     with pytest.raises(common.UserError, match="^here: the backbone's output is not finite; try "):
         evaluation.evaluate(trained, run.data, SimpleNamespace(precision="fp32", features=["H"], batch_size=None, label_fraction=1.0, seed=0, probe_epochs=0))
+    h[part][7, 3] = 0.0
+    monkeypatch.setattr(common, "project", lambda _, x, *more: torch.full((len(x), 4), math.nan if len(x) == len(h[part]) else 1.0))
+    with pytest.raises(common.UserError, match="^here: the projector's output is not finite; try "):
+        evaluation.evaluate(trained, run.data, SimpleNamespace(precision="fp32", features=["H"], batch_size=None, label_fraction=1.0, seed=0, probe_epochs=0))
 
 
 def test_z_is_what_the_collapse_is_said_of(capsys):
