@@ -10,11 +10,11 @@
 
 Contents, by line number (`python tests/test_common.py` writes them):
      84  command line             the flags, and what is refused before measuring
-    196  a run and its data       from a checkpoint to networks; a hash shows that these stay
-    342  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
-    615  report                   what is printed, and written by --json
-    740  pictures and files       --views, --neighbors, --plot, --save
-    938  all runs                 one after the other
+    201  a run and its data       from a checkpoint to networks; a hash shows that these stay
+    347  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
+    620  report                   what is printed, and written by --json
+    744  pictures and files       --views, --neighbors, --plot, --save
+    942  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -138,6 +138,15 @@ def parse_args(argv=None):
     common.check(common.world_size() == 1, "eval.py is one process; start it without torchrun")
     common.check(args.dataset != "folder" or args.data_dir,
                  "--dataset folder needs --data-dir DIR, the folder of your images")
+    check_outputs(args)
+    common.check(args.save or args.split == "all", "--split is of --save; try --save features.npz")
+    common.check(len(args.runs) == 1 or not (args.neighbors or args.views or args.save),
+                 f"--neighbors, --views, --save: of one run; try {args.runs[0]}")
+    return args
+
+
+def check_outputs(args):
+    """Raise UserError if an output cannot be written, or two go to the same file."""
     written = {}
     for flag in ("plot", "neighbors", "views", "json", "save"):
         path = getattr(args, flag)
@@ -146,10 +155,6 @@ def parse_args(argv=None):
             other = written.setdefault(os.path.realpath(path), flag)
             common.check(other == flag, f"--{flag} {path}: --{other} writes this file too; "
                          "try another name")
-    common.check(args.save or args.split == "all", "--split is of --save; try --save features.npz")
-    common.check(len(args.runs) == 1 or not (args.neighbors or args.views or args.save),
-                 f"--neighbors, --views, --save: of one run; try {args.runs[0]}")
-    return args
 
 
 def check_writable(flag, path):
@@ -619,19 +624,13 @@ def protocols(data, rows, args):
 def evaluate(run, data, args):
     """Measure one run and print it line by line. Returns the figures as plain numbers, for --json.
 
-    Sets run.h and run.z, H and Z as [bank, queries]; run.z is None if only the backbone could be
-    rebuilt. Raises UserError if H or Z is not finite."""
+    Sets run.h and run.z. Raises UserError if H or Z is not finite."""
     say_heading(run, data, args)
-    run.h = extract(run.model.backbone, data, args, "H")
-    check_finite(run, "backbone", run.h)
+    embed(run, data, args)
     wanted, left_out = args.features, []
     if run.backbone_only:
-        run.z = None
         wanted = [name for name in wanted if name not in ("Z", "W")]
         left_out.append(f"Z and whitened Z left out: {run.backbone_only}")
-    else:
-        run.z = [common.project(run.model.projector, h, args.precision) for h in run.h]
-        check_finite(run, "projector", run.z)
     rows = labelled_rows(data.train_labels, args.label_fraction, args.seed) if data.labelled else []
     how = protocols(data, rows, args)
     columns = [*how, "top-5"] if "linear" in how else list(how)
@@ -670,10 +669,15 @@ def evaluate(run, data, args):
             "precision": args.precision, "protocols": how, "features": results}
 
 
-def check_finite(run, what, features):
-    """Raise UserError unless the features [bank, queries], the output of `what`, are finite."""
-    common.check(all(part.isfinite().all() for part in features),
-                 f"{run.path}: the {what}'s output is not finite; try an earlier checkpoint")
+def embed(run, data, args):
+    """Set run.h and run.z, H and Z as [bank, queries]; run.z is None if only the backbone could be
+    rebuilt. Raises UserError if they are not finite."""
+    run.h, run.z = extract(run.model.backbone, data, args, "H"), None
+    if not run.backbone_only:
+        run.z = [common.project(run.model.projector, h, args.precision) for h in run.h]
+    for what, parts in (("backbone", run.h), ("projector", run.z or [])):
+        common.check(all(part.isfinite().all() for part in parts),
+                     f"{run.path}: the {what}'s output is not finite; try an earlier checkpoint")
 
 
 def say_heading(run, data, args):
