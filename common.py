@@ -21,44 +21,44 @@ messages and files, too, but they would make Part I too long to read at one sitt
 #    518  build_backbone     the network whose output is H
 #    575  build_optimizer    Adam, SGD, LARS or Muon
 #    614  Run                the run's folder, checkpoints, log and checks
-#    853  distribute         the model for several processes, or compiled
+#    854  distribute         the model for several processes, or compiled
 #    637  Run.resume         the step to start from, usually 0
 #    342  Data.batches       the batches of an epoch, uint8
-#    865  step_seed          the seed of a step's random draws
+#    866  step_seed          the seed of a step's random draws
 #    357  Data.augment       the random views of a batch
-#   1128  learning_rate      the schedule's factor at a step
+#   1129  learning_rate      the schedule's factor at a step
 #    655  Run.guard          a failed decomposition becomes a clear error
-#   1144  gather             embeddings of all processes, with gradient
+#   1145  gather             embeddings of all processes, with gradient
 #    659  Run.watch          note whether loss and gradients are finite
 #    666  Run.progress       stop if they were not; show the status line
 #    677  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
 #    685  Run.mean_loss      the mean loss of the epoch
-#   1158  extract            H of a set of images
-#   1180  project            Z of H
-#   1191  collapse_metrics   how much of its space a set of embeddings fills
-#   1262  knn_accuracy       accuracy of a vote among the nearest training images
+#   1159  extract            H of a set of images
+#   1181  project            Z of H
+#   1192  collapse_metrics   how much of its space a set of embeddings fills
+#   1263  knn_accuracy       accuracy of a vote among the nearest training images
 #    694  Run.end_epoch      write metrics.csv and last.pt, print a line
 #    735  Run.save_backbone  write backbone.pt
 #    743  Run.close          print the scores
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1723  main               run train(); print an expected error as one line
-#   1410  parse_args         Args from the command line
-#   1897  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1724  main               run train(); print an expected error as one line
+#   1411  parse_args         Args from the command line
+#   1898  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1335  Command line: flags from Args, checks, and sizes to propose
-#   1623  Messages and errors
-#   1795  Several processes
-#   1942  Data sets by name
-#   2015  Folders of images
-#   2388  Streaming
-#   2495  Recipes of augmentation
-#   2563  ResNets, Vision Transformer, LARS, Muon
-#   2693  Run folder and signals
-#   2853  Resume
-#   2966  Files of a run
-#   3045  Trained weights
+#   1336  Command line: flags from Args, checks, and sizes to propose
+#   1624  Messages and errors
+#   1796  Several processes
+#   1945  Data sets by name
+#   2018  Folders of images
+#   2391  Streaming
+#   2498  Recipes of augmentation
+#   2566  ResNets, Vision Transformer, LARS, Muon
+#   2696  Run folder and signals
+#   2856  Resume
+#   2969  Files of a run
+#   3048  Trained weights
 
 import argparse
 import collections
@@ -212,7 +212,7 @@ def world_size():
 
 
 def rank():
-    """This process's number among them, from 0; 0 without torchrun."""
+    """This process's number among them, from 0."""
     return from_environment("RANK", 0)
 
 
@@ -645,7 +645,7 @@ class Run:
             if checkpoint:
                 check_same_run(self, checkpoint)
         steps, warmup = self.total_steps, self.args.warmup or 0
-        if warmup > steps:
+        if warmup > steps and not checkpoint:
             warn(f"--warmup {warmup} is more than the run's {steps} steps; try {steps // 10}")
         if rank() == 0:  # only now: a refused --resume leaves config.json as it was
             config = json.dumps(configuration(self.args, self.data), indent=1)
@@ -653,7 +653,7 @@ class Run:
         return restore(self, checkpoint) if self.args.resume else 0
 
     def guard(self, step):
-        """A context in which a failed matrix decomposition becomes a UserError with a cause."""
+        """A context in which a failed matrix decomposition becomes a UserError."""
         return self.finite.guard(step)
 
     def watch(self, step, loss):
@@ -708,7 +708,7 @@ class Run:
             keep_checkpoint(self.folder, len(self.rows), self.args.keep_every)
         left = (self.total_steps - step) * seconds / self.data.steps_per_epoch
         say(f"{self.where(step)}  {row_in_words(row)}  {format_seconds(left)} left")
-        dim_h = self.finite.widths.get("backbone", 20)
+        dim_h = min(self.finite.feature_dim, len(self.data.queries) - 1)
         collapse = collapse_in_words(row, row["dim"], dim_h) if "rank" in row else ""
         if collapse:
             say(collapse)
@@ -793,7 +793,7 @@ class FiniteWatch:
     def __init__(self, model, data, folder):
         """folder: that of the run."""
         self.data, self.folder = data, folder
-        self.outputs, self.widths = {}, {}  # of each child of the model, in this step
+        self.outputs = {}  # of each child of the model, in this step
         for name, child in model.named_children():
             self.outputs[name] = []
             at_end(child.register_forward_hook(functools.partial(self.keep, name)).remove)
@@ -804,9 +804,10 @@ class FiniteWatch:
 
     def keep(self, name, module, _inputs, output):
         """Called after a child's forward, to remember its output."""
+        if name == "backbone":
+            self.feature_dim = output.shape[-1]
         if module.training:
             self.outputs[name].append(output.detach())
-            self.widths[name] = output.shape[-1]
 
     @torch.no_grad()
     def note(self, step, loss):
@@ -1239,7 +1240,7 @@ def collapse_metrics(z, eps=1e-4):
 
 def alignment(model, data, args):
     """Mean squared distance of the l2-normalised Z of two views, the same at every call, of at most
-    256 queries in eval mode (Wang and Isola 2020), a float."""
+    256 queries in eval mode (Wang and Isola 2020)."""
     images = evenly_spaced(data.queries, None, 256)[0]
     if isinstance(images, Files):
         (images,) = images.crops(torch.arange(len(images))[None], args, 0, data.device)
@@ -1753,9 +1754,9 @@ def main(function, parse):
         STATUS.clear()
         write_words(sys.stderr, f"{os.path.basename(sys.argv[0])}: {message}\n")
     write_words(sys.stdout, "")
-    if dist.is_initialized() and status:
-        os._exit(status)  # sys.exit would wait for pending communication, perhaps for ever
     if dist.is_initialized():
+        if status:
+            os._exit(status)  # sys.exit would wait for pending communication, perhaps for ever
         dist.destroy_process_group()
     sys.exit(status)
 
@@ -1936,7 +1937,9 @@ def synchronise_batch_norm(model):
 
 def data_parallel(model):
     """The model in DistributedDataParallel, without its broadcast of the (equal) buffers."""
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    model = nn.parallel.DistributedDataParallel(model)
+    model.broadcast_buffers = False  # as an argument it is deprecated
+    return model
 
 
 # ==== Data sets by name ====
@@ -2359,7 +2362,7 @@ def read_files(paths, side, scale, num_workers, skipped):
 
 
 def listed(names):
-    """At most five names, for a message of one line."""
+    """At most five names, in one line."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(shown(name)[:60] for name in names[:5]) + more
 
@@ -2925,7 +2928,7 @@ def load_last(folder):
             try:
                 checkpoint = load_checkpoint(path)
             except UserError as error:
-                faults.append(str(error))
+                faults.append(str(error).rsplit("; try", 1)[0])
                 continue
             if faults:
                 warn(f"{faults[0]}; using {path} (step {checkpoint['step']}) instead")

@@ -14,7 +14,7 @@ Contents, by line number (`python tests/test_common.py` writes them):
     347  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
     620  report                   what is printed, and written by --json
     744  pictures and files       --views, --neighbors, --plot, --save
-    942  all runs                 one after the other
+    943  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -161,8 +161,8 @@ def check_writable(flag, path):
     """Raise UserError if a file that will be written after measuring cannot be written."""
     if path is None:
         return
-    common.check(path, f"{flag} needs the name of a file; try {flag} {flag[2:]}.out")
     kind = {"--json": "", "--save": ".npz"}.get(flag, ".png")
+    common.check(path, f"{flag} needs the name of a file; try {flag} {flag[2:]}{kind or '.json'}")
     common.check(path.lower().endswith(kind),
                  f"{flag} {path} is not the name of a {kind[1:].upper()} file; try {path}{kind}")
     common.check(not os.path.isdir(path), f"{flag} {path} is a folder; try a file name in it")
@@ -902,7 +902,7 @@ def draw_references(panels, methods):
 
 
 def draw_plot(path, spectra, methods=()):
-    """Spectra and training curves. spectra: (folder, singular values of H, of Z) of each run.
+    """Spectra and training curves. spectra: (path, singular values of H, of Z) of each run.
 
     methods: whose reference curves are drawn beside them."""
     figure = import_figure()(figsize=(18, 8), layout="constrained")
@@ -916,9 +916,10 @@ def draw_plot(path, spectra, methods=()):
     panels[5].set(title="rank of Z (above 1 % of the largest)", xlabel="epoch")
     panels[6].set(title="alignment (down is better)", xlabel="uniformity (left is better)")
     draw_references(panels[2:], methods)
-    names = [os.path.basename(os.path.abspath(folder)) for folder, *_ in spectra]
-    for name, (folder, *sigmas) in zip(names, spectra):
-        label = name if names.count(name) == 1 else folder
+    folders = [path if os.path.isdir(path) else os.path.dirname(path) for path, *_ in spectra]
+    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
+    for folder, name, (path_of_run, *sigmas) in zip(folders, names, spectra):
+        label = name if names.count(name) == 1 else path_of_run
         label = label.replace("$", r"\$")  # `$` begins maths
         label = f" {label}" if label.startswith("_") else label  # `_` is left out of a legend
         for panel, sigma in zip(panels, sigmas):
@@ -927,7 +928,7 @@ def draw_plot(path, spectra, methods=()):
         found = read_curves(os.path.join(folder, "metrics.csv"))
         draw_training(panels[2:], found, label, marker=".")
     losses = [abs(y) for line in panels[3].get_lines() for y in line.get_ydata()]
-    if losses and max(losses) > 10 * min(losses):  # -1 for SimSiam, thousands for Barlow Twins
+    if losses and max(losses) > 100 * max(1, min(losses)):  # SimSiam: -1; Barlow Twins: thousands
         panels[3].set(yscale="symlog")
     for panel in panels[:7]:
         panel.grid(alpha=0.3)
@@ -972,7 +973,7 @@ def run(args):
                    f"{digest[:12]} before and after")
         if args.plot:
             sigmas = [singular_values(x[1]) for x in (trained.h, trained.z) if x is not None]
-            spectra.append((trained.folder, *sigmas))
+            spectra.append((trained.path, *sigmas))
             if trained.args.dataset == "patterns":
                 methods.setdefault(trained.name)
         if args.neighbors:

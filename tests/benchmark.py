@@ -27,7 +27,6 @@ import contextlib
 import copy
 import importlib
 import multiprocessing
-import os
 import shlex
 import statistics
 import subprocess
@@ -200,7 +199,7 @@ def peak_speed(device, dtype, repeats=10):
 @contextlib.contextmanager
 def busy_programs(count):
     """`count` processes beside this one that compute, at most as long as it lives."""
-    loop = f"import os\nwhile os.getppid() == {os.getpid()}: sum(range(10**6))"
+    loop = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(10**6))"
     loop = [sys.executable, "-c", loop]
     programs = [subprocess.Popen(loop) for _ in range(count)]
     try:
@@ -235,7 +234,12 @@ def table(options):
         print(f"{name:13}{ms['bare']:9.1f}{ms['step']:9.1f}{ms['step'] / ms['bare']:10.2f}"
               f"{speed:9.0f}{times}{100 * share:5.0f} %"
               + (f"  {memory:.0f} MiB" if memory else ""), flush=True)
-    common.check(refused < len(options.methods), "--flags: no method takes them; try other ones")
+    check_some(refused < len(options.methods))
+
+
+def check_some(measured):
+    """Raise UserError if nothing was measured. Why is printed above it."""
+    common.check(measured, "nothing was measured; try other --flags or --backbone")
 
 
 def step_and_memory(name, backbone, flags, repeats):
@@ -255,8 +259,9 @@ def step_and_memory(name, backbone, flags, repeats):
 
 
 def grow(options):
-    """Print a Markdown table of step time and memory over the columns of GROW."""
-    refusals = []
+    """Print a Markdown table of step time and memory over the columns of GROW. Raises UserError if
+    all cells refuse."""
+    refusals, measured = [], False
     print("milliseconds of a step / MiB at its peak\n")
     print("| method | " + " | ".join(GROW) + " | what grows beside the backbone |")
     print("|---" * (len(GROW) + 2) + "|")
@@ -272,8 +277,10 @@ def grow(options):
                 cells.append("refused")
             else:
                 cells.append(f"{found[0]:.0f} / {found[1]:.0f}")
+                measured = True
         print(f"| {name} | " + " | ".join(cells) + f" | {WHY[name]} |", flush=True)
     print("\n".join(["", *refusals]))
+    check_some(measured)
 
 
 def parse_args(argv=None):

@@ -496,8 +496,8 @@ def test_each_method_has_a_reference_curve_that_learns(method, trained):
     assert found["seconds"] == sorted(found["seconds"])
 
 
-def drawn_plot(tmp_path, monkeypatch, runs):
-    """matplotlib's figure of runs, {folder: the losses of its epochs}."""
+def drawn_plot(tmp_path, monkeypatch, runs, extra=()):
+    """matplotlib's figure of runs, {folder: the losses of its epochs}, and of extra paths."""
     pytest.importorskip("matplotlib", reason="the plot is the one thing that needs it")
     figures, kind = [], evaluation.import_figure()
     monkeypatch.setattr(evaluation, "import_figure", lambda: lambda **more: figures.append(kind(**more)) or figures[-1])
@@ -505,12 +505,14 @@ def drawn_plot(tmp_path, monkeypatch, runs):
         (tmp_path / folder).mkdir(parents=True)
         rows = [f"{epoch},{loss}" for epoch, loss in enumerate(losses, 1)]
         (tmp_path / folder / "metrics.csv").write_text("\n".join(["epoch,loss", *rows, ""]))
-    evaluation.draw_plot(str(tmp_path / "p.png"), [(str(tmp_path / folder), torch.ones(3)) for folder in runs])
+    paths = [*(str(tmp_path / folder) for folder in runs), *extra]
+    evaluation.draw_plot(str(tmp_path / "p.png"), [(path, torch.ones(3)) for path in paths])
     return figures[0]
 
 
 @pytest.mark.parametrize("runs, scale", [
-    ({"a": [5.2, 4.9, 4.8]}, "linear"), ({"a": [-0.5, -0.9]}, "linear"), ({"a": [3000.0, 90.0], "b": [-0.5, -0.9]}, "symlog"), ({"a": []}, "linear")])
+    ({"a": [5.2, 4.9, 4.8]}, "linear"), ({"a": [-0.5, -0.9]}, "linear"), ({"a": [4.0, 0.9, 0.3]}, "linear"), ({"a": [30.0, 9.0, 2.9]}, "linear"),
+    ({"a": [0.5, 0.2, 0.04]}, "linear"), ({"a": [101.0, 1.0]}, "symlog"), ({"a": [3000.0, 90.0], "b": [-0.5, -0.9]}, "symlog"), ({"a": []}, "linear")])
 def test_the_panel_of_losses_has_numbers_beside_it(runs, scale, tmp_path, monkeypatch):
     panel = drawn_plot(tmp_path, monkeypatch, runs).axes[3]
     low, high = panel.get_ylim()
@@ -523,6 +525,17 @@ def test_a_plot_names_each_run_by_its_folder_whatever_the_letters(tmp_path, monk
     runs = {"a/run": [2.0], "b/run": [2.0], "_mine": [2.0], "x$y$_{": [2.0]}
     found = [text.get_text() for text in drawn_plot(tmp_path, monkeypatch, runs).axes[7].get_legend().get_texts()]
     assert found == [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run"), " _mine", r"x\$y\$_{"]
+
+
+def test_two_checkpoints_of_one_run_have_names_of_their_own(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    for name in ("epoch-0002.pt", "last.pt"):
+        (tmp_path / "run" / name).write_text("")
+    monkeypatch.chdir(tmp_path / "run")
+    drawn = []
+    monkeypatch.setattr(evaluation, "draw_curve", lambda panel, x, y, label, **_: drawn.append(label))
+    figure = drawn_plot(tmp_path, monkeypatch, {}, extra=["epoch-0002.pt", "last.pt"])
+    assert figure and set(drawn) == {"epoch-0002.pt", "last.pt"}
 
 
 @pytest.mark.parametrize("rows", ["1,2.0,0.5\n2,1.5", "1,2.0,0.5,7", "1,2.0," + "5" * 200_000])
@@ -580,7 +593,8 @@ def changed(trained, path, **changes):
     (["--plot", "/nonexistent/p.png"], "--plot /nonexistent/p.png cannot be written"),
     (["--views", "v.jpg"], "not the name of a PNG"),
     (["--json", "/"], "is a folder"),
-    (["--json", ""], "--json needs the name of a file; try --json json.out"),
+    (["--json", ""], "--json needs the name of a file; try --json json.json"),
+    (["--plot", ""], "--plot needs the name of a file; try --plot plot.png"),
     (["--plot", "a.png", "--views", "a.png"], "--views a.png: --plot writes this file too; try another name"),
     (["--json", "./b.npz", "--save", "b.npz"], "--save b.npz: --json writes this file too"),
     (["--save", "features.npy"], "not the name of a NPZ file; try features.npy.npz"),

@@ -428,9 +428,11 @@ def test_a_proposal_keeps_what_was_asked_for_and_is_near():
 
 @pytest.mark.parametrize("method, warmup, said", [("simclr", 1000, True), ("byol", byol.Args.warmup, True), ("simclr", 2, False), ("simclr", None, False), ("moco", 0, False)])
 def test_a_warm_up_longer_than_the_run_is_said(method, warmup, said, flags):
-    """BYOL's own, of 150 steps, too: its rate stays far below the peak."""
+    """BYOL's own, of 150 steps, too: its rate stays far below the peak. It is said where a run starts."""
     given = [] if warmup is None else ["--warmup", warmup]
     result = run_here(method, flags(method, "--epochs", 1, *given))
     steps = re.search(r"step (\d+)/\1 ", result.out)[1]
     words = f"--warmup {warmup} is more than the run's {steps} steps; try {int(steps) // 10}\n"
     assert result.status == 0 and (result.err == words if said else result.err == "")
+    again = run_here(method, flags(method, "--epochs", 1, *given, "--resume"))
+    assert again.status == 0 and again.err == ""  # another warm-up would be refused now

@@ -363,3 +363,21 @@ def test_knn_leaves_its_inputs_alone():
     copies = bank.clone(), queries.clone()
     common.knn_accuracy(bank, torch.arange(30) % 3, queries, torch.arange(10) % 3)
     assert torch.equal(bank, copies[0]) and torch.equal(queries, copies[1])
+
+
+@pytest.mark.parametrize("images, word", [(11, False), (24, True)])
+def test_few_test_images_lower_what_h_can_fill(images, word, flags, tmp_path, monkeypatch):
+    """Nine of the ten dimensions that eleven images can fill are no collapse; nine of twenty-three are."""
+    wide = torch.nn.Linear(3 * 64, 9), torch.nn.Linear(9, 64)
+    monkeypatch.setattr(common, "build_backbone", lambda *_: (torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(8), torch.nn.Flatten(), *wide), 64))
+    noise = torch.randn(100, 64, generator=seeded())
+    monkeypatch.setattr(common, "project", lambda projector, h, precision="fp32": noise[: len(h)])
+    plain = common.Data.__init__
+
+    def few(self, *args, **more):
+        plain(self, *args, **more)
+        self.queries, self.query_labels = self.queries[:images], self.query_labels[:images]
+
+    monkeypatch.setattr(common.Data, "__init__", few)
+    result = run_here("simclr", flags("simclr", "--epochs", 1, "--image-size", 16, "--optimizer", "adam"))
+    assert result.status == 0 and ("H fills few dimensions (rank_h 9)" in result.out) == word and ("COLLAPSE" in result.out) == word
