@@ -9,15 +9,15 @@ Times are medians of milliseconds by the clock on the wall. The columns:
 
 bare       forward and backward of the backbone on the same views; for MoCo and BYOL also the
            forward of the target's backbone
-step       a step of train(): the six columns after images/s add up to it
+step       a step of train(): bare, augment, heads, loss, optimizer and watch
 augment    the views
-network    forward and backward of the backbone, the heads and the loss
-loss       of `network`, the loss alone, measured with the outputs of all networks given
-heads      of `network`, what remains without `bare` and `loss`
+heads      forward and backward of the whole network, without `bare` and `loss`
+loss       the loss alone, measured with the outputs of all networks given
 optimizer  the optimizer's step
 watch      the sum of the losses and the look for numbers that are not finite
-peak       arithmetic of `network` (products and convolutions) divided by the time of the step, as
-           a share of what a product of two 2048 x 2048 matrices reaches in the same precision
+peak       arithmetic of the whole network (products and convolutions) divided by the time of the
+           step, as a share of what a product of two 2048 x 2048 matrices reaches in the same
+           precision
 
 Without --busy, run it on a machine that does nothing else.
 """
