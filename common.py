@@ -637,7 +637,7 @@ class Run:
     def resume(self):
         """The step to start from: 0, or with --resume that of the last good checkpoint.
 
-        Loads that checkpoint, writes config.json. Raises UserError if it is of another run."""
+        Loads it, writes config.json. Raises UserError if it is of another run."""
         checkpoint = None
         if self.args.resume:
             checkpoint = load_last(self.folder)
@@ -646,7 +646,7 @@ class Run:
                 check_same_run(self, checkpoint)
         steps, warmup = self.total_steps, self.args.warmup or 0
         if warmup > steps and not checkpoint:
-            warn(f"--warmup {warmup} is more than the run's {steps} steps; try {steps // 10}")
+            warn(f"--warmup {warmup} exceeds the {steps} steps; try more --epochs or {steps // 10}")
         if rank() == 0:  # only now: a refused --resume leaves config.json as it was
             config = json.dumps(configuration(self.args, self.data), indent=1)
             write_file(os.path.join(self.folder, "config.json"), config.encode())
