@@ -261,9 +261,8 @@ def test_a_run_with_few_test_images_does_not_speak_of_a_collapse_and_a_collapsed
 @pytest.mark.parametrize("rank, word", [(8, False), (2, True)])
 def test_a_backbone_of_eight_features_is_judged_by_its_own_width(rank, word, flags, monkeypatch):
     """All eight are full, and fewer than ten: no collapse. Two of eight are one."""
-    flatten = torch.nn.Flatten()
     wide = torch.nn.Linear(3 * 64, rank), torch.nn.Linear(rank, 8)
-    monkeypatch.setattr(common, "build_backbone", lambda *_: (torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(8), flatten, *wide), 8))
+    monkeypatch.setattr(common, "build_backbone", lambda *_: (torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(8), torch.nn.Flatten(), *wide), 8))
     noise = torch.randn(1000, 64, generator=seeded())
     monkeypatch.setattr(common, "project", lambda projector, h, precision="fp32": noise[: len(h)])
     result = run_here("simclr", flags("simclr", "--epochs", 1, "--image-size", 16, "--optimizer", "adam"))

@@ -984,8 +984,8 @@ WAITING = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
     ({}, {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}), *(({name: "7"}, {name: "7"}) for name in WAITING[:2]), ({"OMP_WAIT_POLICY": "active"},) * 2])
 def test_torchs_threads_soon_give_up_their_core_unless_the_user_wants_otherwise(given, found):
     """The OpenMP runtimes read it when torch loads them: here a torch stands in its place that says what it finds, and ends."""
-    stand_in = f"import os, sys\nprint({{n: os.environ[n] for n in {WAITING} if n in os.environ}}, flush=True)\nos._exit(0)"
-    command = f"import sys, types, importlib.abc\nclass Stop(importlib.abc.MetaPathFinder):\n    def find_spec(self, name, *_):\n        if name == 'torch': exec({stand_in!r}, {{}})\nsys.meta_path.insert(0, Stop())\nimport "
+    stand_in = f"import os\nprint({{n: os.environ[n] for n in {WAITING} if n in os.environ}}, flush=True)\nos._exit(0)"
+    command = f"import sys, importlib.abc\nclass Stop(importlib.abc.MetaPathFinder):\n    def find_spec(self, name, *_):\n        if name == 'torch': exec({stand_in!r}, {{}})\nsys.meta_path.insert(0, Stop())\nimport "
     environment = {name: value for name, value in os.environ.items() if name not in WAITING} | given
     for module in ("common", "simclr", "moco", "byol", "simsiam", "barlow", "vicreg", "wmse", "shuffled_dbn", "cw_rgp", "eval", "benchmark"):
         places = os.pathsep.join(str(ROOT / place) for place in ("", "methods", "tests"))
