@@ -2,9 +2,8 @@
 
 To borrow a method, copy its file and this one into a folder of your own.
 
-Part I is what train() and the models call in a run with default flags, in the order of the calls,
-except that a class stays in one piece. Part II is the rest; a default run enters its command line,
-messages and files, too, but they would make Part I too long to read at one sitting.
+Part I is what train() and the models call, in the order of the calls, except that a class stays in
+one piece. Part II is the rest. A default run enters it, too: command line, messages, files, Muon.
 """
 
 # ==== Contents (`python tests/test_common.py` writes the line numbers) ====
@@ -384,7 +383,7 @@ def evenly_spaced(images, labels, count):
     """At most `count` evenly spaced images and their labels; not copied if they are all."""
     if len(images) <= count:
         return images, labels
-    index = torch.linspace(0, len(images) - 1, count).long()
+    index = torch.arange(count) * (len(images) - 1) // max(1, count - 1)
     part = images.part(index) if isinstance(images, Files) else images[index.to(images.device)]
     return part, None if labels is None else labels[index.to(labels.device)]
 
@@ -527,15 +526,6 @@ def build_backbone(name, image_size, width=32):
     return build_resnet(name, image_size)
 
 
-class Float32Conv2d(nn.Conv2d):
-    """Float32 on a CPU: with few channels bfloat16 is no faster, and its waiting threads spin:
-    a step took ten times as long beside another training."""
-
-    def forward(self, x):
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(x)
-
-
 class Tiny(nn.Module):
     """A small network for CPUs: [N, 3, S, S] -> [N, 32 width].
 
@@ -547,7 +537,7 @@ class Tiny(nn.Module):
         super().__init__()
 
         def block(inputs, outputs, kernel=3, stride=1, padding=1):
-            kind = Float32Conv2d if stride == 2 else nn.Conv2d  # few channels
+            kind = nn.Conv2d if inputs == outputs else PatchConv2d
             convolution = kind(inputs, outputs, kernel, stride, padding, bias=False)
             return convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
 
@@ -1160,8 +1150,7 @@ def extract(network, data, images, precision="fp32", batch_size=None, what="meas
     """network(x) in eval mode for all images -> float32 [N, d] on the data's device.
 
     images: uint8 [N, 3, H, W] or Files. Under torchrun each process computes a share and gets all.
-    batch_size: by default 500 up to 64 pixels and fewer above, to need less memory than training.
-    what: heads the status line."""
+    batch_size: by default at most 500, and fewer above 64 pixels. what: heads the status line."""
     batch_size = batch_size or max(1, min(500, 2**21 // data.size**2))
     was_training = network.training
     network.eval()
@@ -2598,8 +2587,43 @@ def build_vit(image_size, width):
     network = torchvision.models.VisionTransformer(
         image_size, patch, num_layers=3, num_heads=3, hidden_dim=width, mlp_dim=2 * width)
     network.heads = nn.Identity()
-    network.conv_proj.__class__ = Float32Conv2d
+    network.conv_proj.__class__ = PatchConv2d
     return network
+
+
+class PatchConv2d(nn.Conv2d):
+    """With bfloat16 on a CPU, its weights' gradient is one matrix product over all patches. oneDNN's
+    takes up to three times as long, and its threads spin while they wait for each other: beside
+    another program a step took ten times as long."""
+
+    def forward(self, x):
+        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        x, weight = x.bfloat16(), self.weight.bfloat16()
+        y = PatchConvolution.apply(x, weight, self.stride[0], self.padding[0])
+        return y if self.bias is None else y + self.bias.bfloat16()[:, None, None]
+
+
+class PatchConvolution(torch.autograd.Function):
+    """Of x [n, c, H, W] and weight [filters, c, k, k] -> [n, filters, h, w]. See PatchConv2d."""
+
+    @staticmethod
+    def forward(ctx, x, weight, stride, padding):
+        ctx.save_for_backward(x, weight)
+        ctx.sizes = stride, padding
+        return F.conv2d(x, weight, None, stride, padding)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        (stride, padding), (filters, c, k, _) = ctx.sizes, weight.shape
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = nn.grad.conv2d_input(x.shape, weight, gradient, stride, padding)
+        patches = F.pad(x, [padding] * 4).unfold(2, k, stride).unfold(3, k, stride).movedim(1, 5)
+        gradient = gradient.movedim(1, 3).flatten(0, 2)  # [n h w, filters]
+        grad_weight = gradient.T @ patches.flatten(3).flatten(0, 2)  # [n h w, k k c]
+        return grad_x, grad_weight.view(filters, k, k, c).movedim(3, 1), None, None
 
 
 class LARS(torch.optim.Optimizer):
@@ -2653,15 +2677,14 @@ class Muon(torch.optim.Adam):
     @torch.no_grad()
     def step(self):
         """Update the weights by their gradients."""
-        gradients = {}
-        for group in self.param_groups:
+        groups = self.param_groups
+        for group in groups:
             for w in group["params"]:
                 if group["filters"] and w.grad is not None:
                     self.step_filters(w, group["lr"])
-                    gradients[w], w.grad = w.grad, None  # so that Adam skips it
-        super().step()
-        for w, gradient in gradients.items():
-            w.grad = gradient  # Run.watch has yet to look at it
+        self.param_groups = [group for group in groups if not group["filters"]]
+        super().step()  # Adam's
+        self.param_groups = groups
 
     def step_filters(self, w, lr):
         """The step of one convolution's filters w [filters, channels, height, width]."""
