@@ -10,54 +10,54 @@ one piece. Part II is the rest. A default run enters it, too: command line, mess
 #
 # Part I, what a method file calls:
 #
-#    117  flag               a field of Args: default, help, bounds
-#    127  Args               the flags that all nine methods share
-#    209  world_size         the number of processes (MoCo)
-#    214  rank               this process's number among them (MoCo)
-#    223  gives_back         signal handlers, lock and processes, when train() ends
-#    246  set_up             device, precision, other processes
-#    270  load_data          read or draw the data set: Data
-#    518  build_backbone     the network whose output is H
-#    575  build_optimizer    Adam, SGD, LARS or Muon
-#    614  Run                the run's folder, checkpoints, log and checks
-#    854  distribute         the model for several processes, or compiled
-#    637  Run.resume         the step to start from, usually 0
-#    342  Data.batches       the batches of an epoch, uint8
-#    866  step_seed          the seed of a step's random draws
-#    357  Data.augment       the random views of a batch
-#   1129  learning_rate      the schedule's factor at a step
-#    655  Run.guard          a failed decomposition becomes a clear error
-#   1145  gather             embeddings of all processes, with gradient
-#    659  Run.watch          note whether loss and gradients are finite
-#    666  Run.progress       stop if they were not; show the status line
-#    677  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    685  Run.mean_loss      the mean loss of the epoch
-#   1159  extract            H of a set of images
-#   1181  project            Z of H
-#   1192  collapse_metrics   how much of its space a set of embeddings fills
-#   1263  knn_accuracy       accuracy of a vote among the nearest training images
-#    694  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    735  Run.save_backbone  write backbone.pt
-#    743  Run.close          print the scores
+#    116  flag               a field of Args: default, help, bounds
+#    126  Args               the flags that all nine methods share
+#    208  world_size         the number of processes (MoCo)
+#    213  rank               this process's number among them (MoCo)
+#    222  gives_back         signal handlers, lock and processes, when train() ends
+#    245  set_up             device, precision, other processes
+#    269  load_data          read or draw the data set: Data
+#    517  build_backbone     the network whose output is H
+#    565  build_optimizer    Adam, SGD, LARS or Muon
+#    604  Run                the run's folder, checkpoints, log and checks
+#    844  distribute         the model for several processes, or compiled
+#    627  Run.resume         the step to start from, usually 0
+#    341  Data.batches       the batches of an epoch, uint8
+#    859  step_seed          the seed of a step's random draws
+#    356  Data.augment       the random views of a batch
+#   1122  learning_rate      the schedule's factor at a step
+#    645  Run.guard          a failed decomposition becomes a clear error
+#   1138  gather             embeddings of all processes, with gradient
+#    649  Run.watch          note whether loss and gradients are finite
+#    656  Run.progress       stop if they were not; show the status line
+#    667  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    675  Run.mean_loss      the mean loss of the epoch
+#   1152  extract            H of a set of images
+#   1173  project            Z of H
+#   1184  collapse_metrics   how much of its space a set of embeddings fills
+#   1255  knn_accuracy       accuracy of a vote among the nearest training images
+#    684  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    725  Run.save_backbone  write backbone.pt
+#    733  Run.close          print the scores
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1724  main               run train(); print an expected error as one line
-#   1411  parse_args         Args from the command line
-#   1898  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1713  main               run train(); print an expected error as one line
+#   1403  parse_args         Args from the command line
+#   1887  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1336  Command line: flags from Args, checks, and sizes to propose
-#   1624  Messages and errors
-#   1796  Several processes
-#   1945  Data sets by name
-#   2018  Folders of images
-#   2391  Streaming
-#   2498  Recipes of augmentation
-#   2566  ResNets, Vision Transformer, LARS, Muon
-#   2696  Run folder and signals
-#   2856  Resume
-#   2969  Files of a run
-#   3048  Trained weights
+#   1328  Command line: flags from Args, checks, and sizes to propose
+#   1615  Messages and errors
+#   1785  Several processes
+#   1927  Data sets by name
+#   2000  Folders of images
+#   2373  Streaming
+#   2479  Recipes of augmentation
+#   2547  ResNets, Vision Transformer, LARS, Muon
+#   2711  Run folder and signals
+#   2869  Resume
+#   2979  Files of a run
+#   3057  Trained weights
 
 import argparse
 import collections
@@ -537,7 +537,7 @@ class Tiny(nn.Module):
         super().__init__()
 
         def block(inputs, outputs, kernel=3, stride=1, padding=1):
-            kind = nn.Conv2d if inputs == outputs else PatchConv2d
+            kind = nn.Conv2d if inputs == outputs else PatchConv2d  # there torch's is faster
             convolution = kind(inputs, outputs, kernel, stride, padding, bias=False)
             return convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
 
@@ -850,7 +850,10 @@ def distribute(model, args):
         for name, module in model.named_children():
             if name.endswith("backbone"):  # that of a slow copy too
                 module.forward = torch.compile(module.forward)  # names in a checkpoint stay
-    return model if world_size() == 1 else data_parallel(model)
+    if world_size() > 1:
+        model = nn.parallel.DistributedDataParallel(model)
+        model.broadcast_buffers = False  # they are equal (as an argument it is deprecated)
+    return model
 
 
 def step_seed(seed, step):
@@ -1479,9 +1482,8 @@ def check_model(args, model):
 
 
 def has_fast_bf16(device):
-    """True if the processor computes in bf16 instead of emulating it.
-
-    CUDA from Ampere on, x86 with AVX512-BF16 or AMX (known on Linux only)."""
+    """True if the processor computes in bf16 instead of emulating it: CUDA from Ampere on, x86 with
+    AVX512-BF16 or AMX (known on Linux only)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
@@ -1633,18 +1635,16 @@ def check(condition, message):
         raise UserError(message)
 
 
-def say(text):
+def say(text, stream="stdout"):
     """Print on rank 0."""
     if rank() == 0:
         STATUS.clear()
-        write_words(sys.stdout, f"{text}\n")
+        write_words(getattr(sys, stream), f"{text}\n")
 
 
 def warn(text):
     """Print one line on stderr, on rank 0. The run goes on."""
-    if rank() == 0:
-        STATUS.clear()
-        write_words(sys.stderr, f"{shown(text)}\n")
+    say(shown(text), "stderr")
 
 
 def write_words(stream, text):
@@ -1819,8 +1819,8 @@ def set_up_gpu():
 
 
 def other_device(wanted):
-    """The CPU, or for one process an accelerator that is not CUDA. Raises UserError if --device
-    names another one. What it lacks is done by the CPU until train() ends."""
+    """The CPU, or for one process an accelerator that is not CUDA, whose gaps the CPU fills until
+    train() ends. Raises UserError if --device names another one."""
     found = "cpu"
     if wanted != "cpu" and world_size() == 1 and hasattr(torch, "accelerator"):  # from torch 2.6 on
         if torch.accelerator.is_available():
@@ -1922,13 +1922,6 @@ def synchronise_batch_norm(model):
     for module in model.modules():
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
             module.__class__, module.process_group = kind, None  # None: all processes
-
-
-def data_parallel(model):
-    """The model in DistributedDataParallel, without its broadcast of the (equal) buffers."""
-    model = nn.parallel.DistributedDataParallel(model)
-    model.broadcast_buffers = False  # as an argument it is deprecated
-    return model
 
 
 # ==== Data sets by name ====
@@ -2417,9 +2410,8 @@ class Files:
         return out
 
     def crops(self, batches, args, first_step, device):
-        """For each row of `batches` [steps, n] a list of views, uint8 [n, 3, size, size].
-
-        The crop is drawn from (seed, step, view, row of the global batch)."""
+        """For each row of `batches` [steps, n] a list of views, uint8 [n, 3, size, size]. The crop
+        is drawn from (seed, step, view, row of the global batch)."""
         recipe, first = RECIPES[args.augment], rank() * batches.shape[1]
         recipe = [recipe[v % len(recipe)] for v in range(args.views)]
         tasks = ([(image, step, first + i, recipe, args.seed) for i, image in enumerate(images)]
@@ -2592,9 +2584,9 @@ def build_vit(image_size, width):
 
 
 class PatchConv2d(nn.Conv2d):
-    """With bfloat16 on a CPU, its weights' gradient is one matrix product over all patches. oneDNN's
-    takes up to three times as long, and its threads spin while they wait for each other: beside
-    another program a step took ten times as long."""
+    """In bfloat16 on a CPU, its weights' gradient is one matrix product over all patches: oneDNN's
+    takes up to three times as long, and its threads spin while they wait for each other. Beside
+    another program, a step took ten times as long."""
 
     def forward(self, x):
         if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
@@ -2620,7 +2612,7 @@ class PatchConvolution(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = nn.grad.conv2d_input(x.shape, weight, gradient, stride, padding)
-        patches = F.pad(x, [padding] * 4).unfold(2, k, stride).unfold(3, k, stride).movedim(1, 5)
+        patches = F.pad(x, 4 * (padding,)).unfold(2, k, stride).unfold(3, k, stride).movedim(1, 5)
         gradient = gradient.movedim(1, 3).flatten(0, 2)  # [n h w, filters]
         grad_weight = gradient.T @ patches.flatten(3).flatten(0, 2)  # [n h w, k k c]
         return grad_x, grad_weight.view(filters, k, k, c).movedim(3, 1), None, None
@@ -2780,9 +2772,8 @@ class StopSignals:
 
 
 def open_folder(args):
-    """(the run's folder, its open lock file on rank 0 or None elsewhere).
-
-    Raises UserError if the folder holds a run, is in use or cannot be written."""
+    """(the run's folder, its lock file on rank 0). Raises UserError if it holds a run, is in use or
+    cannot be written."""
     folder = lock = None
     if rank() == 0:
         for folder in candidate_folders(args):
@@ -2796,7 +2787,7 @@ def open_folder(args):
     if dist.is_initialized():
         box = [folder]
         dist.broadcast_object_list(box)
-        folder = box[0]
+        (folder,) = box
     return folder, lock
 
 
@@ -2806,9 +2797,8 @@ def run_name(args):
 
 
 def candidate_folders(args):
-    """--out, or runs/<method>-<dataset>-s<seed> and the same with -2, -3, ... after the last run.
-
-    With --resume: the last that was started. Without: raises UserError if --out holds a run."""
+    """--out, or runs/<method>-<dataset>-s<seed> and the same with -2, -3, ... after the last run;
+    with --resume the last that was started. Raises UserError if --out holds a run."""
     name = run_name(vars(args)).replace("/", "-")
     base = os.path.join("runs", f"{name}-{args.dataset}-s{args.seed}")
     candidates = [args.out] if args.out else [base, *(f"{base}-{i}" for i in range(2, 1000))]
@@ -2912,9 +2902,8 @@ def check_same_run(run, checkpoint):
 
 
 def restore(run, checkpoint):
-    """Put a run into the state of a checkpoint (a dict or None). Returns its step, or 0.
-
-    Raises UserError if the method's file has changed and its model with it."""
+    """Put a run into the state of a checkpoint (a dict or None). Returns its step, or 0. Raises
+    UserError if the method's file has changed and its model with it."""
     if checkpoint is None:
         say(f"no checkpoint in {run.folder}: starting afresh")
         return 0
@@ -2941,9 +2930,8 @@ def restore(run, checkpoint):
 
 
 def load_last(folder):
-    """The newest readable checkpoint of a run folder, with its name under "file", or None.
-
-    A warning names a damaged one. Raises UserError if there are only such."""
+    """The newest readable checkpoint of a run folder, with its name under "file", or None. A
+    warning names a damaged one. Raises UserError if there are only such."""
     faults = []
     for name in ("last.pt", "previous.pt"):
         path = os.path.join(folder, name)
@@ -2970,9 +2958,8 @@ def save_checkpoint(path, checkpoint, keep_as=None):
 
 
 def load_checkpoint(path):
-    """What save_checkpoint wrote. Nothing in the file is executed (weights_only).
-
-    Raises UserError if it is something else, or damaged or edited: the SHA-256 does not fit."""
+    """What save_checkpoint wrote. Nothing in the file is executed (weights_only). Raises UserError
+    if it is something else, or damaged or edited: the SHA-256 does not fit."""
     check(os.path.isfile(path), f"{path}: no such file; try runs/<run>/last.pt")
     try:
         with open(path, "rb") as file:
@@ -2993,9 +2980,8 @@ def load_checkpoint(path):
 
 
 def write_file(path, content, keep_as=None):
-    """Write bytes to a temporary name, flush, rename; keep the old file as `keep_as`.
-
-    Raises UserError if that fails, for example on a full disk. The old file then stays."""
+    """Write bytes to a temporary name, flush, rename; keep the old file as `keep_as`. Raises
+    UserError if that fails, for example on a full disk. The old file then stays."""
     temporary = path + ".tmp"
     try:
         with open(temporary, "wb") as file:

@@ -27,6 +27,7 @@ import contextlib
 import copy
 import importlib
 import multiprocessing
+import os
 import shlex
 import statistics
 import subprocess
@@ -198,10 +199,11 @@ def peak_speed(device, dtype, repeats=10):
 
 @contextlib.contextmanager
 def busy_programs(count):
-    """`count` processes beside this one that compute, at most as long as it lives."""
-    loop = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(10**6))"
+    """`count` processes beside this one that compute, at most as long as it lives. Each is in a
+    session of its own, like one of another terminal, to which Linux gives a share of the cores."""
+    loop = f"import os\nwhile os.getppid() == {os.getpid()}: sum(range(10**6))"
     loop = [sys.executable, "-c", loop]
-    programs = [subprocess.Popen(loop) for _ in range(count)]
+    programs = [subprocess.Popen(loop, start_new_session=True) for _ in range(count)]
     try:
         yield
     finally:

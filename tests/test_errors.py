@@ -9,6 +9,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import benchmark
 import common
 import cw_rgp
 import pytest
@@ -477,3 +478,15 @@ def test_busy_programs_end_with_the_benchmark_however_it_ends():
     """They hold its pipes, so this waits for them."""
     command = "import os, benchmark\nwith benchmark.busy_programs(2): os._exit(3)"
     assert subprocess.run([sys.executable, "-c", command], cwd=ROOT / "tests", capture_output=True, timeout=60).returncode == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "getsid"), reason="no sessions on Windows")
+def test_a_busy_program_is_in_a_session_of_its_own(monkeypatch):
+    """Linux shares the cores among sessions: beside one in our own, threads that spin while they
+    wait would seem to do no harm."""
+    programs = []
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: programs.append(start(*args, **more)) or programs[-1])
+    with benchmark.busy_programs(2):
+        sessions = {os.getsid(program.pid) for program in programs}
+    assert len(sessions) == 2 and os.getsid(0) not in sessions
