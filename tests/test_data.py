@@ -860,6 +860,13 @@ def test_patterns_is_the_default_and_needs_no_files(tmp_path, monkeypatch, no_ne
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("count", [1, 2, 1000, 5000, 49_976, 49_999])
+def test_evenly_spaced_takes_no_image_twice(count):
+    """As floor(i (N - 1) / (count - 1)), in whole numbers: a spacing in float32 took one of 49,976 twice."""
+    found = common.evenly_spaced(torch.arange(50_000), None, count)[0].tolist()
+    assert found == [i * 49_999 // max(1, count - 1) for i in range(count)] and len(set(found)) == count
+
+
 def test_evenly_spaced_copies_nothing_that_is_already_few_and_spares_no_class_otherwise():
     """The kNN at the end of a run sees all images up to 100,000: the very tensor, not a second copy of the data set."""
     images, labels = torch.arange(60).view(60, 1, 1, 1), torch.arange(60) // 6
