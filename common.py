@@ -18,46 +18,46 @@ one piece. Part II is the rest. A default run enters it, too: command line, mess
 #    245  set_up             device, precision, other processes
 #    269  load_data          read or draw the data set: Data
 #    517  build_backbone     the network whose output is H
-#    565  build_optimizer    Adam, SGD, LARS or Muon
-#    604  Run                the run's folder, checkpoints, log and checks
-#    844  distribute         the model for several processes, or compiled
-#    627  Run.resume         the step to start from, usually 0
+#    567  build_optimizer    Adam, SGD, LARS or Muon
+#    606  Run                the run's folder, checkpoints, log and checks
+#    846  distribute         the model for several processes, or compiled
+#    629  Run.resume         the step to start from, usually 0
 #    341  Data.batches       the batches of an epoch, uint8
-#    859  step_seed          the seed of a step's random draws
+#    861  step_seed          the seed of a step's random draws
 #    356  Data.augment       the random views of a batch
-#   1122  learning_rate      the schedule's factor at a step
-#    645  Run.guard          a failed decomposition becomes a clear error
-#   1138  gather             embeddings of all processes, with gradient
-#    649  Run.watch          note whether loss and gradients are finite
-#    656  Run.progress       stop if they were not; show the status line
-#    667  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    675  Run.mean_loss      the mean loss of the epoch
-#   1152  extract            H of a set of images
-#   1173  project            Z of H
-#   1184  collapse_metrics   how much of its space a set of embeddings fills
-#   1255  knn_accuracy       accuracy of a vote among the nearest training images
-#    684  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    725  Run.save_backbone  write backbone.pt
-#    733  Run.close          print the scores
+#   1129  learning_rate      the schedule's factor at a step
+#    647  Run.guard          a failed decomposition becomes a clear error
+#   1145  gather             embeddings of all processes, with gradient
+#    651  Run.watch          note whether loss and gradients are finite
+#    658  Run.progress       stop if they were not; show the status line
+#    669  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    677  Run.mean_loss      the mean loss of the epoch
+#   1159  extract            H of a set of images
+#   1180  project            Z of H
+#   1191  collapse_metrics   how much of its space a set of embeddings fills
+#   1262  knn_accuracy       accuracy of a vote among the nearest training images
+#    686  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    727  Run.save_backbone  write backbone.pt
+#    735  Run.close          print the scores
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1713  main               run train(); print an expected error as one line
-#   1403  parse_args         Args from the command line
-#   1887  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1720  main               run train(); print an expected error as one line
+#   1410  parse_args         Args from the command line
+#   1894  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1328  Command line: flags from Args, checks, and sizes to propose
-#   1615  Messages and errors
-#   1785  Several processes
-#   1927  Data sets by name
-#   2000  Folders of images
-#   2373  Streaming
-#   2479  Recipes of augmentation
-#   2547  ResNets, Vision Transformer, LARS, Muon
-#   2711  Run folder and signals
-#   2869  Resume
-#   2979  Files of a run
-#   3057  Trained weights
+#   1335  Command line: flags from Args, checks, and sizes to propose
+#   1622  Messages and errors
+#   1792  Several processes
+#   1934  Data sets by name
+#   2007  Folders of images
+#   2380  Streaming
+#   2486  Recipes of augmentation
+#   2554  ResNets, Vision Transformer, LARS, Muon
+#   2717  Run folder and signals
+#   2875  Resume
+#   2985  Files of a run
+#   3063  Trained weights
 
 import argparse
 import collections
@@ -363,7 +363,7 @@ class Data:
         """images[index] without randomness, normalised: yields float32 [n, 3, size, size]."""
         for x in parts_of(images, index, batch_size, self.args.num_workers):
             x = centre_view(x.to(self.device).float() / 255, self.size)
-            yield ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+            yield channels_last((x - self.mean) / self.std)
 
 
 def place(images, device):
@@ -537,9 +537,9 @@ class Tiny(nn.Module):
         super().__init__()
 
         def block(inputs, outputs, kernel=3, stride=1, padding=1):
-            kind = nn.Conv2d if inputs == outputs else PatchConv2d  # there torch's is faster
+            kind = nn.Conv2d if inputs == outputs else PatchConv2d  # torch's is faster
             convolution = kind(inputs, outputs, kernel, stride, padding, bias=False)
-            return convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+            return convolution, nn.BatchNorm2d(outputs), nn.ReLU()  # in place is slower
 
         w = width
         self.layers = nn.Sequential(
@@ -549,14 +549,16 @@ class Tiny(nn.Module):
             nn.MaxPool2d(2),  # [N, 3 w, S/8, S/8]
             *block(3 * w, 6 * w),
             *block(6 * w, 8 * w),
-            nn.AdaptiveAvgPool2d(2),  # [N, 8 w, 2, 2], the means of the quarters
-            nn.Flatten())
+            nn.AdaptiveAvgPool2d(2))  # [N, 8 w, 2, 2], means of quarters
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
-        return self.layers(x)
+        h = self.layers(x)
+        if h.requires_grad:
+            h.register_hook(channels_last)  # else the pool's backward is slow
+        return h.flatten(1)
 
 
 # ==== Optimizer ====
@@ -886,15 +888,20 @@ def augment(images, recipe, views, size, mean, std, seed, step, rank=0, world_si
         params = [{key: array[rows] for key, array in p.items()} for p in params]
         with torch.autocast(batch.device.type, enabled=False):  # resampling needs float32
             x = apply(view, batch, params, size, cropped)
-        x = x.contiguous(memory_format=torch.channels_last)  # no copy right after a crop
+        x = channels_last(x)  # no copy right after a crop
         out.append(x.sub_(mean).div_(std))
     return out
 
 
 def whole_image(numbers, size, device):
-    """Three numbers -> float32 [1, 3, size, size], channels_last, which is faster to subtract."""
+    """Three numbers -> float32 [1, 3, size, size], channels_last: faster to subtract."""
     numbers = torch.as_tensor(numbers, dtype=torch.float32, device=device).view(1, 3, 1, 1)
-    return numbers.expand(1, 3, size, size).contiguous(memory_format=torch.channels_last)
+    return channels_last(numbers.expand(1, 3, size, size))
+
+
+def channels_last(x):
+    """[N, C, H, W] with channels last in memory."""
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def draw(view, n, height, width, rng):
@@ -2585,8 +2592,7 @@ def build_vit(image_size, width):
 
 class PatchConv2d(nn.Conv2d):
     """In bfloat16 on a CPU, its weights' gradient is one matrix product over all patches: oneDNN's
-    takes up to three times as long, and its threads spin while they wait for each other. Beside
-    another program, a step took ten times as long."""
+    takes up to three times as long, and beside another program its threads wait for each other."""
 
     def forward(self, x):
         if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
@@ -2597,7 +2603,7 @@ class PatchConv2d(nn.Conv2d):
 
 
 class PatchConvolution(torch.autograd.Function):
-    """Of x [n, c, H, W] and weight [filters, c, k, k] -> [n, filters, h, w]. See PatchConv2d."""
+    """Of x [n, c, H, W] and weight [filters, c, k, k] -> [n, filters, h, w]."""
 
     @staticmethod
     def forward(ctx, x, weight, stride, padding):
