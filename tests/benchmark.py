@@ -57,8 +57,9 @@ WHY = {
     "barlow": "one d x d matrix per pair of views: d^2",
     "vicreg": "one d x d covariance per view: d^2",
     "wmse": "d x d Cholesky per slice: d^3, and it needs w > d",
-    "shuffled_dbn": "g eigen-decompositions of (d / g)^2: d^3 / g^2",
-    "cw_rgp": "w_iter N g / w eigen-decompositions of w x w: N g w^2, hence d only through g",
+    "shuffled_dbn": "per view, g eigen-decompositions of (d / g)^2: d^3 / g^2",
+    "cw_rgp": "per view, w_iter N g / w eigen-decompositions of w x w: N g w^2, hence d only "
+              "through g",
 }
 
 

@@ -14,14 +14,17 @@ import importlib
 import io
 import itertools
 import math
+import os
+import sys
 from dataclasses import dataclass, field
 
-import check
-import numpy as np
-import reference as ref
-import torch
-
-import common
+ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+sys.path[1:1] = [ROOT, os.path.join(ROOT, "methods")]
+import common  # noqa: E402
+import check  # noqa: E402
+import reference as ref  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
 # ==============================================================================
 # What is asked, and its cases

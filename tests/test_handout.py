@@ -5,6 +5,7 @@ import ast
 import csv
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -622,3 +623,11 @@ def test_the_knn_of_a_run_is_computed_from_its_backbone(tmp_path):
     assert row["points"] == 0 and re.search(r"Your 20-NN is 2\d\.\d %", row["text"]), row
     torch.save({"layers": print}, place / "backbone.pt")
     assert "cannot be read" in handout.trained_row(tmp_path, "simclr")["text"]
+
+
+def test_the_usual_mistakes_are_printed_by_the_command_of_the_page(tmp_path):
+    """From any folder, and without a PYTHONPATH."""
+    surroundings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(ROOT / "tests" / "mistakes.py")]
+    result = subprocess.run(command, cwd=tmp_path, env=surroundings, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout == mistakes.table(), result.stderr
