@@ -10,11 +10,11 @@
 
 Contents, by line number (`python tests/test_common.py` writes them):
      84  command line             the flags, and what is refused before measuring
-    201  a run and its data       from a checkpoint to networks; a hash shows that these stay
-    347  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
-    620  report                   what is printed, and written by --json
-    744  pictures and files       --views, --neighbors, --plot, --save
-    943  all runs                 one after the other
+    205  a run and its data       from a checkpoint to networks; a hash shows that these stay
+    351  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
+    624  report                   what is printed, and written by --json
+    748  pictures and files       --views, --neighbors, --plot, --save
+    947  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -170,6 +170,10 @@ def check_writable(flag, path):
         return common.check(os.access(path, os.W_OK), f"{flag} {path} is read-only; try a file")
     temporary = os.path.realpath(path) + ".tmp"
     try:
+        if flag == "--json" and os.path.exists(path):  # a checkpoint, by a slip of the hand
+            with open(path, "rb") as file:
+                common.check(file.read(1) in (b"", b"{", b"["),
+                             f"--json {path} is there and has no JSON in it; try {path}.json")
         open(temporary, "wb").close()
         os.remove(temporary)
     except OSError as error:

@@ -901,8 +901,16 @@ def grade(parts, root, seconds, strict=False):
     return rows
 
 
+def refuse(message):
+    """End with one line and status 2."""
+    print(f"check.py: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def homework():
     """All (method, part) that are asked, in order."""
+    if not (HERE / "answers" / "task.json").exists():
+        refuse("there are no answers beside it; run the check.py in the folder of handout.py")
     task = json.loads((HERE / "answers" / "task.json").read_text())
     return [(method, part) for method in task["methods"] for part in task["parts"]]
 
@@ -914,10 +922,13 @@ def check(method=None, part=None, row=None):
     wanted = [(m, p) for m, p in homework() if method in (None, m) and part in (None, p)]
     if not wanted:
         known = ", ".join(f"{m} {p}" for m, p in homework())
-        raise SystemExit(f"check.py: error: nothing is asked under that name; try {known}")
+        refuse(f"nothing is asked under that name; try {known}")
     won, most, extra = 0, 0, 0
     for (method, part), rows in zip(wanted, check_parts(wanted)):
+        names = ", ".join(one["name"] for one in rows)
         rows = [one for one in rows if row in (None, one["name"])]
+        if not rows:
+            refuse(f"{method} {part} has no line {row}; try {names}")
         print(f"\n{method}, {part}: {total(rows)} of {total(rows, 'of')} points")
         for one in rows:
             points = f"{one['points']}/{one['of']}" + (" extra" if one["extra"] else "")
@@ -1010,6 +1021,9 @@ def main():
         return answer(Path(args.answer[0]))
     if args.train:
         methods = [m for m in dict(homework()) if args.method in (None, m)]
+        if not methods:
+            known = ", ".join(dict(homework()))
+            refuse(f"{args.method} is not asked; try {known}")
         return sys.exit(0 if all([train(method) for method in methods]) else 1)
     sys.exit(0 if check(args.method, args.part, args.row) else 1)
 

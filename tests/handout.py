@@ -728,7 +728,7 @@ def parse_args(argv=None):
     parser.add_argument("--out", help="folder to write (default: homework, or grades)")
     parser.add_argument("--grade", metavar="SUBMISSIONS", help="grade the folder with a folder for "
                         "each student, or with one student's files")
-    parser.add_argument("--seed", type=common.number(int, least=1, most=2**31 - 1),
+    parser.add_argument("--seed", type=common.number(int, least=1, most=2**31 - 1, example=7),
                         help="with --grade: draws the numbers to grade with; keep it to yourself")
     parser.add_argument("--train", action="store_true", help="with --grade: also measure the 20-NN "
                         "of runs/METHOD-patterns-s0/backbone.pt")

@@ -608,6 +608,21 @@ def test_bad_flags(trained, argv, words, tmp_path, monkeypatch):
     assert is_one_line_error(result) and words in result.err
 
 
+def test_figures_do_not_replace_a_checkpoint_but_older_figures(trained, tmp_path):
+    """`--json runs/*/last.pt`, for example, gives it the first of the files."""
+    for name in ("last.pt", "metrics.csv"):
+        path = tmp_path / name
+        shutil.copy(trained / name, path)
+        result = run_here("eval", [*QUICK, "--json", path, trained])
+        assert is_one_line_error(result) and f"try {path}.json" in result.err
+        assert path.read_bytes() == (trained / name).read_bytes()
+    for content in ("", "[1]"):
+        path = tmp_path / "old.json"
+        path.write_text(content)
+        assert run_here("eval", [*QUICK, "--json", path, trained, "--features", "H"]).status == 0
+        assert json.loads(path.read_text())[0]["method"]
+
+
 @pytest.mark.parametrize("kind, words", [
     ("missing", "no such file"), ("empty folder", "no last.pt"), ("truncated", "damaged"), ("random", "no checkpoint"),
     ("zero bytes", "no checkpoint"),

@@ -567,8 +567,12 @@ def test_a_student_works_in_the_folder_with_check_and_pytest(tmp_path):
     assert result.status == 0 and "Together: 10 of 10 points, and 2 extra" in result.out
     result = run_script("-mpytest", "-q", "-p", "no:cacheprovider", cwd=home)
     assert result.status == 0 and "2 passed" in result.out, result.out
-    result = run_script("check.py", "simclr", "model", cwd=home)
-    assert result.status == 1 and "try simclr loss" in result.err
+    for argv, known in ((["simclr", "model"], "try simclr loss"), (["simclr", "loss", "typo: value"], "try nt_xent_loss: value"),
+                        (["simlcr", "--train"], "try simclr")):
+        result = run_script("check.py", *argv, cwd=home)
+        assert result.status == 2 and is_one_line_error(result) and known in result.err, result.err
+    result = run_script(ROOT / "tests" / "check.py", cwd=home)
+    assert is_one_line_error(result) and "answers" in result.err
 
 
 def test_the_workflow_for_github_classroom_has_a_step_for_each_row_of_points():
