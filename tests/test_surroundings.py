@@ -828,7 +828,7 @@ def test_json_to_a_fifo_is_written_into_it(finished, tmp_path):
 def test_json_through_a_symlink_reaches_its_target(finished, tmp_path):
     (tmp_path / "disk").mkdir()
     link, target = tmp_path / "figures.json", tmp_path / "disk" / "real.json"
-    for content in (None, "old" * 10000):
+    for content in (None, json.dumps(["old"] * 10000)):
         if content:
             target.write_text(content)
         link.unlink(missing_ok=True)
