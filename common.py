@@ -537,7 +537,7 @@ class Tiny(nn.Module):
         super().__init__()
 
         def block(inputs, outputs, kernel=3, stride=1, padding=1):
-            kind = nn.Conv2d if inputs == outputs else PatchConv2d  # torch's is faster
+            kind = nn.Conv2d if inputs == outputs else PatchConv2d  # there torch's is faster
             convolution = kind(inputs, outputs, kernel, stride, padding, bias=False)
             return convolution, nn.BatchNorm2d(outputs), nn.ReLU()  # in place is slower
 
@@ -888,7 +888,7 @@ def augment(images, recipe, views, size, mean, std, seed, step, rank=0, world_si
         params = [{key: array[rows] for key, array in p.items()} for p in params]
         with torch.autocast(batch.device.type, enabled=False):  # resampling needs float32
             x = apply(view, batch, params, size, cropped)
-        x = channels_last(x)  # no copy right after a crop
+        x = channels_last(x)  # no copy after a crop
         out.append(x.sub_(mean).div_(std))
     return out
 
@@ -900,7 +900,7 @@ def whole_image(numbers, size, device):
 
 
 def channels_last(x):
-    """[N, C, H, W] with channels last in memory."""
+    """[N, C, H, W], channels last in memory."""
     return x.contiguous(memory_format=torch.channels_last)
 
 

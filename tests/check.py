@@ -924,11 +924,12 @@ def check(method=None, part=None, row=None):
         known = ", ".join(f"{m} {p}" for m, p in homework())
         refuse(f"nothing is asked under that name; try {known}")
     won, most, extra = 0, 0, 0
-    for (method, part), rows in zip(wanted, check_parts(wanted)):
-        names = ", ".join(one["name"] for one in rows)
+    reports = list(check_parts(wanted))
+    names = [one["name"] for rows in reports for one in rows]
+    if row not in (None, *names):
+        refuse(f"no line is called {row}; try {', '.join(names)}")
+    for (method, part), rows in zip(wanted, reports):
         rows = [one for one in rows if row in (None, one["name"])]
-        if not rows:
-            refuse(f"{method} {part} has no line {row}; try {names}")
         print(f"\n{method}, {part}: {total(rows)} of {total(rows, 'of')} points")
         for one in rows:
             points = f"{one['points']}/{one['of']}" + (" extra" if one["extra"] else "")

@@ -112,7 +112,7 @@ class PoolGradients(TorchDispatchMode):
 
 
 def test_the_gradient_of_tinys_pooling_is_channels_last():
-    """In the layout that the heads send, it takes five times as long on a CPU."""
+    """In the layout that the heads send, it takes several times as long on a CPU."""
     h = common.build_backbone("tiny", 32)[0](images(4, 32).contiguous(memory_format=torch.channels_last))
     with PoolGradients() as seen:
         h.square().sum().backward()
