@@ -10,54 +10,54 @@ one piece. Part II is the rest. A default run enters it, too: command line, mess
 #
 # Part I, what a method file calls:
 #
-#    116  flag               a field of Args: default, help, bounds
-#    126  Args               the flags that all nine methods share
-#    208  world_size         the number of processes (MoCo)
-#    213  rank               this process's number among them (MoCo)
-#    222  gives_back         signal handlers, lock and processes, when train() ends
-#    245  set_up             device, precision, other processes
-#    269  load_data          read or draw the data set: Data
-#    517  build_backbone     the network whose output is H
-#    567  build_optimizer    Adam, SGD, LARS or Muon
-#    606  Run                the run's folder, checkpoints, log and checks
-#    846  distribute         the model for several processes, or compiled
-#    629  Run.resume         the step to start from, usually 0
-#    341  Data.batches       the batches of an epoch, uint8
-#    861  step_seed          the seed of a step's random draws
-#    356  Data.augment       the random views of a batch
-#   1129  learning_rate      the schedule's factor at a step
-#    647  Run.guard          a failed decomposition becomes a clear error
-#   1145  gather             embeddings of all processes, with gradient
-#    651  Run.watch          note whether loss and gradients are finite
-#    658  Run.progress       stop if they were not; show the status line
-#    669  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    677  Run.mean_loss      the mean loss of the epoch
-#   1159  extract            H of a set of images
-#   1180  project            Z of H
-#   1191  collapse_metrics   how much of its space a set of embeddings fills
-#   1262  knn_accuracy       accuracy of a vote among the nearest training images
-#    686  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    727  Run.save_backbone  write backbone.pt
-#    735  Run.close          print the scores
+#    117  flag               a field of Args: default, help, bounds
+#    127  Args               the flags that all nine methods share
+#    209  world_size         the number of processes (MoCo)
+#    214  rank               this process's number among them (MoCo)
+#    223  gives_back         signal handlers, lock and processes, when train() ends
+#    246  set_up             device, precision, other processes
+#    270  load_data          read or draw the data set: Data
+#    519  build_backbone     the network whose output is H
+#    569  build_optimizer    Adam, SGD, LARS or Muon
+#    608  Run                the run's folder, checkpoints, log and checks
+#    848  distribute         the model for several processes, or compiled
+#    631  Run.resume         the step to start from, usually 0
+#    342  Data.batches       the batches of an epoch, uint8
+#    863  step_seed          the seed of a step's random draws
+#    357  Data.augment       the random views of a batch
+#   1132  learning_rate      the schedule's factor at a step
+#    649  Run.guard          a failed decomposition becomes a clear error
+#   1148  gather             embeddings of all processes, with gradient
+#    653  Run.watch          note whether loss and gradients are finite
+#    660  Run.progress       stop if they were not; show the status line
+#    671  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    679  Run.mean_loss      the mean loss of the epoch
+#   1162  extract            H of a set of images
+#   1183  project            Z of H
+#   1194  collapse_metrics   how much of its space a set of embeddings fills
+#   1265  knn_accuracy       accuracy of a vote among the nearest training images
+#    688  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    729  Run.save_backbone  write backbone.pt
+#    737  Run.close          print the scores
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1720  main               run train(); print an expected error as one line
-#   1410  parse_args         Args from the command line
-#   1894  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1729  main               run train(); print an expected error as one line
+#   1413  parse_args         Args from the command line
+#   1903  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1335  Command line: flags from Args, checks, and sizes to propose
-#   1622  Messages and errors
-#   1792  Several processes
-#   1934  Data sets by name
-#   2007  Folders of images
-#   2380  Streaming
-#   2486  Recipes of augmentation
-#   2554  ResNets, Vision Transformer, LARS, Muon
-#   2717  Run folder and signals
-#   2875  Resume
-#   2985  Files of a run
-#   3063  Trained weights
+#   1338  Command line: flags from Args, checks, and sizes to propose
+#   1625  Messages and errors
+#   1801  Several processes
+#   1943  Data sets by name
+#   2016  Folders of images
+#   2394  Streaming
+#   2500  Recipes of augmentation
+#   2568  ResNets, Vision Transformer, LARS, Muon
+#   2736  Run folder and signals
+#   2896  Resume
+#   3007  Files of a run
+#   3085  Trained weights
 
 import argparse
 import collections
@@ -77,6 +77,7 @@ import operator
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -392,6 +393,7 @@ def parts_of(images, index, batch_size, num_workers):
     """images[index] in batches, uint8 [n, 3, H, W], of Files their centres."""
     if isinstance(images, Files):
         return images.centres(index, batch_size, num_workers)
+    check_images(images)
     return (images[i.to(images.device)] for i in index.split(batch_size))
 
 
@@ -739,7 +741,7 @@ class Run:
         if scores:
             first, *others = [f"{name} {100 * score:.2f} %" for name, score in scores.items()]
             test, bank = len(self.data.test), len(self.data.large_bank)
-            say(f"{first}  ({', '.join(others)}; k = 20, cosine, T = 0.07, "
+            say(f"{first}  ({', '.join(others)}; k = {min(20, bank)}, cosine, T = 0.07, "
                 f"{test} test images against {bank} training images)")
         else:
             say("no labelled training and test images, so no kNN; "
@@ -874,12 +876,13 @@ def augment(images, recipe, views, size, mean, std, seed, step, rank=0, world_si
     images: uint8 [n, 3, H, W], or a list with a batch of crops per view (by a loader). recipe: a
     name in RECIPES. mean, std: three numbers each. The draws are a function of (seed, step), on any
     device. They are those of the global batch of world_size * n images, of which this rank has the
-    rows from rank * n on. Raises ValueError if other sizes are not cropped."""
+    rows from rank * n on. Raises UserError or ValueError for others."""
     cropped, out = isinstance(images, (list, tuple)), []
     device = images[0].device
     mean, std = whole_image(mean, size, device), whole_image(std, size, device)
     for number_of_view in range(views):
         batch = images[number_of_view] if cropped else images
+        check_images(batch)
         n, _, height, width = batch.shape
         view = RECIPES[recipe][number_of_view % len(RECIPES[recipe])]
         rng = np.random.default_rng((seed, 0, step, number_of_view))
@@ -1449,7 +1452,7 @@ def check_values(args):
             text, words = "\0", words_of(name, metadata)
             if isinstance(value, (str, os.PathLike)):
                 text = str(os.fspath(value))  # numpy's text would not go into a checkpoint
-            known = text in words if words else "\0" not in text and len(text) <= 1000
+            known = text in words if words else text and "\0" not in text and len(text) <= 1000
             check(known, f"{option}: {value!r} is not known; try {default or 'a name'}")
             setattr(args, name, text)
     check_backbone(args.backbone)
@@ -1580,7 +1583,7 @@ def mentioned(texts, sizes):
 
 def as_flags(sizes):
     """{"w_size": 64} -> "--w-size 64"."""
-    return " ".join(f"{option_of(name)} {value}" for name, value in sizes.items())
+    return " ".join(f"{option_of(name)} {shlex.quote(str(value))}" for name, value in sizes.items())
 
 
 def sizes_that_fit(args, sizes):
@@ -1640,6 +1643,12 @@ def check(condition, message):
     """Raise UserError unless `condition` holds. The message names flag or file, fault, remedy."""
     if not condition:
         raise UserError(message)
+
+
+def check_images(images):
+    """Raise UserError unless images are uint8 [N, 3, H, W]."""
+    right = images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3
+    check(right, f"images are {images.dtype} {list(images.shape)}; try uint8 [N, 3, H, W]")
 
 
 def say(text, stream="stdout"):
@@ -1999,7 +2008,7 @@ def load_tinyimagenet(args, device):
     train = with_classes(root, "train", list_images(root, skipped), skipped)
     with open(annotations) as file:
         rows = csv.reader(file, delimiter="\t")
-        test = [(os.path.join("val", "images", name), wnid) for name, wnid, *_ in rows]
+        test = [(os.path.join("val", "images", row[0]), row[1]) for row in rows if row]
     skipped.clear()  # what is not to be read, such as *_boxes.txt
     return data_from_files(args, device, root, train=train, test=test, skipped=skipped)
 
@@ -2194,6 +2203,11 @@ def data_from_files(args, device, root, train, test, skipped, note="", statistic
         note = f" (held out: --test-fraction {args.test_fraction:g})" if rows[1] else ""
         loaded = [loaded[0][mine] for mine in rows]
         train, test = ([train[i] for i in mine] for mine in rows)
+    if not stream:
+        seen = {hash(image.tobytes()) for image in loaded[0].numpy()}
+        same = sum(hash(image.tobytes()) in seen for image in loaded[1].numpy())
+        if same:
+            warn(f"{same} of the {len(test)} test images are training images, too")
     number_of, parts = {name: i for i, name in enumerate(class_names)}, []
     for images, pixels in zip((train, test), loaded, strict=True):
         labels = [number_of[name] for _, name in images if name in number_of]
@@ -2595,7 +2609,12 @@ class PatchConv2d(nn.Conv2d):
     takes up to three times as long, and beside another program its threads wait for each other."""
 
     def forward(self, x):
-        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        plain = (self.groups, self.dilation, self.padding_mode) == (1, (1, 1), "zeros")
+        pairs = self.kernel_size, self.stride, self.padding
+        square = all(pair == pair[:1] * 2 for pair in pairs)
+        autocast = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        if not (plain and square and autocast and x.dtype != torch.float64
+                and torch.get_autocast_dtype("cpu") == torch.bfloat16):
             return super().forward(x)
         x, weight = x.bfloat16(), self.weight.bfloat16()
         y = PatchConvolution.apply(x, weight, self.stride[0], self.padding[0])
@@ -2722,6 +2741,8 @@ CHECKPOINT_FORMAT = "nine-ssl-methods-4"
 FREE_ON_RESUME = {"epochs", "out", "resume", "device", "num_workers", "log_every", "save_every",
                   "keep_every", "compile", "data_dir", "given", "init"}
 
+RESULTS = "metrics.csv", "backbone.pt"  # of a run; never written over by another
+
 STOP_SIGNALS = [number_ for number_ in signal.Signals if number_.name in
                 ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")]  # of clusters
 
@@ -2763,7 +2784,7 @@ class StopSignals:
         """End after a signal. Ctrl-C is a KeyboardInterrupt, so that a notebook lives on."""
         if dist.is_initialized():
             dist.barrier()  # until rank 0 has saved: torchrun ends all when the first one leaves
-        out = f" --out {self.args.out}" if self.args.out else ""
+        out = " " + as_flags({"out": self.args.out}) if self.args.out else ""
         words = f"stopped after step {step} of {total_steps}; go on with --resume{out}"
         say(words)
         if self.number == signal.SIGINT:
@@ -2784,7 +2805,7 @@ def open_folder(args):
     if rank() == 0:
         for folder in candidate_folders(args):
             lock = lock_folder(folder)
-            if lock and (args.resume or not holds_run(folder)):  # another may just have ended
+            if lock and (args.resume or not holds_run(folder, *RESULTS)):  # one may have just ended
                 at_end(lock.close)
                 break
             lock = None
@@ -2811,7 +2832,7 @@ def candidate_folders(args):
     if args.resume:
         started = [path for path in candidates if holds_run(path, "config.json")]
         return started[-1:] or candidates[:1]
-    taken = [i for i, path in enumerate(candidates) if holds_run(path)]
+    taken = [i for i, path in enumerate(candidates) if holds_run(path, *RESULTS)]
     check(not (args.out and taken), f"--out {args.out} already holds a run; "
           f"add --resume to go on with it, or try --out {args.out}-2")
     return candidates[max(taken, default=-1) + 1:]
@@ -2952,6 +2973,7 @@ def load_last(folder):
             return {**checkpoint, "file": name}
     check(not faults, f"{' '.join(faults[:1])}; no older checkpoint is readable: "
           "train again with another --out")
+    check(not holds_run(folder, *RESULTS), f"{folder} has results, but no last.pt; put it back")
     return None
 
 
@@ -3082,8 +3104,7 @@ def load_backbone(run, device="cpu"):
     def prepare(images):
         images = torch.as_tensor(images) if isinstance(images, np.ndarray) else images
         if torch.is_tensor(images):
-            check(images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3,
-                  f"images are {images.dtype} {list(images.shape)}; try uint8 [N, 3, H, W]")
+            check_images(images)
             x = centre_view(images.float() / 255, statistics["size"])
         else:
             images = [images] if isinstance(images, (str, os.PathLike)) else images

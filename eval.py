@@ -138,6 +138,7 @@ def parse_args(argv=None):
     common.check(common.world_size() == 1, "eval.py is one process; start it without torchrun")
     common.check(args.dataset != "folder" or args.data_dir,
                  "--dataset folder needs --data-dir DIR, the folder of your images")
+    common.check(args.data_dir != "", "--data-dir needs the name of a folder; try it without")
     check_outputs(args)
     common.check(args.save or args.split == "all", "--split is of --save; try --save features.npz")
     common.check(len(args.runs) == 1 or not (args.neighbors or args.views or args.save),
@@ -957,6 +958,8 @@ def run(args):
     settings, device = common.set_up(settings)
     args.precision = settings.precision  # fp32 or bf16
     reports, spectra, methods = [], [], {}
+    for path in args.runs[1:]:
+        load_run(path, device)  # refuse a damaged one now, not after measuring those before it
     for path in args.runs:
         trained = load_run(path, device)
         data = load_data(trained, args, device)

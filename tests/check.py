@@ -881,8 +881,7 @@ def check_parts(wanted):
     """The rows of each (method, part), all of a method in one start of Python."""
     parts = []
     for method, part in wanted:
-        answers = json.loads((HERE / "answers" / f"{method}.json").read_text())
-        parts.append({**answers[part], "method": method, "part": part,
+        parts.append({**answers_in(method)[part], "method": method, "part": part,
                       "file": HERE / "methods" / f"{method}.py"})
     return grade(parts, HERE, SECONDS)
 
@@ -907,11 +906,20 @@ def refuse(message):
     raise SystemExit(2)
 
 
+def answers_in(name):
+    """The content of answers/NAME.json."""
+    path = HERE / "answers" / f"{name}.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        refuse(f"there is no answers/{name}.json; run the check.py in the folder of handout.py")
+    except (OSError, ValueError) as error:
+        refuse(f"answers/{name}.json cannot be read ({error}); take it from the homework again")
+
+
 def homework():
     """All (method, part) that are asked, in order."""
-    if not (HERE / "answers" / "task.json").exists():
-        refuse("there are no answers beside it; run the check.py in the folder of handout.py")
-    task = json.loads((HERE / "answers" / "task.json").read_text())
+    task = answers_in("task")
     return [(method, part) for method in task["methods"] for part in task["parts"]]
 
 
@@ -946,8 +954,7 @@ def total(rows, key="points"):
 
 def rows_of(method, part):
     """The names of the rows that win points."""
-    answers = json.loads((HERE / "answers" / f"{method}.json").read_text())
-    return [f"{group['name']}: {what}" for group in answers[part]["groups"]
+    return [f"{group['name']}: {what}" for group in answers_in(method)[part]["groups"]
             for what in group["points"]]
 
 
@@ -986,8 +993,7 @@ def train(method):
     if accuracy is None:
         print(f"{method}: no 20-NN was measured")
         return False
-    task = json.loads((HERE / "answers" / "task.json").read_text())
-    words, learned = compare_knn(accuracy, task["knn"][method])
+    words, learned = compare_knn(accuracy, answers_in("task")["knn"][method])
     early = "" if child.returncode == 0 else " It did not come to its end, the reference did."
     print(f"{method}: {words}{early}")
     return learned
@@ -1030,4 +1036,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -754,6 +754,7 @@ def parse_args(argv=None):
     for word in ("exact", "all", "page"):
         common.check(word not in args.what or len(args.what) == 1,
                      f"{' '.join(args.what)}: {word} stands by itself; try claims.py {word}")
+    common.check(args.cache, "--cache needs the name of a folder; try it without")
     gradients = args.what[:1] == ["gradients"]
     common.check(not gradients or args.what[1:],
                  "gradients needs a run's folder; try claims.py gradients runs/simclr-patterns-s0")

@@ -547,10 +547,18 @@ def submissions_in(folder):
     common.check(folder.is_dir(), f"--grade {folder} is no folder; give the one with a folder for "
                  "each student")
     own = [folder / place / f"{method}.py" for method in METHODS for place in ("", "methods")]
-    if any(path.is_file() for path in own):
+    inside = [path for path in sorted(folder.iterdir()) if not path.name.startswith((".", "__"))]
+    found = [path for path in inside if path.is_dir() and not path.is_symlink()]
+    stray = [path for path in own if path.is_file()]
+    if stray:
+        others = [path.name for path in found
+                  if path.name != "methods" and file_of(path, stray[0].stem)]
+        common.check(len(others) < 2, f"--grade {folder}: {stray[0]} lies beside folders that have "
+                     f"it, too ({common.listed(others)}); move it away")
         return [(folder.resolve().name, folder)]
-    found = [path for path in sorted(folder.iterdir())
-             if path.is_dir() and not path.is_symlink() and not path.name.startswith((".", "__"))]
+    rest = [path.name for path in inside if path not in found]
+    if rest:
+        common.warn(f"not graded, since they are files or links: {common.listed(rest)}")
     common.check(found, f"--grade {folder} has no folders in it; give the one with a folder for "
                  "each student")
     clash = [path.name for path in found if path.name.lower() == "grades.csv"]
@@ -594,6 +602,7 @@ def asked_parts(submissions, methods):
 def grade(folder, methods, parts, seed, out, train=False):
     """Grade all submissions in `folder`; write grades.csv and a results.json for each student."""
     submissions = submissions_in(folder)
+    make_writable(out)
     methods = methods or [m for m in METHODS if any(file_of(f, m) for _, f in submissions)]
     common.check(methods, f"--grade {folder}: no file like simclr.py in it; name the methods")
     parts = parts or asked_parts(submissions, methods)
@@ -601,7 +610,6 @@ def grade(folder, methods, parts, seed, out, train=False):
           f"seed {seed}", flush=True)
     answers = {(method, part): answers_of(method, part, seed) for method in methods
                for part in parts}
-    out.mkdir(parents=True, exist_ok=True)
     table = []
     for student, place in submissions:
         wanted = [{**answers[method, part], "method": method, "part": part,
@@ -614,11 +622,22 @@ def grade(folder, methods, parts, seed, out, train=False):
         table.append(grades_row(student, rows))
         print(f"{table[-1]['student']}: {table[-1]['points']} of {table[-1]['of']} points, "
               f"{table[-1]['extra']} extra", flush=True)
-    with open(out / "grades.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(table[0]))
+    writer.writeheader()
+    writer.writerows(table)
+    common.write_file(str(out / "grades.csv"), text.getvalue().encode())
     print(f"{out}/grades.csv, and results.json for each student")
+
+
+def make_writable(out):
+    """Make the folder `out`. Raises UserError if that fails or it is read-only."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise common.UserError(f"--out {out} cannot be made ({error.strerror}); "
+                               "try another folder") from error
+    common.check(os.access(out, os.W_OK), f"--out {out} is read-only; try another folder")
 
 
 def grades_row(student, rows):
@@ -637,7 +656,8 @@ def write_results(folder, rows):
               "max_score": 0 if row["extra"] else row["of"], "output": row["text"]}
              for (method, part), found in rows.items() for row in found]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps({"tests": tests}, indent=1))
+    text = json.dumps({"tests": tests}, indent=1)
+    common.write_file(str(folder / "results.json"), text.encode())
 
 
 def trained_row(folder, method):
@@ -740,7 +760,9 @@ def parse_args(argv=None):
     common.check(args.methods or args.grade, "no method is named; try simclr")
     repeated = len(set(args.methods)) < len(args.methods)
     common.check(not repeated, "a method is named twice; name each once")
-    args.parts = args.parts.split(",") if args.parts else [] if args.grade else ["loss"]
+    common.check(args.out != "", "--out needs the name of a folder; try it without")
+    default = [] if args.grade else ["loss"]
+    args.parts = default if args.parts is None else args.parts.split(",")
     for part in args.parts:
         common.check(part in PARTS, f"--parts {part} is no part; try --parts loss,model,training")
     args.parts = [part for part in PARTS if part in args.parts]

@@ -134,6 +134,27 @@ def test_a_convolution_by_patches_has_the_value_and_the_gradients_of_torchs(c, f
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("changed", [
+    {}, {"bias": False}, {"groups": 2}, {"dilation": 2}, {"padding_mode": "reflect"}, {"padding": "same"}, {"kernel_size": (3, 2)},
+    {"stride": (1, 2)}, {"padding": (0, 1)}, {"dtype": torch.float64}], ids=str)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_a_borrowed_convolution_is_torchs_whatever_its_arguments(changed, autocast):
+    """Value and gradients; where the fast path knows nothing of an argument, torch's own is taken."""
+    given = {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1, **changed}
+    ours, torchs = common.PatchConv2d(**given), nn.Conv2d(**given)
+    torchs.load_state_dict(ours.state_dict())
+    found = []
+    for layer in (ours, torchs):
+        x = torch.randn(3, 4, 8, 8, dtype=ours.weight.dtype, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            y = layer(x)
+        y.float().square().sum().backward()
+        found.append((y, x.grad, layer.weight.grad))
+    for mine, theirs in zip(*found):
+        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=0.03, atol=0.03 * theirs.abs().max().item())
+
+
 class ConvolutionGradients(TorchDispatchMode):
     """Notes the channels of each convolution whose weights' gradient torch itself computes."""
 

@@ -42,6 +42,8 @@ SHARED = [
     ("--lr", "--lr: expected one argument", HELP),
     ("--learning-rate 1", "--learning-rate", HELP), ("--batch 32", "--batch", HELP), ("--resume yes", "yes", HELP),
     ("--compile=1", "--compile", HELP), ("--init nowhere.pt", "--init nowhere.pt", TRY),
+    # A script's empty variable
+    ("--init=", "--init", "try a name"), ("--out=", "--out", "try a name"), ("--dataset cifar10 --data-dir=", "--data-dir", "try data"),
 ]
 OF_METHOD = [
     ("simclr", "--temperature 0", "--temperature", "try 0.5"), ("simclr", "--temperature -0.5", "--temperature", "try 0.5"),
@@ -74,7 +76,7 @@ OF_EVAL = [
     ("", "RUN", HELP), ("no-such-run", "no-such-run", "try runs/"), ("run --features H,h", "--features", "try H,Z"),
     ("run --features=", "--features", "try H,Z"),
     ("run --dataset imagenet", "--dataset", TRY), ("run --dataset folder", "--data-dir", "needs --data-dir DIR"),
-    ("run --probe-epochs -1", "--probe-epochs", "try 500"),
+    ("run --data-dir=", "--data-dir", "try it without"), ("run --probe-epochs -1", "--probe-epochs", "try 500"),
     ("run --probe-epochs 1.5", "--probe-epochs", "try 500"), ("run --label-fraction 0", "--label-fraction", "try 0.1"),
     ("run --label-fraction 1.01", "--label-fraction", "try 0.1"), ("run --label-fraction 10%", "--label-fraction", "try 0.1"),
     ("run --finetune 0", "--finetune", "try 0.1"), ("run --split half", "--split", TRY), ("run --split test", "--split", "--save"), ("run --save f.npy", "--save f.npy", TRY),

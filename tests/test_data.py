@@ -137,7 +137,7 @@ def make_tinyimagenet(root):
     for i, (wnid, colour) in enumerate(val):
         Image.new("RGB", (64, 64), colour).save(folder / "val" / "images" / f"val_{3 - i}.JPEG")
     annotations = [f"val_{3 - i}.JPEG\t{wnid}\t0\t0\t62\t62\n" for i, (wnid, _) in enumerate(val)]
-    (folder / "val" / "val_annotations.txt").write_text("".join(annotations))
+    (folder / "val" / "val_annotations.txt").write_text("".join(annotations) + "\n")  # an editor's last line
     (folder / "wnids.txt").write_text("\n".join(reversed(colours)))
     (folder / "test" / "images").mkdir(parents=True)
     Image.new("RGB", (64, 64)).save(folder / "test" / "images" / "test_0.JPEG")

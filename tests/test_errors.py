@@ -339,6 +339,18 @@ def test_a_checkpoint_that_is_none_is_named_and_left_alone(run, damage):
     assert (run.folder / "last.pt").read_bytes() == before and "EXECUTED" not in result.out
 
 
+@pytest.mark.parametrize("left", ["metrics.csv", "backbone.pt"])
+def test_results_without_a_checkpoint_are_not_written_over(run, left, tmp_path):
+    """Of a run whose last.pt was deleted to save room, or a user's own."""
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / left).write_bytes((run.folder / left).read_bytes())
+    for flag, words in (([], "already holds a run"), (["--resume"], "no last.pt; put it back")):
+        result = run.again("--out", tmp_path / "kept", *flag)
+        refused(result, tmp_path / "kept")
+        assert words in result.err
+        assert (tmp_path / "kept" / left).read_bytes() == (run.folder / left).read_bytes()
+
+
 @pytest.mark.parametrize("damage", [truncated, nothing, one_bit])
 def test_the_checkpoint_before_a_damaged_one_is_used_and_both_are_named(run, damage):
     assert run.again("--resume", "--epochs", 2).status == 0

@@ -394,6 +394,14 @@ def test_folder_and_file_name_the_same_run_and_several_runs_follow_each_other(tr
     assert len(reports) == 2 and reports[0]["features"] == reports[1]["features"] and list(reports[0]["features"]) == ["H", "Z"]
 
 
+def test_a_damaged_run_is_refused_before_the_runs_ahead_of_it_are_measured(trained, tmp_path):
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "last.pt").write_bytes((trained / "last.pt").read_bytes()[:-1])
+    result = run_here("eval", [str(trained), str(tmp_path / "damaged"), "--json", str(tmp_path / "all.json")])
+    assert is_one_line_error(result) and str(tmp_path / "damaged") in result.err and result.out == ""
+    assert not (tmp_path / "all.json").exists()
+
+
 def test_no_probe_and_label_fraction(trained, tmp_path):
     result, (report,) = evaluate(tmp_path, trained, "--features", "H", "--probe-epochs", "0")
     assert "linear" not in report["features"]["H"] and "linear" not in result.out

@@ -1395,6 +1395,7 @@ def test_show_leaves_out_no_function(name):
 
 
 def test_show_on_the_command_line():
+    assert is_one_line_error(run_here("experiments", ["simsiam/softmax-similarity", "--show", "--bogus"]))
     result = run_here("experiments", ["simsiam/softmax-similarity", "--show"])
     lines = result.out.splitlines()
     assert result.status == 0 and not result.err

@@ -957,12 +957,24 @@ def evaluate(run, root=None, *more):
 def trained(tmp_path_factory):
     """A run on class folders without a test set. -> (folder of images, of the run, its output)"""
     root = tmp_path_factory.mktemp("trained")
-    for name in ("ant", "bee", "cow"):
+    for number, name in enumerate(("ant", "bee", "cow")):
         for i in range(20):
-            write_image(root / "images" / name / f"{i}.png", draw_image(np.random.default_rng(i + 100 * len(name)), len(name), 32))
+            write_image(root / "images" / name / f"{i}.png", draw_image(np.random.default_rng(i + 100 * number), number, 32))
     result, run = small_run(root / "images", root / "run", "--seed", 3)
     assert result.status == 0, result.err
     return root / "images", run, result.out
+
+
+def test_test_images_that_are_training_images_are_counted(tmp_path):
+    for number, name in enumerate(("ant", "bee")):
+        for i in range(6):
+            image = draw_image(np.random.default_rng(i + 100 * number), number, 32)
+            write_image(tmp_path / "images" / "train" / name / f"{i}.png", image)
+            if i < 2:
+                write_image(tmp_path / "images" / "test" / name / f"again-{i}.png", image)
+        write_image(tmp_path / "images" / "test" / name / "new.png", draw_image(np.random.default_rng(50 + number), number, 32))
+    result, _ = small_run(tmp_path / "images", tmp_path / "run", "--batch-size", 8)
+    assert result.status == 0 and result.err == "4 of the 6 test images are training images, too\n", result.err
 
 
 def test_a_run_keeps_its_statistics_in_both_files(trained):

@@ -571,6 +571,9 @@ def test_a_student_works_in_the_folder_with_check_and_pytest(tmp_path):
                         (["simlcr", "--train"], "try simclr")):
         result = run_script("check.py", *argv, cwd=home)
         assert result.status == 2 and is_one_line_error(result) and known in result.err, result.err
+    (home / "answers" / "task.json").write_text('{"methods": [')
+    result = run_script("check.py", cwd=home)
+    assert is_one_line_error(result) and "answers/task.json cannot be read" in result.err
     result = run_script(ROOT / "tests" / "check.py", cwd=home)
     assert is_one_line_error(result) and "answers" in result.err
 
@@ -594,9 +597,29 @@ def test_a_folder_with_the_tables_name_is_refused_before_and_any_name_can_be_wri
 
 @pytest.mark.slow
 @pytest.mark.parametrize("argv", [[], ["simclr", "simclr"], ["simlcr"], ["simclr", "--parts", "losses"], ["--grade", "."],
+                                  ["simclr", "--out="], ["simclr", "--parts="], ["--grade", "nowhere", "--seed", "3", "--out="],
                                   ["simclr", "--seed", "3"], ["--grade", "nowhere", "--seed", "3"], ["simclr", "--train"]], ids=" ".join)
 def test_a_wrong_command_is_one_line(argv, tmp_path):
     assert is_one_line_error(run_script(ROOT / "tests" / "handout.py", *argv, cwd=tmp_path)), argv
+
+
+def test_what_is_not_graded_is_named_and_a_stray_file_is_refused(tmp_path, capsys):
+    for student in ("anna", "ben"):
+        submit(tmp_path / student, simclr=BLANK)
+    (tmp_path / "carol.zip").write_bytes(b"")
+    (tmp_path / "dan").symlink_to(tmp_path / "anna")
+    assert [student for student, _ in handout.submissions_in(tmp_path)] == ["anna", "ben"]
+    assert capsys.readouterr().err == "not graded, since they are files or links: carol.zip, dan\n"
+    (tmp_path / "simclr.py").write_text(BLANK)  # one student's, if no others had the file in folders of their own
+    with pytest.raises(handout.common.UserError, match=r"lies beside folders that have it, too \(anna, ben\); move it away"):
+        handout.submissions_in(tmp_path)
+
+
+def test_a_folder_of_grades_that_cannot_be_made_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    submit(tmp_path / "all" / "anna", simclr=BLANK)
+    with pytest.raises(handout.common.UserError, match="--out .*file.* cannot be made"):
+        handout.grade(tmp_path / "all", [], [], 5, tmp_path / "file" / "grades")
 
 
 def test_an_existing_folder_is_not_overwritten(tmp_path):

@@ -14,6 +14,7 @@ import multiprocessing.process
 import os
 import re
 import shutil
+import shlex
 import signal
 import socket
 import stat
@@ -263,14 +264,14 @@ def test_two_threads_train_one_after_the_other_to_the_numbers_of_one(images, uns
 
 def test_the_configuration_is_of_the_flags_not_of_the_notebook(monkeypatch, images, tmp_path):  # noqa: F811
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel-123.json"])
-    train(images, tmp_path / "run", epochs=1)
-    text = (tmp_path / "run" / "config.json").read_text()
+    train(images, tmp_path / "a run; it's", epochs=1)
+    text = (tmp_path / "a run; it's" / "config.json").read_text()
     config = json.loads(text)
     assert "ipykernel" not in text and config["command"].startswith("moco.py ") and "--epochs 1 " in config["command"]
     assert config["given"]["epochs"] == 1 and config["given"]["lr"] == config["lr"]
     import moco
 
-    words = config["command"].split()[1:]
+    words = shlex.split(config["command"])[1:]  # as a shell reads it
     again = common.dataclasses.asdict(moco.parse_args(words))
     assert again == config["given"]  # the command gives the same run
 
