@@ -20,42 +20,42 @@ one piece. Part II is the rest. A default run enters it, too: command line, mess
 #    519  build_backbone     the network whose output is H
 #    569  build_optimizer    Adam, SGD, LARS or Muon
 #    608  Run                the run's folder, checkpoints, log and checks
-#    848  distribute         the model for several processes, or compiled
+#    847  distribute         the model for several processes, or compiled
 #    631  Run.resume         the step to start from, usually 0
 #    342  Data.batches       the batches of an epoch, uint8
-#    863  step_seed          the seed of a step's random draws
+#    862  step_seed          the seed of a step's random draws
 #    357  Data.augment       the random views of a batch
-#   1132  learning_rate      the schedule's factor at a step
-#    649  Run.guard          a failed decomposition becomes a clear error
-#   1148  gather             embeddings of all processes, with gradient
-#    653  Run.watch          note whether loss and gradients are finite
-#    660  Run.progress       stop if they were not; show the status line
-#    671  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    679  Run.mean_loss      the mean loss of the epoch
-#   1162  extract            H of a set of images
-#   1183  project            Z of H
-#   1194  collapse_metrics   how much of its space a set of embeddings fills
-#   1265  knn_accuracy       accuracy of a vote among the nearest training images
-#    688  Run.end_epoch      write metrics.csv and last.pt, print a line
+#   1131  learning_rate      the schedule's factor at a step
+#    648  Run.guard          a failed decomposition becomes a clear error
+#   1147  gather             embeddings of all processes, with gradient
+#    652  Run.watch          note whether loss and gradients are finite
+#    659  Run.progress       stop if they were not; show the status line
+#    670  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    678  Run.mean_loss      the mean loss of the epoch
+#   1161  extract            H of a set of images
+#   1182  project            Z of H
+#   1193  collapse_metrics   how much of its space a set of embeddings fills
+#   1264  knn_accuracy       accuracy of a vote among the nearest training images
+#    687  Run.end_epoch      write metrics.csv and last.pt, print a line
 #    729  Run.save_backbone  write backbone.pt
 #    737  Run.close          print the scores
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1729  main               run train(); print an expected error as one line
-#   1413  parse_args         Args from the command line
-#   1903  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1728  main               run train(); print an expected error as one line
+#   1412  parse_args         Args from the command line
+#   1902  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1338  Command line: flags from Args, checks, and sizes to propose
-#   1625  Messages and errors
-#   1801  Several processes
-#   1943  Data sets by name
-#   2016  Folders of images
-#   2394  Streaming
-#   2500  Recipes of augmentation
-#   2568  ResNets, Vision Transformer, LARS, Muon
-#   2736  Run folder and signals
-#   2896  Resume
+#   1337  Command line: flags from Args, checks, and sizes to propose
+#   1624  Messages and errors
+#   1800  Several processes
+#   1942  Data sets by name
+#   2015  Folders of images
+#   2393  Streaming
+#   2499  Recipes of augmentation
+#   2567  ResNets, Vision Transformer, LARS, Muon
+#   2735  Run folder and signals
+#   2895  Resume
 #   3007  Files of a run
 #   3085  Trained weights
 
@@ -629,9 +629,8 @@ class Run:
         self.finite = FiniteWatch(model, data, self.folder)
 
     def resume(self):
-        """The step to start from: 0, or with --resume that of the last good checkpoint.
-
-        Loads it, writes config.json. Raises UserError if it is of another run."""
+        """The step to start from: 0, or with --resume that of the last good checkpoint, which it
+        loads. Writes config.json. Raises UserError if it is of another run."""
         checkpoint = None
         if self.args.resume:
             checkpoint = load_last(self.folder)
@@ -718,10 +717,11 @@ class Run:
         if rank() > 0:
             return
         content = {"args": vars(self.args), "step": step, "model": self.model.state_dict(),
+                   "response": response(self.model.backbone, self.data.size),
                    "optimizer": self.optimizer.state_dict(), "rows": self.rows,
-                   "loss_sum": self.loss_sum.cpu().double(), "seconds": self.clock.seconds(),
-                   "epoch_seconds": self.clock.epoch_seconds(), "data": self.data.fingerprint,
-                   "data_statistics": self.data.statistics}
+                   "loss_sum": self.loss_sum.cpu().double(), "data": self.data.fingerprint,
+                   "data_statistics": self.data.statistics, "seconds": self.clock.seconds(),
+                   "epoch_seconds": self.clock.epoch_seconds()}
         previous = os.path.join(self.folder, "previous.pt") if self.last_is_good else None
         save_checkpoint(os.path.join(self.folder, "last.pt"), content, keep_as=previous)
         self.last_is_good = True
@@ -773,19 +773,19 @@ class Clock:
         return self.epoch_before + time.monotonic() - self.epoch_started
 
     def start_epoch(self):
-        """The seconds of an epoch begin here."""
+        """Begin an epoch's seconds."""
         self.epoch_before, self.epoch_started = 0.0, time.monotonic()
 
 
 class FiniteWatch:
     """The step in which each network's output, the loss and each gradient was first not finite.
 
-    It is noted on the device, without waiting for it."""
+    Noted on the device, without waiting."""
 
     NEVER = 2**31 - 1
 
     def __init__(self, model, data, folder):
-        """folder: that of the run."""
+        """folder: the run's."""
         self.data, self.folder = data, folder
         self.outputs = {}  # of each child of the model, in this step
         for name, child in model.named_children():
@@ -797,7 +797,7 @@ class FiniteWatch:
         self.first_bad = torch.full((len(self.watched),), self.NEVER, device=data.device)
 
     def keep(self, name, module, _inputs, output):
-        """Called after a child's forward, to remember its output."""
+        """After a child's forward: remember its output."""
         if name == "backbone":
             self.feature_dim = output.shape[-1]
         if module.training:
@@ -819,9 +819,8 @@ class FiniteWatch:
         self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=step))
 
     def check(self, agree=True):
-        """Raise UserError if something was not finite; with `agree` in any process.
-
-        This waits for the device."""
+        """Raise UserError if something was not finite; with `agree` in any process. Waits for the
+        device."""
         if agree and dist.is_initialized():
             dist.all_reduce(self.first_bad, dist.ReduceOp.MIN)
         first_bad = self.first_bad.tolist()
@@ -875,8 +874,8 @@ def augment(images, recipe, views, size, mean, std, seed, step, rank=0, world_si
 
     images: uint8 [n, 3, H, W], or a list with a batch of crops per view (by a loader). recipe: a
     name in RECIPES. mean, std: three numbers each. The draws are a function of (seed, step), on any
-    device. They are those of the global batch of world_size * n images, of which this rank has the
-    rows from rank * n on. Raises UserError or ValueError for others."""
+    device. They are those of the global batch of world_size * n images; this rank has the rows from
+    rank * n on. Raises UserError or ValueError for others."""
     cropped, out = isinstance(images, (list, tuple)), []
     device = images[0].device
     mean, std = whole_image(mean, size, device), whole_image(std, size, device)
@@ -958,7 +957,7 @@ def apply(view, images, params, size, cropped=False):
     """Apply one view's operations with parameters from `draw`: float32 [n, 3, size, size], 0 ... 1.
 
     images: [n, 3, H, W], uint8 or float in [0, 1]. cropped: leave the crop out (done by a loader).
-    Raises ValueError if the images do not have the size in the end."""
+    Raises ValueError if they end in another size."""
     if images.dtype == torch.uint8:
         x = images.float().div_(255)
     else:
@@ -987,8 +986,8 @@ def apply(view, images, params, size, cropped=False):
 def host_arrays(name, p, mirror, size):
     """The arrays that one operation needs on the device, from its drawn parameters p.
 
-    All sizes are settled here, in numpy, so that nothing waits for the device. mirror: bool [n],
-    the images whose crop is also flipped."""
+    Sizes are settled here, in numpy, so that nothing waits for the device. mirror: bool [n], the
+    images whose crop is flipped."""
     if name == "crop":
         top, left, h, w = p["box"].T
         origin, step = w * mirror, np.where(mirror, -w, w) / size
@@ -2941,6 +2940,7 @@ def restore(run, checkpoint):
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"--resume: {run.folder} is of another model ({reason}); try the method's "
                         "file that it was trained with, or another --out") from error
+    check_response(run.model.backbone, checkpoint, f"--resume: {run.folder}")
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     run.loss_sum.copy_(checkpoint["loss_sum"])
     run.rows = checkpoint["rows"]
@@ -3097,9 +3097,10 @@ def load_backbone(run, device="cpu"):
     with contextlib.ExitStack() as ending:
         plain_torch(ending)
         network = build_backbone(name, statistics["size"])[0]
-    check(weights.keys() == network.state_dict().keys(), f"{run}: its backbone is not --backbone "
-          f"{name}; load backbone.pt into your own")
-    network.load_state_dict(weights)
+        check(weights.keys() == network.state_dict().keys(), f"{run}: its backbone is not "
+              f"--backbone {name}; load backbone.pt into your own")
+        network.load_state_dict(weights)
+        check_response(network, checkpoint, run)
 
     def prepare(images):
         images = torch.as_tensor(images) if isinstance(images, np.ndarray) else images
@@ -3114,6 +3115,26 @@ def load_backbone(run, device="cpu"):
         return ((x - mean) / std).to(device)
 
     return network.requires_grad_(False).eval().to(device), prepare
+
+
+def response(network, size):
+    """H [features] of one fixed image in eval mode: networks with the same weights differ in it."""
+    x = torch.linspace(-1, 1, 3 * size**2, device=next(network.parameters()).device)
+    was_training = network.training
+    with torch.no_grad():
+        h = network.eval()(x.view(1, 3, size, size))[0]
+    network.train(was_training)
+    return h.float().cpu()
+
+
+def check_response(network, checkpoint, name):
+    """Raise UserError unless a network computes what it did when the checkpoint was written."""
+    before = checkpoint.get("response")  # None: of an older file
+    if before is not None:
+        now = response(network, checkpoint["data_statistics"]["size"])
+        other = now.shape != before.shape or (now - before).norm() > 0.05 * before.norm()
+        check(not other, f"{name}: its backbone computed something else in training; try the code "
+              "that it was trained with, or load backbone.pt into your own network")
 
 
 def prepare_file(path, statistics):

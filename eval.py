@@ -10,11 +10,11 @@
 
 Contents, by line number (`python tests/test_common.py` writes them):
      84  command line             the flags, and what is refused before measuring
-    205  a run and its data       from a checkpoint to networks; a hash shows that these stay
-    351  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
-    624  report                   what is printed, and written by --json
-    748  pictures and files       --views, --neighbors, --plot, --save
-    947  all runs                 one after the other
+    206  a run and its data       from a checkpoint to networks; a hash shows that these stay
+    353  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
+    626  report                   what is printed, and written by --json
+    750  pictures and files       --views, --neighbors, --plot, --save
+    949  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -245,6 +245,7 @@ def accept(run, device, checkpoint):
         reason = " ".join(str(error).split())[:120]
         raise common.UserError(f"{run.path} does not fit {method}.py ({type(error).__name__}: "
                                f"{reason}); try the {method}.py it was trained with") from error
+    common.check_response(run.model.backbone, checkpoint, run.path)
 
 
 def is_method(name):

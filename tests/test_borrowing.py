@@ -187,6 +187,34 @@ def test_what_is_no_run_of_a_known_backbone(trained, tmp_path):
         common.load_backbone(tmp_path)
 
 
+class Squared(common.Tiny):
+    """A network of the user's own whose weights have the names of `tiny`."""
+
+    def forward(self, x):
+        return super().forward(x).square()
+
+
+def test_a_network_with_the_names_of_tiny_is_not_taken_for_it(small_folder, tmp_path):
+    """By load_backbone, eval.py and --resume; nor is `tiny` itself after a change of its code."""
+    import simclr
+
+    def build(args):
+        network, feature_dim = common.build_backbone("tiny", 32)
+        network.__class__ = Squared
+        return simclr.SimCLR(network, feature_dim, args)
+
+    given = {"dataset": "folder", "data_dir": small_folder, "batch_size": 32, "epochs": 1, "precision": "fp32", "out": str(tmp_path / "run")}
+    simclr.train(simclr.Args(**given), build=build)
+    with pytest.raises(common.UserError, match="its backbone computed something else in training; try the code"):
+        common.load_backbone(tmp_path / "run")
+    result = run_here("eval", [*QUICK, str(tmp_path / "run")])
+    assert is_one_line_error(result) and "computed something else" in result.err
+    given |= {"epochs": 2, "resume": True}
+    with pytest.raises(common.UserError, match="--resume: .*computed something else"):
+        simclr.train(simclr.Args(**given))
+    assert len(simclr.train(simclr.Args(**given), build=build).rows) == 2  # its own build goes on with it
+
+
 def test_the_page_on_features_runs(trained, small_folder, tmp_path, monkeypatch, capsys):
     """The very text of the page: the image search in a run's features, then the scatter of eval.py's file."""
     pytest.importorskip("matplotlib", reason="the scatter needs it")
