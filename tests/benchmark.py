@@ -4,6 +4,7 @@
     python tests/benchmark.py --busy 2              # with two busy programs on the machine
     python tests/benchmark.py --methods wmse --flags "--proj-dim 128 --w-size 256" --repeats 3
     python tests/benchmark.py --grow                # as batch, d and views grow: Markdown
+    python tests/benchmark.py --whitening           # S^(-1/2) by eigh and by products only
 
 Times are medians of milliseconds by the clock on the wall. The columns:
 
@@ -286,6 +287,50 @@ def grow(options):
     check_some(measured)
 
 
+def newton_schulz(s, steps):
+    """S^(-1/2) of symmetric positive-definite S [..., n, n] by products only.
+
+    With Y = S / |S| and Z = I, steps Y <- Y T and Z <- T Z with T = (3 I - Z Y) / 2 take Z to
+    (S / |S|)^(-1/2) (Higham 2008, Functions of Matrices, Eq. 6.35)."""
+    norm = s.flatten(-2).norm(dim=-1)[..., None, None]
+    identity = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
+    y, z = s / norm, identity
+    for _ in range(steps):
+        t = 1.5 * identity - 0.5 * z @ y
+        y, z = y @ t, t @ z
+    return z / norm.sqrt()
+
+
+def whitening(options):
+    """Print times and errors of S^(-1/2) of the 128 matrices of CW-RGP's default step, by eigh and
+    by as many steps of Newton-Schulz as are best, for two condition numbers."""
+    from cw_rgp import InverseSquareRoot
+
+    print(f"{common.processor_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, torch "
+          f"{torch.__version__}; 128 matrices 64 x 64, fp32, medians of {options.repeats}")
+    print("condition  by                         ms    largest relative error")
+    for condition in (1e2, 2e4):
+        torch.manual_seed(0)
+        u = torch.linalg.qr(torch.randn(128, 64, 64, dtype=torch.float64))[0]
+        eigenvalues = condition ** -torch.linspace(0, 1, 64, dtype=torch.float64)
+        s, exact = (u * eigenvalues @ u.mT).float(), u * eigenvalues.rsqrt() @ u.mT
+
+        def error(found):
+            return ((found - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))).max().item()
+
+        steps = min(range(1, 31), key=lambda steps: error(newton_schulz(s, steps)))
+        ways = {"eigh": InverseSquareRoot.apply,
+                f"Newton-Schulz, {steps} steps": lambda s: newton_schulz(s, steps)}
+        for name, way in ways.items():
+            clock = Stopwatch(s.device)
+            for _ in range(options.repeats):
+                clock.start()
+                found = way(s)
+                clock.stop("ms")
+            ms = statistics.median(clock.parts["ms"])
+            print(f"{condition:9.0e}  {name:23} {ms:6.1f}    {error(found):.1e}", flush=True)
+
+
 def parse_args(argv=None):
     """The options. Raises UserError."""
     first_line = (__doc__ or "benchmark.py").splitlines()[0]  # -OO: no docstring
@@ -298,6 +343,8 @@ def parse_args(argv=None):
                         help="busy programs beside the measurement")
     parser.add_argument("--grow", action="store_true",
                         help="vary batch, embedding size and views; each cell in a fresh process")
+    parser.add_argument("--whitening", action="store_true",
+                        help="only CW-RGP's S^(-1/2): by eigh, and by Newton-Schulz iterations")
     options = parser.parse_args(argv)
     try:
         shlex.split(options.flags)
@@ -309,7 +356,7 @@ def parse_args(argv=None):
 def run(options):
     """Measure beside the busy programs, and print."""
     with busy_programs(options.busy):
-        (grow if options.grow else table)(options)
+        (whitening if options.whitening else grow if options.grow else table)(options)
 
 
 if __name__ == "__main__":

@@ -486,6 +486,13 @@ def test_the_benchmark_says_for_each_method_why_it_refuses_and_fails_if_all_do()
     assert result.status == 0 and "refused" in simclr and vicreg.startswith("vicreg ") and vicreg.endswith(" %")
 
 
+def test_the_benchmark_compares_two_ways_to_whiten():
+    result = run_here("benchmark", ["--whitening", "--repeats", "1"])
+    rows = [line.split() for line in result.out.splitlines()[2:]]
+    assert result.status == 0 and [row[1] for row in rows] == ["eigh", "Newton-Schulz,"] * 2
+    assert all(0 < float(row[-1]) < 0.01 for row in rows), rows
+
+
 def test_busy_programs_end_with_the_benchmark_however_it_ends():
     """They hold its pipes, so this waits for them."""
     command = "import os, benchmark\nwith benchmark.busy_programs(2): os._exit(3)"

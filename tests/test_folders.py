@@ -975,6 +975,7 @@ def test_test_images_that_are_training_images_are_counted(tmp_path):
         write_image(tmp_path / "images" / "test" / name / "new.png", draw_image(np.random.default_rng(50 + number), number, 32))
     result, _ = small_run(tmp_path / "images", tmp_path / "run", "--batch-size", 8)
     assert result.status == 0 and result.err == "4 of the 6 test images are training images, too\n", result.err
+    assert "k = 12, cosine" in result.out  # as many as there are
 
 
 def test_a_run_keeps_its_statistics_in_both_files(trained):
