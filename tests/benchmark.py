@@ -219,7 +219,8 @@ def table(options):
     refused = 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{common.processor_name(device)}, {torch.get_num_threads()} threads, "
-          f"{options.busy} busy programs, torch {torch.__version__}; ms, medians of {options.repeats}")
+          f"{options.busy} busy programs, torch {torch.__version__}; ms, "
+          f"medians of {options.repeats}")
     parts = ("augment", "heads", "loss", "optimizer", "watch")
     titles = "".join(f"{part:>10}" for part in parts)
     print(f"{'method':13}{'bare':>9}{'step':>9}{'step/bare':>10}{'images/s':>9}{titles}{'peak':>7}")
