@@ -19,45 +19,45 @@ one piece. Part II is the rest. A default run enters it, too: command line, mess
 #    270  load_data          read or draw the data set: Data
 #    519  build_backbone     the network whose output is H
 #    569  build_optimizer    Adam, SGD, LARS or Muon
-#    608  Run                the run's folder, checkpoints, log and checks
-#    847  distribute         the model for several processes, or compiled
-#    631  Run.resume         the step to start from, usually 0
+#    606  Run                the run's folder, checkpoints, log and checks
+#    845  distribute         the model for several processes, or compiled
+#    629  Run.resume         the step to start from, usually 0
 #    342  Data.batches       the batches of an epoch, uint8
-#    862  step_seed          the seed of a step's random draws
+#    860  step_seed          the seed of a step's random draws
 #    357  Data.augment       the random views of a batch
-#   1131  learning_rate      the schedule's factor at a step
-#    648  Run.guard          a failed decomposition becomes a clear error
-#   1147  gather             embeddings of all processes, with gradient
-#    652  Run.watch          note whether loss and gradients are finite
-#    659  Run.progress       stop if they were not; show the status line
-#    670  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    678  Run.mean_loss      the mean loss of the epoch
-#   1161  extract            H of a set of images
-#   1182  project            Z of H
-#   1193  collapse_metrics   how much of its space a set of embeddings fills
-#   1264  knn_accuracy       accuracy of a vote among the nearest training images
-#    687  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    729  Run.save_backbone  write backbone.pt
-#    737  Run.close          print the scores
+#   1129  learning_rate      the schedule's factor at a step
+#    646  Run.guard          a failed decomposition becomes a clear error
+#   1145  gather             embeddings of all processes, with gradient
+#    650  Run.watch          note whether loss and gradients are finite
+#    657  Run.progress       stop if they were not; show the status line
+#    668  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    676  Run.mean_loss      the mean loss of the epoch
+#   1159  extract            H of a set of images
+#   1180  project            Z of H
+#   1191  collapse_metrics   how much of its space a set of embeddings fills
+#   1262  knn_accuracy       accuracy of a vote among the nearest training images
+#    685  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    727  Run.save_backbone  write backbone.pt
+#    735  Run.close          print the scores
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1728  main               run train(); print an expected error as one line
-#   1412  parse_args         Args from the command line
-#   1902  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1727  main               run train(); print an expected error as one line
+#   1410  parse_args         Args from the command line
+#   1901  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1337  Command line: flags from Args, checks, and sizes to propose
-#   1624  Messages and errors
-#   1800  Several processes
-#   1942  Data sets by name
-#   2015  Folders of images
+#   1335  Command line: flags from Args, checks, and sizes to propose
+#   1623  Messages and errors
+#   1799  Several processes
+#   1941  Data sets by name
+#   2014  Folders of images
 #   2393  Streaming
 #   2499  Recipes of augmentation
 #   2567  ResNets, Vision Transformer, LARS, Muon
 #   2735  Run folder and signals
-#   2895  Resume
-#   3007  Files of a run
-#   3085  Trained weights
+#   2905  Resume
+#   3018  Files of a run
+#   3096  Trained weights
 
 import argparse
 import collections
@@ -226,8 +226,8 @@ def gives_back(train):
     @functools.wraps(train)
     def train_alone(*args, **more):
         kind = train.__globals__.get("Args")
-        for given in [*args, *more.values()][:1] if kind else []:
-            check_kind(more.get("args", given), kind)
+        if kind:
+            check_kind(more.get("args", *args[:1]), kind)
         with TRAINING, contextlib.ExitStack() as ending:
             ENDINGS.append(ending)
             ending.callback(ENDINGS.pop)
@@ -300,7 +300,7 @@ class Data:
     must_be_cropped  True if images in memory have another size
     mean, std        of the colours in 0 ... 1, float32 [3, 1, 1] on the device
     statistics       what the network needs, in plain values: mean, std, scale (see survey), size,
-                     class_names
+                     class_names; of a folder also side, the pixels of its squares
     test_note, notes for the first line on the screen
     files            the names of the files of training and test images, None if there are none
     fingerprint      a text that tells whether a resumed run has the same images"""
@@ -539,7 +539,7 @@ class Tiny(nn.Module):
         super().__init__()
 
         def block(inputs, outputs, kernel=3, stride=1, padding=1):
-            kind = nn.Conv2d if inputs == outputs else PatchConv2d  # there torch's is faster
+            kind = nn.Conv2d if inputs == outputs else PatchConv2d  # torch's is faster if equal
             convolution = kind(inputs, outputs, kernel, stride, padding, bias=False)
             return convolution, nn.BatchNorm2d(outputs), nn.ReLU()  # in place is slower
 
@@ -586,9 +586,7 @@ def build_optimizer(model, args):
     groups = []
     for key in sorted(members):
         fixed, excluded, filters = key
-        peak_lr = args.lr_bias if excluded else args.lr
-        if filters:
-            peak_lr = args.lr_filters
+        peak_lr = args.lr_filters if filters else args.lr_bias if excluded else args.lr
         groups.append({"params": members[key], "peak_lr": peak_lr, "constant": fixed,
                        "excluded": excluded, "filters": filters})
     shared = {"lr": args.lr, "weight_decay": args.weight_decay}
@@ -639,7 +637,7 @@ class Run:
                 check_same_run(self, checkpoint)
         steps, warmup = self.total_steps, self.args.warmup or 0
         if warmup > steps and not checkpoint:
-            warn(f"--warmup {warmup} exceeds the {steps} steps; try more --epochs or {steps // 10}")
+            warn(f"--warmup {warmup} exceeds the {steps} steps; try --warmup {steps // 10}")
         if rank() == 0:  # only now: a refused --resume leaves config.json as it was
             config = json.dumps(configuration(self.args, self.data), indent=1)
             write_file(os.path.join(self.folder, "config.json"), config.encode())
@@ -875,7 +873,8 @@ def augment(images, recipe, views, size, mean, std, seed, step, rank=0, world_si
     images: uint8 [n, 3, H, W], or a list with a batch of crops per view (by a loader). recipe: a
     name in RECIPES. mean, std: three numbers each. The draws are a function of (seed, step), on any
     device. They are those of the global batch of world_size * n images; this rank has the rows from
-    rank * n on. Raises UserError or ValueError for others."""
+    rank * n on. Raises UserError for images that are not uint8, ValueError if some end in another
+    size."""
     cropped, out = isinstance(images, (list, tuple)), []
     device = images[0].device
     mean, std = whole_image(mean, size, device), whole_image(std, size, device)
@@ -925,11 +924,10 @@ def draw(view, n, height, width, rng):
             order = rng.random((n, 4)).argsort(1)
             factor = rng.uniform(low, high, (n, 4))
             params.append({"on": rng.random(n) < p, "order": order, "factor": factor})
-        elif name == "blur":
-            on = rng.random(n) < setting[0]
-            params.append({"on": on, "sigma": rng.uniform(setting[1], setting[2], n)})
         else:
             params.append({"on": rng.random(n) < setting[0]})
+            if name == "blur":
+                params[-1]["sigma"] = rng.uniform(setting[1], setting[2], n)
     return params
 
 
@@ -1256,7 +1254,7 @@ def mean_correlation(covariance):
     d = len(covariance)
     std = covariance.diagonal().sqrt()
     correlation = (covariance / (std[:, None] * std).clamp_min(1e-300)).abs()
-    live = std > 1e-7 * std.max().clamp_min(1e-300)  # not constant
+    live = std > 1e-7 * std.max()  # not constant
     correlation = torch.where(live[:, None] & live, correlation, 1.0)
     return (correlation.sum() - correlation.diagonal().sum()) / max(1, d * (d - 1))
 
@@ -1345,7 +1343,7 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse, but without its usage before the line about a bad flag."""
 
     def error(self, message):
-        remedy = "" if "try" in message else f"; see {self.prog} --help"
+        remedy = "" if "; try" in message else f"; see {self.prog} --help"
         raise UserError(message.removeprefix("argument ") + remedy)
 
 
@@ -1582,7 +1580,8 @@ def mentioned(texts, sizes):
 
 def as_flags(sizes):
     """{"w_size": 64} -> "--w-size 64"."""
-    return " ".join(f"{option_of(name)} {shlex.quote(str(value))}" for name, value in sizes.items())
+    return " ".join(option_of(name) if value is True else f"{option_of(name)} "
+                    f"{shlex.quote(str(value))}" for name, value in sizes.items())
 
 
 def sizes_that_fit(args, sizes):
@@ -1647,7 +1646,7 @@ def check(condition, message):
 def check_images(images):
     """Raise UserError unless images are uint8 [N, 3, H, W]."""
     right = images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 3
-    check(right, f"images are {images.dtype} {list(images.shape)}; try uint8 [N, 3, H, W]")
+    check(right, f"images are {images.dtype} {list(images.shape)}; try torch.uint8 [N, 3, H, W]")
 
 
 def say(text, stream="stdout"):
@@ -1767,12 +1766,12 @@ def main(function, parse):
 
 # Errors of the system, not bugs: what their type or text has, and a line about it.
 EXPLANATIONS = {
-    "OutOfMemoryError|CUDA error: out of memory":
+    "OutOfMemoryError|CUDA error: out of memory|MPS backend out of memory|_ALLOC_FAILED":
         "out of GPU memory; try a smaller --batch-size or --precision bf16, or --stream if the "
         "images of a folder fill it",
-    "MemoryError|can't allocate|not enough memory":
+    "MemoryError|can't allocate|[Cc]annot allocate memory|not enough memory":
         "out of memory; try a smaller --batch-size, --image-size, --views or --proj-dim",
-    "Too many open files|ancdata|temporarily unavailable":
+    "Too many open files|ancdata|temporarily unavailable|can't start new thread":
         "too few file descriptors or processes; try `ulimit -n 4096`, or fewer --num-workers",
     "shared memory|</torch_|No space left":
         "/dev/shm is too small; try docker --shm-size=8g, or --num-workers 0, and --resume",
@@ -2033,7 +2032,7 @@ def load_folder(args, device, root, statistics=None):
     train, place, test, note = parts.pop("train"), os.path.join(root, splits["train"]), [], ""
     names = {name for _, name in train} - {None}
     check_classes(root, place, names)
-    for kind in sorted(parts):  # test before val, unless it has no labels
+    for kind in sorted(parts, key=lambda kind: (not (parts[kind] and parts[kind][0][1]), kind)):
         if parts[kind] and not test and (parts[kind][0][1] or not (names and args.test_fraction)):
             test, note = parts[kind], f" ({splits[kind]}/)"
         else:
@@ -2206,7 +2205,8 @@ def data_from_files(args, device, root, train, test, skipped, note="", statistic
         seen = {hash(image.tobytes()) for image in loaded[0].numpy()}
         same = sum(hash(image.tobytes()) in seen for image in loaded[1].numpy())
         if same:
-            warn(f"{same} of the {len(test)} test images are training images, too")
+            warn(f"{same} of {len(test)} test images are training images, too, and count in kNN; "
+                 "remove them")
     number_of, parts = {name: i for i, name in enumerate(class_names)}, []
     for images, pixels in zip((train, test), loaded, strict=True):
         labels = [number_of[name] for _, name in images if name in number_of]
@@ -2216,9 +2216,9 @@ def data_from_files(args, device, root, train, test, skipped, note="", statistic
     data = Data(args, device, *parts, class_names)
     crc = zlib.crc32(repr((train, test)).encode())
     data.fingerprint = f"{len(train)} files, {crc:08x}{measured if scale else ''}"
-    data.statistics["scale"], data.test_note = scale, note
+    data.statistics.update(scale=scale, side=side)
     data.files = [[path for path, _ in images] for images in (train, test)]
-    data.notes = measured + (f"; skipped: {words}" if words else "")
+    data.test_note, data.notes = note, measured + (f"; skipped: {words}" if words else "")
     return data
 
 
@@ -2268,7 +2268,7 @@ def grey_range(x):
         return np.quantile(x, (0.001, 0.999), method="nearest").tolist()
 
     missing = []
-    for which in (0, 1, 0, 1, 0, 1):  # low, high
+    for which in (0, 1) * 3:  # low, high
         end = ends(x)[which]
         others = x[~np.isclose(x, end, rtol=1e-3, atol=0)]
         if len(np.unique(others)) >= 16:
@@ -2540,11 +2540,11 @@ RECIPES = {
 
 
 def check_crops(args, data):
-    """Raise UserError if images larger than a view are not cropped."""
+    """Raise UserError if images of another size than a view are not cropped."""
     crops = all(any(op[0] == "crop" for op in view) for view in RECIPES[args.augment])
     check(crops or not data.must_be_cropped,
-          f"--augment {args.augment} does not crop, and the images are larger than "
-          f"--image-size {data.size}; try --augment crop-flip")
+          f"--augment {args.augment} does not crop, and the images are not of --image-size "
+          f"{data.size}; try --augment crop-flip")
 
 
 def blur(x, sigma):
@@ -2611,7 +2611,7 @@ class PatchConv2d(nn.Conv2d):
         plain = (self.groups, self.dilation, self.padding_mode) == (1, (1, 1), "zeros")
         pairs = self.kernel_size, self.stride, self.padding
         square = all(pair == pair[:1] * 2 for pair in pairs)
-        autocast = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        autocast = x.device.type == "cpu" and x.dim() == 4 and torch.is_autocast_enabled("cpu")
         if not (plain and square and autocast and x.dtype != torch.float64
                 and torch.get_autocast_dtype("cpu") == torch.bfloat16):
             return super().forward(x)
@@ -2735,12 +2735,10 @@ def orthogonalise(m, iterations=3):
 # ==== Run folder and signals ====
 
 CHECKPOINT_FORMAT = "nine-ssl-methods-4"
-# Flags that may change on --resume. They do not change the numbers, except for rounding (compile)
-# and the permutations that a GPU draws (device).
+# Flags that may change on --resume. But for epochs (the schedule), compile (rounding) and device
+# (the permutations that a GPU draws) they do not change the numbers.
 FREE_ON_RESUME = {"epochs", "out", "resume", "device", "num_workers", "log_every", "save_every",
                   "keep_every", "compile", "data_dir", "given", "init"}
-
-RESULTS = "metrics.csv", "backbone.pt"  # of a run; never written over by another
 
 STOP_SIGNALS = [number_ for number_ in signal.Signals if number_.name in
                 ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")]  # of clusters
@@ -2804,7 +2802,7 @@ def open_folder(args):
     if rank() == 0:
         for folder in candidate_folders(args):
             lock = lock_folder(folder)
-            if lock and (args.resume or not holds_run(folder, *RESULTS)):  # one may have just ended
+            if lock and (args.resume or not is_taken(folder)):  # another may just have ended
                 at_end(lock.close)
                 break
             lock = None
@@ -2831,9 +2829,11 @@ def candidate_folders(args):
     if args.resume:
         started = [path for path in candidates if holds_run(path, "config.json")]
         return started[-1:] or candidates[:1]
-    taken = [i for i, path in enumerate(candidates) if holds_run(path, *RESULTS)]
-    check(not (args.out and taken), f"--out {args.out} already holds a run; "
-          f"add --resume to go on with it, or try --out {args.out}-2")
+    taken = [i for i, path in enumerate(candidates) if is_taken(path)]
+    if args.out and taken:
+        remedy = "add --resume to go on with it, or " if holds_run(args.out) else ""
+        other = as_flags({"out": os.path.normpath(args.out) + "-2"})
+        raise UserError(f"--out {args.out} already holds a run; {remedy}try {other}")
     return candidates[max(taken, default=-1) + 1:]
 
 
@@ -2841,6 +2841,15 @@ def holds_run(folder, *more):
     """True if the folder has a checkpoint, or one of `more` files."""
     names = "last.pt", "previous.pt", *more
     return any(os.path.isfile(os.path.join(folder, name)) for name in names)
+
+
+def is_taken(folder):
+    """True if the folder has files of a run, or a config.json of none: without a lock beside it."""
+    names = []
+    with contextlib.suppress(OSError):
+        names = os.listdir(folder)
+    kept = re.compile(r"(last|previous|backbone|epoch-\d+)\.pt|metrics\.csv")
+    return any(map(kept.fullmatch, names)) or ("config.json" in names and "lock" not in names)
 
 
 def lock_folder(folder, name="--out"):
@@ -2866,7 +2875,8 @@ def lock_folder(folder, name="--out"):
 def stop_non_finite(step, what, data, folder):
     """Raise UserError about a number that is not finite, with its likely cause."""
     args, cause = data.args, "the weights diverged or an input is not finite"
-    rate = max(("lr", "lr_bias", "lr_filters"), key=lambda name: getattr(args, name) or 0)
+    usual = {"lr": type(args).lr, "lr_bias": type(args).lr, "lr_filters": 0.1}
+    rate = max(usual, key=lambda name: (getattr(args, name) or 0) / usual[name])
     remedy = f"a smaller {option_of(rate)} or a longer --warmup"
     whitens = what == "the whitening" or hasattr(args, "eps") or hasattr(args, "groups")
     if whitens and not what.startswith("the output"):
@@ -2973,7 +2983,8 @@ def load_last(folder):
             return {**checkpoint, "file": name}
     check(not faults, f"{' '.join(faults[:1])}; no older checkpoint is readable: "
           "train again with another --out")
-    check(not holds_run(folder, *RESULTS), f"{folder} has results, but no last.pt; put it back")
+    check(not is_taken(folder), f"{folder} has files of a run, but no last.pt; put it back, or try "
+          "another folder")
     return None
 
 
@@ -3048,12 +3059,12 @@ def write_metrics(folder, rows):
 
 def configuration(args, data):
     """The content of config.json: flags, images, command, versions, machine."""
-    defaults = {name: default for name, _, default, _ in flags_of(type(args))}
-    changed = {name: args.given[name] for name in defaults if args.given[name] != defaults[name]}
+    changed = {name: args.given[name] for name, _, default, _ in flags_of(type(args))
+               if args.given[name] != default}
     return {
         **vars(args),
         "data_statistics": data.statistics,
-        "command": f"{run_name(vars(args))}.py {as_flags(changed)}".replace(" True", ""),
+        "command": f"{run_name(vars(args))}.py {as_flags(changed)}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -3103,13 +3114,15 @@ def load_backbone(run, device="cpu"):
         check_response(network, checkpoint, run)
 
     def prepare(images):
-        images = torch.as_tensor(images) if isinstance(images, np.ndarray) else images
+        if isinstance(images, np.ndarray) and images.dtype.kind not in "UO":  # no names
+            images = torch.as_tensor(images)
         if torch.is_tensor(images):
             check_images(images)
             x = centre_view(images.float() / 255, statistics["size"])
         else:
-            images = [images] if isinstance(images, (str, os.PathLike)) else images
-            check(len(images), "there are no images; try a list of files")
+            images = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+            names = all(isinstance(path, (str, os.PathLike)) for path in images)
+            check(images and names, "images are no files and no tensor; try a list of file names")
             x = torch.cat([prepare_file(os.fspath(path), statistics) for path in images])
         mean, std = (x.new_tensor(statistics[name]).view(3, 1, 1) for name in ("mean", "std"))
         return ((x - mean) / std).to(device)
@@ -3119,21 +3132,18 @@ def load_backbone(run, device="cpu"):
 
 def response(network, size):
     """H [features] of one fixed image in eval mode: networks with the same weights differ in it."""
-    x = torch.linspace(-1, 1, 3 * size**2, device=next(network.parameters()).device)
-    was_training = network.training
-    with torch.no_grad():
-        h = network.eval()(x.view(1, 3, size, size))[0]
-    network.train(was_training)
-    return h.float().cpu()
+    x = torch.arange(3 * size**2, dtype=torch.float64).square().sin().float()  # detail of all sizes
+    x = x.view(1, 3, size, size).to(next(network.parameters()).device)
+    return project(network, x)[0].cpu()
 
 
 def check_response(network, checkpoint, name):
     """Raise UserError unless a network computes what it did when the checkpoint was written."""
     before = checkpoint.get("response")  # None: of an older file
-    if before is not None:
+    if before is not None and before.isfinite().all():
         now = response(network, checkpoint["data_statistics"]["size"])
-        other = now.shape != before.shape or (now - before).norm() > 0.05 * before.norm()
-        check(not other, f"{name}: its backbone computed something else in training; try the code "
+        same = now.shape == before.shape and (now - before).norm() <= 0.05 * before.norm()
+        check(same, f"{name}: its backbone computed something else in training; try the code "
               "that it was trained with, or load backbone.pt into your own network")
 
 
@@ -3141,7 +3151,8 @@ def prepare_file(path, statistics):
     """The centre of an image file for a run with these Data.statistics: [1, 3, size, size]."""
     image, size = read_image(path, statistics["scale"]), statistics["size"]
     check(image is not None, f"{path} cannot be read as an image of 8x8 or more; try another file")
-    side = size if min(image.shape[1:]) <= size else math.ceil(size * 8 / 7)
+    small = min(image.shape[1:]) <= size
+    side = statistics.get("side") or (size if small else math.ceil(size * 8 / 7))
     return centre_view(to_square(image, side)[None].float() / 255, size)
 
 

@@ -278,9 +278,9 @@ def test_seed_and_step_alone_decide():
 @pytest.mark.parametrize("wrong", [pictures(4).float() / 255, pictures(4).short(), pictures(4).permute(0, 2, 3, 1), pictures(4)[0]], ids=["float", "int16", "NHWC", "one"])
 def test_borrowed_functions_refuse_images_that_are_not_uint8(wrong):
     """Others would be taken for numbers in 0 ... 1, or their rows for colours."""
-    with pytest.raises(A.UserError, match=r"^images are torch\..* \[.*\]; try uint8 \[N, 3, H, W\]$"):
+    with pytest.raises(A.UserError, match=r"^images are torch\..* \[.*\]; try torch\.uint8 \[N, 3, H, W\]$"):
         A.augment(wrong, "simclr", 2, 32, MEAN, STD, seed=0, step=0)
-    with pytest.raises(A.UserError, match="try uint8"):
+    with pytest.raises(A.UserError, match="try torch.uint8"):
         A.colour_statistics(wrong)
 
 

@@ -155,6 +155,14 @@ def test_a_borrowed_convolution_is_torchs_whatever_its_arguments(changed, autoca
         torch.testing.assert_close(mine.double(), theirs.double(), rtol=0.03, atol=0.03 * theirs.abs().max().item())
 
 
+def test_a_borrowed_convolution_takes_one_image():
+    layer, x = common.PatchConv2d(4, 6, 3), torch.randn(4, 8, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.float().sum().backward()
+    assert y.shape == (6, 6, 6) and x.grad.shape == x.shape
+
+
 class ConvolutionGradients(TorchDispatchMode):
     """Notes the channels of each convolution whose weights' gradient torch itself computes."""
 

@@ -40,7 +40,7 @@ SHARED = [
     ("--eval-every -1", "--eval-every", "try 1"),
     ("--save-every -5", "--save-every", "try 100"), ("--keep-every -1", "--keep-every", "try 10"), ("--train-images 1", "--train-images", "try 1000"), ("--log-every 0", "--log-every", "try 10"),
     ("--lr", "--lr: expected one argument", HELP),
-    ("--learning-rate 1", "--learning-rate", HELP), ("--batch 32", "--batch", HELP), ("--resume yes", "yes", HELP),
+    ("--learning-rate 1", "--learning-rate", HELP), ("--retry 3", "--retry 3", HELP), ("--batch 32", "--batch", HELP), ("--resume yes", "yes", HELP),
     ("--compile=1", "--compile", HELP), ("--init nowhere.pt", "--init nowhere.pt", TRY),
     # A script's empty variable
     ("--init=", "--init", "try a name"), ("--out=", "--out", "try a name"), ("--dataset cifar10 --data-dir=", "--data-dir", "try data"),

@@ -156,6 +156,21 @@ def test_large_long_and_deep_images_are_prepared_too(trained, tmp_path):
     assert network(x).isfinite().all()
 
 
+@pytest.mark.parametrize("sides", [(100, 100, 40), (40, 40, 200)], ids=str)
+def test_files_of_many_sizes_are_prepared_as_for_knn(tmp_path, sides):
+    """Also one on the other side of --image-size than the median, which decides for all."""
+    import simclr
+
+    for i in range(12):
+        side = sides[i % 3]
+        write_image(tmp_path / "images" / "ab"[i % 2] / f"{i}.png", np.random.default_rng(i).integers(0, 256, (side, side, 3), dtype=np.uint8))
+    given = {"dataset": "folder", "data_dir": tmp_path / "images", "image_size": 48, "batch_size": 8, "epochs": 1, "precision": "fp32"}
+    run = simclr.train(simclr.Args(**given, test_fraction=0, out=str(tmp_path / "run")))
+    _, prepare = common.load_backbone(tmp_path / "run")
+    (measured,) = run.data.eval_views(run.data.train, torch.arange(12), 12)
+    torch.testing.assert_close(prepare([tmp_path / "images" / name for name in run.data.files[0]]), measured.contiguous())
+
+
 @pytest.mark.parametrize("shape", [(32, 60), (60, 32)])
 def test_of_an_image_as_short_as_the_views_the_centre_is_taken_as_it_is(trained, tmp_path, shape):
     _, prepare = common.load_backbone(trained)
@@ -168,7 +183,8 @@ def test_of_an_image_as_short_as_the_views_the_centre_is_taken_as_it_is(trained,
 
 @pytest.mark.parametrize("images, words", [
     (torch.zeros(2, 3, 32, 32), "torch.float32"), (torch.zeros(3, 32, 32, dtype=torch.uint8), "uint8 [N, 3, H, W]"),
-    (["nowhere.png"], "nowhere.png cannot be read")])
+    (["nowhere.png"], "nowhere.png cannot be read"), (np.array(["nowhere.png"]), "nowhere.png cannot be read"),
+    ([torch.zeros(3, 32, 32, dtype=torch.uint8)], "try a list of file names"), ([], "try a list of file names")])
 def test_images_that_cannot_be_prepared(trained, images, words):
     _, prepare = common.load_backbone(trained)
     with pytest.raises(common.UserError, match=re.escape(words)):
@@ -192,6 +208,18 @@ class Squared(common.Tiny):
 
     def forward(self, x):
         return super().forward(x).square()
+
+
+@pytest.mark.parametrize("change", [
+    lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.flip(1), lambda x: torch.nn.functional.avg_pool2d(x, 3, 1, 1),
+    lambda x: torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(x, 2), scale_factor=2)], ids=["left-right", "upside-down", "BGR", "blur", "coarse"])
+def test_the_response_shows_what_a_network_sees_differently(change, trained):
+    network, _ = common.load_backbone(trained)
+    changed = nn.Sequential(network).eval()
+    changed.register_forward_pre_hook(lambda module, inputs: (change(inputs[0]),))
+    before, now = common.response(network, 32), common.response(changed, 32)
+    assert (now - before).norm() > 0.1 * before.norm()
+    assert torch.equal(before, common.response(network, 32)) and not network.training
 
 
 def test_a_network_with_the_names_of_tiny_is_not_taken_for_it(small_folder, tmp_path):
@@ -365,7 +393,7 @@ def test_a_damaged_checkpoint_is_refused_by_init_too(trained, flags, tmp_path):
     assert is_one_line_error(result) and str(tmp_path / "last.pt") in result.err and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("images, words", [([], "no images; try a list of files"), (np.zeros((2, 3, 8, 8)), "try uint8"), (np.zeros((8, 8, 3), np.uint8), "try uint8")])
+@pytest.mark.parametrize("images, words", [([], "try a list of file names"), (np.zeros((2, 3, 8, 8)), "try torch.uint8"), (np.zeros((8, 8, 3), np.uint8), "try torch.uint8")])
 def test_what_prepare_cannot_take_is_one_line(trained, images, words):
     with pytest.raises(common.UserError, match=words):
         common.load_backbone(trained)[1](images)

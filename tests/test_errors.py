@@ -351,6 +351,25 @@ def test_results_without_a_checkpoint_are_not_written_over(run, left, tmp_path):
         assert (tmp_path / "kept" / left).read_bytes() == (run.folder / left).read_bytes()
 
 
+@pytest.mark.parametrize("name", ["config.json", "epoch-0100.pt"])
+def test_files_that_a_run_would_replace_make_a_folder_taken(run, name, tmp_path):
+    """A config.json of another program's model, and the one checkpoint that a user kept."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).write_text('{"my": "precious"}')
+    result = run.again("--out", tmp_path / "model")
+    refused(result, tmp_path / "model")
+    assert f"already holds a run; try --out {tmp_path / 'model'}-2" in result.err
+    assert (tmp_path / "model" / name).read_text() == '{"my": "precious"}'
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(run, tmp_path):
+    """It leaves config.json and lock."""
+    (tmp_path / "ended").mkdir()
+    for name in ("config.json", "lock"):
+        (tmp_path / "ended" / name).write_bytes((run.folder / name).read_bytes())
+    assert run.again("--out", tmp_path / "ended").status == 0
+
+
 @pytest.mark.parametrize("damage", [truncated, nothing, one_bit])
 def test_the_checkpoint_before_a_damaged_one_is_used_and_both_are_named(run, damage):
     assert run.again("--resume", "--epochs", 2).status == 0

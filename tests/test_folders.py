@@ -228,6 +228,10 @@ def test_with_a_test_folder_without_labels_training_images_are_held_out(tmp_path
     assert data.labelled and data.test_labels.tolist() == [0, 0, 1, 1] and len(data.train) == 16
     assert "skipped: 5 in test/" in first_line(capsys)
     assert len(load(tmp_path, "--test-fraction", 0).test) == 5
+    fill_all(tmp_path / "val", "a", "b", count=3)  # with labels, it goes before test, whatever the fraction
+    for fraction in (0, 0.2):
+        data = load(tmp_path, "--test-fraction", fraction)
+        assert data.labelled and len(data.test) == 6 and len(data.train) == 20
 
 
 def test_training_images_without_labels_beside_test_classes(tmp_path):
@@ -974,7 +978,7 @@ def test_test_images_that_are_training_images_are_counted(tmp_path):
                 write_image(tmp_path / "images" / "test" / name / f"again-{i}.png", image)
         write_image(tmp_path / "images" / "test" / name / "new.png", draw_image(np.random.default_rng(50 + number), number, 32))
     result, _ = small_run(tmp_path / "images", tmp_path / "run", "--batch-size", 8)
-    assert result.status == 0 and result.err == "4 of the 6 test images are training images, too\n", result.err
+    assert result.status == 0 and result.err == "4 of 6 test images are training images, too, and count in kNN; remove them\n", result.err
     assert "k = 12, cosine" in result.out  # as many as there are
 
 

@@ -264,8 +264,8 @@ def test_two_threads_train_one_after_the_other_to_the_numbers_of_one(images, uns
 
 def test_the_configuration_is_of_the_flags_not_of_the_notebook(monkeypatch, images, tmp_path):  # noqa: F811
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel-123.json"])
-    train(images, tmp_path / "a run; it's", epochs=1)
-    text = (tmp_path / "a run; it's" / "config.json").read_text()
+    train(images, tmp_path / "a True run; it's", epochs=1)
+    text = (tmp_path / "a True run; it's" / "config.json").read_text()
     config = json.loads(text)
     assert "ipykernel" not in text and config["command"].startswith("moco.py ") and "--epochs 1 " in config["command"]
     assert config["given"]["epochs"] == 1 and config["given"]["lr"] == config["lr"]
@@ -621,7 +621,9 @@ def test_a_small_dev_shm_is_one_line(images, tmp_path, size):  # noqa: F811
     ("unable to write to file </torch_12_34>: No space left on device (28)", "/dev/shm"),
     ("unable to open shared memory object </torch_1_2> in read-write mode: Too many open files (24)", "file descriptors"),
     ("received 0 items of ancdata", "file descriptors"),
-    ("DataLoader worker (pid(s) 7) exited unexpectedly", "a loader process died")])
+    ("DataLoader worker (pid(s) 7) exited unexpectedly", "a loader process died"), ("can't start new thread", "processes"),
+    ("unable to mmap 12 bytes: Cannot allocate memory (12)", "out of memory"), ("MPS backend out of memory (MPS allocated: 1 GB)", "GPU memory"),
+    ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "GPU memory")])
 def test_what_torch_says_of_them_is_understood(words, part):
     assert part in common.explanation(RuntimeError(words))
 
