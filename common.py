@@ -3142,6 +3142,7 @@ def check_response(network, checkpoint, name):
     before = checkpoint.get("response")  # None: of an older file
     if before is not None and before.isfinite().all():
         now = response(network, checkpoint["data_statistics"]["size"])
+        check(now.isfinite().all(), f"{name}: H is not finite; try an earlier checkpoint")
         same = now.shape == before.shape and (now - before).norm() <= 0.05 * before.norm()
         check(same, f"{name}: its backbone computed something else in training; try the code "
               "that it was trained with, or load backbone.pt into your own network")

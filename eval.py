@@ -11,10 +11,10 @@
 Contents, by line number (`python tests/test_common.py` writes them):
      84  command line             the flags, and what is refused before measuring
     206  a run and its data       from a checkpoint to networks; a hash shows that these stay
-    353  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
-    626  report                   what is printed, and written by --json
-    750  pictures and files       --views, --neighbors, --plot, --save
-    949  all runs                 one after the other
+    354  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
+    627  report                   what is printed, and written by --json
+    751  pictures and files       --views, --neighbors, --plot, --save
+    950  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -173,8 +173,8 @@ def check_writable(flag, path):
     try:
         if flag == "--json" and os.path.exists(path):  # a checkpoint, by a slip of the hand
             with open(path, "rb") as file:
-                common.check(file.read(1) in (b"", b"{", b"["),
-                             f"--json {path} is there and has no JSON in it; try {path}.json")
+                common.check(file.read(1) in (b"", b"["),
+                             f"--json {path} is there and has no figures; try {path}.json")
         open(temporary, "wb").close()
         os.remove(temporary)
     except OSError as error:
@@ -294,7 +294,8 @@ def load_data(run, args, device):
                  "folder; try it without --data-dir, or with --dataset folder")
     wanted.data_dir = args.data_dir or wanted.data_dir
     data = common.load_data(wanted, device, run.statistics)
-    if "held out" in data.test_note and data.fingerprint != run.fingerprint:
+    own = wanted.dataset == run.args.dataset
+    if own and "held out" in data.test_note and data.fingerprint != run.fingerprint:
         common.warn(f"--data-dir {data.args.data_dir} has other images than the run saw, so some "
                     "test images may have been trained on")
     wanted.seed = args.seed  # only now: the run's seed drew the images that are held out

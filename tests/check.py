@@ -14,6 +14,7 @@ usual mistakes give.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -344,6 +345,7 @@ def work(path):
     Starts torch once. Where the system can fork, each part is a fork of this process; elsewhere a
     new Python. Prints for each part how it ended."""
     plan = json.loads(Path(path).read_text())
+    sys.path += [place for place in plan["packages"] if place not in sys.path]
     sys.dont_write_bytecode = True
     import torch
 
@@ -355,7 +357,9 @@ def work(path):
         words = f"common.py cannot be imported: {in_one_line(error, plan['common'])}"
         for folder in plan["jobs"]:
             (Path(folder) / "results" / "error").write_text(words)
+        print(json.dumps("ready"))
         return
+    print(json.dumps("ready"), flush=True)
     for folder in plan["jobs"]:
         sys.stdout.flush()
         run = run_forked if hasattr(os, "fork") and sys.platform == "linux" else run_spawned
@@ -500,7 +504,8 @@ def run_parts(parts, root, seconds, strict=False):
             prepare(part, folder, place)
         (place / "common.py").write_bytes((root / "common.py").read_bytes())
         plan = {"common": str(place / "common.py"), "jobs": list(map(str, folders)),
-                "seconds": seconds, "strict": strict}
+                "seconds": seconds, "strict": strict,
+                "packages": [place for place in sys.path if "-packages" in place]}  # torch's, too
         (place / "plan.json").write_text(json.dumps(plan))
         notes = start(place, seconds * len(parts) + 120)
         notes += ["signal"] * (len(parts) - len(notes))
@@ -541,7 +546,8 @@ def inputs_of(case):
 
 def start(place, seconds):
     """Run the worker -> how each part ended, as far as it came."""
-    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "SYSTEMROOT", "TMPDIR", "TEMP")}
+    names = "PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "TEMP"
+    kept = {name: value for name, value in os.environ.items() if name in names}
     environment = {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HOME": str(place)}
     command = [sys.executable, "-I", str(place / "check.py"), "--work", str(place / "plan.json")]
     with open(place / "worker.txt", "wb") as words:
@@ -554,7 +560,15 @@ def start(place, seconds):
             said, _ = worker.communicate()
         finally:  # after Ctrl-C too
             worker.kill()
-    return [json.loads(line) for line in said.decode().splitlines()]
+    if b'"ready"' not in said:
+        words = (place / "worker.txt").read_text(errors="replace").split("\n")
+        reason = next(filter(None, map(str.strip, reversed(words))), "no word of why")
+        refuse(f"{sys.executable} could not import torch to run the functions ({reason})")
+    notes = []
+    for line in said.decode(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):  # a part's own words
+            notes.append(json.loads(line))
+    return [note for note in notes if note != "ready"]
 
 
 def read_results(folder, cases):
@@ -578,9 +592,12 @@ def read_results(folder, cases):
 
 def read_file(path):
     """The bytes of a plain file that is not too large, or None."""
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST_ANSWER:
+    try:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST_ANSWER:
+            return None
+        return path.read_bytes()
+    except OSError:  # a part can take the right to read it
         return None
-    return path.read_bytes()
 
 
 def in_words(content):

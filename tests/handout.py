@@ -126,6 +126,7 @@ def answers_of(method, part, seed):
         made["asked"].append(f"`{group['name']}`: {function.asked}")
         made["groups"].append(group)
         made["cases"] += cases
+    made["cases"].sort(key=lambda case: case["extra"] == "speed")  # last: it may take all the time
     return made
 
 
@@ -379,7 +380,7 @@ def more_cases(function, cases, rng):
     more.append({**half, "dtype": "float16", "extra": "half precision",
                  "asked": "float16 in should be computed in, and give, float32"})
     if function.large:
-        more.append(large_case(function, first))
+        more.append(large_case(function, first, int(rng.integers(2**31))))
     return more
 
 
@@ -393,10 +394,11 @@ def values_only(function, case, inputs, name):
             "expected": [{"value": np.array(value).tolist()}]}
 
 
-def large_case(function, case):
+def large_case(function, case, seed):
     """A case that a loop over all entries does not finish in time. mistakes.py has its answer."""
     shapes, settings = function.large
-    inputs = {name: {"normal": shape, "seed": i} for i, (name, shape) in enumerate(shapes.items())}
+    inputs = {name: {"normal": shape, "seed": [seed, i]}
+              for i, (name, shape) in enumerate(shapes.items())}
     large = {**case, "name": "large", "inputs": inputs, "settings": settings, "wrt": [],
              "mistakes": {}, "extra": "speed", "dtype": "float64",
              "asked": "a large batch should not take long: no loop over entries"}
@@ -432,11 +434,12 @@ def write_handout(methods, parts, out):
     out = Path(out)
     taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
     common.check(not taken, f"--out {out} exists already; try --out {out}-2, or remove it")
+    make_writable(out)
     task = {"methods": methods, "parts": parts,
             "knn": {method: REFERENCE_KNN[method] for method in methods}}
     answers = {method: {part: answers_of(method, part, seed=0) for part in parts}
                for method in methods}
-    (out / "methods").mkdir(parents=True)
+    (out / "methods").mkdir()
     (out / "answers").mkdir()
     for method in methods:
         source, _ = blanked((ROOT / "methods" / f"{method}.py").read_text(), parts)
@@ -538,7 +541,7 @@ The text around the place is the same in all files. A step does this, in some or
 # 4. Grading
 # ==============================================================================
 
-SECONDS = 5  # of a part; Python starts once for all parts of a student
+SECONDS = check.SECONDS  # of a part, as the students had
 LARGEST_SOURCE = 2**20  # bytes of a method file
 
 
@@ -569,15 +572,18 @@ def submissions_in(folder):
 
 def files_in(folder, wanted):
     """Paths of files with this name in a submission, the nearest first; no links are followed."""
-    found, seen = [], 0
-    for place, folders, files in os.walk(folder):
-        depth = len(Path(place).relative_to(folder).parts)
-        folders[:] = sorted(f for f in folders if not f.startswith(".")) if depth < 4 else []
-        seen += len(files)
-        if seen > 20_000:
-            break
-        found += [Path(place) / name for name in files if name == wanted]
-    return [path for path in found if path.is_file() and not path.is_symlink()]
+    found, places = [], [Path(folder)]
+    for _ in range(5):  # levels; a data set may lie deeper
+        deeper = []
+        for place in places[:1000]:
+            with contextlib.suppress(OSError), os.scandir(place) as entries:
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    if entry.name == wanted and entry.is_file(follow_symlinks=False):
+                        found.append(place / wanted)
+                    elif entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+                        deeper.append(place / entry.name)
+        places = deeper
+    return found
 
 
 def file_of(folder, method):
@@ -601,33 +607,45 @@ def asked_parts(submissions, methods):
 
 def grade(folder, methods, parts, seed, out, train=False):
     """Grade all submissions in `folder`; write grades.csv and a results.json for each student."""
+    inside = folder.resolve() in (out.resolve(), *out.resolve().parents)
+    common.check(not inside, f"--out {out} lies in the folder of --grade; try another folder")
     submissions = submissions_in(folder)
     make_writable(out)
     methods = methods or [m for m in METHODS if any(file_of(f, m) for _, f in submissions)]
     common.check(methods, f"--grade {folder}: no file like simclr.py in it; name the methods")
     parts = parts or asked_parts(submissions, methods)
-    print(f"{len(submissions)} submissions: {', '.join(methods)}; parts {', '.join(parts)}; "
-          f"seed {seed}", flush=True)
+    common.say(f"{len(submissions)} submissions: {', '.join(methods)}; parts {', '.join(parts)}; "
+               f"seed {seed}")
     answers = {(method, part): answers_of(method, part, seed) for method in methods
                for part in parts}
     table = []
     for student, place in submissions:
         wanted = [{**answers[method, part], "method": method, "part": part,
                    "file": file_of(place, method)} for method, part in answers]
-        rows = dict(zip(answers, check.grade(wanted, ROOT, SECONDS, strict=True)))
+        rows = dict(zip(answers, graded(wanted, student)))
         if train:
             for method in methods:
                 rows[method, "trained"] = [trained_row(place, method)]
-        write_results(out if len(submissions) == 1 else out / student, rows)
         table.append(grades_row(student, rows))
-        print(f"{table[-1]['student']}: {table[-1]['points']} of {table[-1]['of']} points, "
-              f"{table[-1]['extra']} extra", flush=True)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(table[0]))
-    writer.writeheader()
-    writer.writerows(table)
-    common.write_file(str(out / "grades.csv"), text.getvalue().encode())
-    print(f"{out}/grades.csv, and results.json for each student")
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+        common.write_file(str(out / "grades.csv"), text.getvalue().encode())
+        write_results(out if len(submissions) == 1 else out / student, rows)
+        common.say(f"{table[-1]['student']}: {table[-1]['points']} of {table[-1]['of']} points, "
+                   f"{table[-1]['extra']} extra")
+    common.say(f"{out}/grades.csv, and results.json for each student")
+
+
+def graded(wanted, student):
+    """The rows of a student's parts. What ends the grading itself costs this student's alone."""
+    try:
+        return check.grade(wanted, ROOT, SECONDS, strict=True)
+    except Exception as error:
+        common.warn(f"{student}: the grading itself ended with {type(error).__name__}; look at it")
+        failed = {"error": f"the grading ended with {type(error).__name__}"}
+        return [check.judge(part, [failed] * len(part["cases"]), "") for part in wanted]
 
 
 def make_writable(out):
@@ -655,7 +673,7 @@ def write_results(folder, rows):
     tests = [{"name": f"{method}, {part}: {row['name']}", "score": row["points"],
               "max_score": 0 if row["extra"] else row["of"], "output": row["text"]}
              for (method, part), found in rows.items() for row in found]
-    folder.mkdir(parents=True, exist_ok=True)
+    make_writable(folder)
     text = json.dumps({"tests": tests}, indent=1)
     common.write_file(str(folder / "results.json"), text.encode())
 
@@ -663,7 +681,8 @@ def write_results(folder, rows):
 def trained_row(folder, method):
     """One row for a trained backbone.pt: its 20-NN on `patterns`, computed here."""
     row = {"name": "20-NN of backbone.pt", "points": 0, "of": 0, "extra": True}
-    paths = [path for path in files_in(folder, "backbone.pt") if method in path.parent.name]
+    paths = [path for path in files_in(folder, "backbone.pt")
+             if path.parent.name == f"{method}-patterns-s0"]
     if not paths:
         return {**row, "text": f"no runs/{method}-patterns-s0/backbone.pt"}
     try:
@@ -769,6 +788,8 @@ def parse_args(argv=None):
     common.check((args.seed is None) == (not args.grade), "--grade and --seed need each other; "
                  "try --grade submissions --seed 7")
     common.check(args.grade or not args.train, "--train needs --grade")
+    common.check(not args.classroom or not (args.grade or args.out),
+                 "--classroom only prints; try it without --grade and --out")
     return args
 
 

@@ -618,7 +618,7 @@ def test_bad_flags(trained, argv, words, tmp_path, monkeypatch):
 
 def test_figures_do_not_replace_a_checkpoint_but_older_figures(trained, tmp_path):
     """`--json runs/*/last.pt`, for example, gives it the first of the files."""
-    for name in ("last.pt", "metrics.csv"):
+    for name in ("last.pt", "metrics.csv", "config.json"):
         path = tmp_path / name
         shutil.copy(trained / name, path)
         result = run_here("eval", [*QUICK, "--json", path, trained])

@@ -622,6 +622,58 @@ def test_a_folder_of_grades_that_cannot_be_made_is_refused_before_the_work(tmp_p
         handout.grade(tmp_path / "all", [], [], 5, tmp_path / "file" / "grades")
 
 
+def test_grades_do_not_go_into_the_folder_of_the_submissions(tmp_path):
+    submit(tmp_path / "anna", simclr=BLANK)
+    with pytest.raises(handout.common.UserError, match="lies in the folder of --grade"):
+        handout.grade(tmp_path, [], [], 5, tmp_path / "grades")
+    assert [path.name for path in tmp_path.iterdir()] == ["anna"]
+
+
+def test_a_python_that_cannot_import_torch_ends_the_grading(tmp_path, monkeypatch, capsys):
+    """Else all students would have no points."""
+    (tmp_path / "python").write_text("#!/bin/sh\necho 'ModuleNotFoundError: no torch' >&2; exit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "simclr.py").write_text(BLANK)
+    monkeypatch.setattr(check.sys, "executable", str(tmp_path / "python"))
+    part = {**handout.answers_of("simclr", "loss", 3), "method": "simclr", "part": "loss", "file": tmp_path / "simclr.py"}
+    with pytest.raises(SystemExit) as end:
+        check.grade([part], ROOT, 5)
+    assert end.value.code == 2 and "could not import torch to run the functions (ModuleNotFoundError: no torch)" in capsys.readouterr().err
+
+
+def test_what_ends_the_grading_of_one_student_costs_the_others_nothing(tmp_path, monkeypatch, capsys):
+    for student in ("anna", "ben", "carl"):
+        submit(tmp_path / "all" / student, simclr=SOURCES["simclr"])
+    real = check.grade
+
+    def grade(wanted, *rest, **more):
+        if "ben" in str(wanted[0]["file"]):
+            raise RecursionError
+        return real(wanted, *rest, **more)
+
+    monkeypatch.setattr(check, "grade", grade)
+    handout.grade(tmp_path / "all", ["simclr"], ["loss"], 5, tmp_path / "grades")
+    rows = {row["student"]: row["points"] for row in csv.DictReader((tmp_path / "grades" / "grades.csv").open())}
+    assert rows == {"anna": "10", "ben": "0", "carl": "10"} and "ben: the grading itself ended with RecursionError" in capsys.readouterr().err
+
+
+def test_the_slow_case_is_the_last_and_its_numbers_are_the_seeds():
+    """It may take all the time that a part has."""
+    cases = {seed: handout.answers_of("wmse", "loss", seed)["cases"] for seed in (0, 7)}
+    kinds = [case["extra"] == "speed" for case in cases[0]]
+    assert any(kinds) and kinds == sorted(kinds)
+    large = [[case for case in found if case["extra"] == "speed"][0] for found in cases.values()]
+    assert large[0]["inputs"] != large[1]["inputs"] and large[0]["expected"] != large[1]["expected"]
+
+
+def test_a_students_file_is_found_beside_a_large_data_set(tmp_path):
+    submit(tmp_path / "methods", simclr=BLANK)
+    (tmp_path / "data" / "c0").mkdir(parents=True)
+    for i in range(20_001):
+        (tmp_path / "data" / "c0" / f"{i}.png").touch()
+    assert handout.file_of(tmp_path, "simclr") == tmp_path / "methods" / "simclr.py"
+
+
 def test_an_existing_folder_is_not_overwritten(tmp_path):
     (tmp_path / "homework").mkdir()
     (tmp_path / "homework" / "mine").write_text("x")
