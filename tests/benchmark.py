@@ -292,7 +292,7 @@ def newton_schulz(s, steps):
     """S^(-1/2) of symmetric positive-definite S [..., n, n] by products only.
 
     With Y = S / |S| and Z = I, steps Y <- Y T and Z <- T Z with T = (3 I - Z Y) / 2 take Z to
-    (S / |S|)^(-1/2) (Higham 2008, Functions of Matrices, Eq. 6.35)."""
+    (S / |S|)^(-1/2) (the coupled iteration of Higham 2008, Functions of Matrices, chapter 6)."""
     norm = s.flatten(-2).norm(dim=-1)[..., None, None]
     identity = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
     y, z = s / norm, identity

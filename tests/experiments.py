@@ -1193,8 +1193,7 @@ def parse_args(argv=None):
     common.check(not words[0].startswith("-"), f"{words[0]}: the experiment's name comes first")
     experiment = find(words[0])
     if "--show" in words:
-        common.check(len(words) == 2, "--show takes no other words; try "
-                     f"{words[0]} --show")
+        common.check(len(words) == 2, f"--show takes no other words; try {words[0]} --show")
         return functools.partial(common.say, show(experiment))
     return functools.partial(experiment.train, experiment.parse_args(words[1:]))
 
