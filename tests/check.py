@@ -37,6 +37,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 SECONDS = 30  # time limit of a part, without the start of Python
 TRAINING_SECONDS = 170  # then the run saves and ends
+LAST_SECONDS = 20  # then an endless loop is ended
 DRAWS = 24  # calls of a loss that draws at random
 TOLERANCE = {"float64": 1e-6, "float32": 2e-3, "float16": 2e-3, "training": 1e-4}
 # A tolerance is a share of the largest number of an array, at least of 1.
@@ -657,8 +658,8 @@ def judge_group(group, answered, note):
     slopes = slopes_of(answered)
     if slopes and not close(*slopes, 1e-4) and not misses["gradient"]:
         misses["gradient"] = [pair for pair in answered if "direction" in pair[0]]
-    if mistake and not any(misses.values()):  # each draw is possible, but not all are made
-        misses["value"] = answered
+    if not any(misses.values()):  # each draw is possible; are all of them made?
+        misses["value"] = answered if mistake else [p for p in answered if is_constant(*p)]
     rows = []
     for what, points in group["points"].items():
         row = dict(name=f"{group['name']}: {what}", points=0, of=points, extra=False)
@@ -706,6 +707,15 @@ def is_narrower(case, key):
     tolerance = TOLERANCE[case["dtype"]]
     return not all(any(close(right.get("value"), value, tolerance) for value in made)
                    for right in case["expected"])
+
+
+def is_constant(case, outputs):
+    """Does a loss that should draw at random have one value in all calls?"""
+    right = [outcome.get("value") for outcome in case["expected"]]
+    tolerance = TOLERANCE[case["dtype"]]
+    if not case["draws"] or all(close(value, right[0], tolerance) for value in right):
+        return False
+    return all(close(value, outputs["value"][0], tolerance) for value in outputs["value"])
 
 
 def is_like(case, outputs, outcomes, what):
@@ -998,15 +1008,19 @@ def train(method):
     command = [sys.executable, str(HERE / "methods" / f"{method}.py"), "--out", str(out)]
     print(f"{method}: {' '.join(command[1:])}, for three minutes at most", flush=True)
     child = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
-    stop = threading.Timer(TRAINING_SECONDS, child.send_signal, [signal.SIGINT])
-    stop.start()
+    timers = [threading.Timer(TRAINING_SECONDS, child.terminate),
+              threading.Timer(TRAINING_SECONDS + LAST_SECONDS, child.kill)]
+    for timer in timers:
+        timer.daemon = True  # Ctrl-C need not wait for it
+        timer.start()
     accuracy = None
     for line in child.stdout:
         print("  " + line.rstrip(), flush=True)
         found = re.search(r"kNN +([\d.]+) %", line)
         accuracy = float(found[1]) if found else accuracy
-    stop.cancel()
     child.wait()
+    for timer in timers:
+        timer.cancel()
     if accuracy is None:
         print(f"{method}: no 20-NN was measured")
         return False

@@ -550,14 +550,22 @@ def submissions_in(folder):
     common.check(folder.is_dir(), f"--grade {folder} is no folder; give the one with a folder for "
                  "each student")
     own = [folder / place / f"{method}.py" for method in METHODS for place in ("", "methods")]
-    inside = [path for path in sorted(folder.iterdir()) if not path.name.startswith((".", "__"))]
+    everything = sorted(folder.iterdir())
+    aside = [path for path in everything if path.name.startswith((".", "__"))]  # .git, __MACOSX
+    inside = [path for path in everything if path not in aside]
     found = [path for path in inside if path.is_dir() and not path.is_symlink()]
+    hidden = [path.name for path in aside if any(file_of(path, method) for method in METHODS)]
+    if hidden:
+        common.warn(f"not graded, since their names begin with . or __: {common.listed(hidden)}")
     stray = [path for path in own if path.is_file()]
     if stray:
         others = [path.name for path in found
                   if path.name != "methods" and file_of(path, stray[0].stem)]
         common.check(len(others) < 2, f"--grade {folder}: {stray[0]} lies beside folders that have "
                      f"it, too ({common.listed(others)}); move it away")
+        if others:
+            common.warn(f"graded as one student's folder, since {stray[0]} lies in it; move it away "
+                        f"if {others[0]} is a student")
         return [(folder.resolve().name, folder)]
     rest = [path.name for path in inside if path not in found]
     if rest:

@@ -410,6 +410,19 @@ def test_a_backward_that_is_not_written_costs_the_gradient_only(tmp_path):
     assert all(re.fullmatch(r"line \d+ is not written yet", row["text"]) for row in lost(rows))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method, number", [(m, n) for m in METHODS for n, f in enumerate(mistakes.LOSSES[m]) if "generator" in f.order.split()])
+def test_a_loss_that_draws_the_same_at_every_call_is_seen(method, number):
+    function = mistakes.LOSSES[method][number]
+    right = by_mistake(function, None)
+
+    def constant(*given):
+        return right(*[torch.Generator().manual_seed(0) if isinstance(a, torch.Generator) else a for a in given])
+
+    (row,) = lost(report_of(function, *GROUPS(method, number), constant))
+    assert re.search(r"In 24 calls, your loss has the values [-\d.]+; possible are [-\d.]+, ", row["text"]), row["text"]
+
+
 def keys_in_order(model, order):
     """MoCo's keys of a model whose target sees the images in one order, put back."""
     def keys(x):
@@ -613,6 +626,11 @@ def test_what_is_not_graded_is_named_and_a_stray_file_is_refused(tmp_path, capsy
     (tmp_path / "simclr.py").write_text(BLANK)  # one student's, if no others had the file in folders of their own
     with pytest.raises(handout.common.UserError, match=r"lies beside folders that have it, too \(anna, ben\); move it away"):
         handout.submissions_in(tmp_path)
+    (tmp_path / "ben").rename(tmp_path / "__ben")
+    assert handout.submissions_in(tmp_path) == [(tmp_path.name, tmp_path)]
+    said = capsys.readouterr().err
+    assert "not graded, since their names begin with . or __: __ben\n" in said
+    assert f"graded as one student's folder, since {tmp_path / 'simclr.py'} lies in it; move it away if anna is a student\n" in said
 
 
 def test_a_folder_of_grades_that_cannot_be_made_is_refused_before_the_work(tmp_path):
@@ -688,6 +706,16 @@ def test_a_trained_backbone_is_compared_with_the_seeds_of_the_reference(accuracy
     text, verdict = check.compare_knn(accuracy, (95.5, 95.8))
     assert verdict == learned and words in text and "95.5 to 95.8" in text
     assert sorted(handout.REFERENCE_KNN) == sorted(METHODS) and all(min(known) > 90 for known in handout.REFERENCE_KNN.values())
+
+
+def test_a_training_that_never_ends_is_ended(tmp_path, monkeypatch, capsys):
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "simclr.py").write_text("import signal\nsignal.signal(15, signal.SIG_IGN)\nprint('begun', flush=True)\nwhile True: pass")
+    monkeypatch.setattr(check, "HERE", tmp_path)
+    monkeypatch.setattr(check, "TRAINING_SECONDS", 1)
+    monkeypatch.setattr(check, "LAST_SECONDS", 1)
+    assert not check.train("simclr")
+    assert capsys.readouterr().out.endswith("no 20-NN was measured\n")
 
 
 @pytest.mark.slow
