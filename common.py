@@ -10,54 +10,54 @@ one piece. Part II is the rest. A default run enters it, too: command line, mess
 #
 # Part I, what a method file calls:
 #
-#    117  flag               a field of Args: default, help, bounds
-#    127  Args               the flags that all nine methods share
-#    209  world_size         the number of processes (MoCo)
-#    214  rank               this process's number among them (MoCo)
-#    223  gives_back         signal handlers, lock and processes, when train() ends
-#    246  set_up             device, precision, other processes
-#    270  load_data          read or draw the data set: Data
-#    519  build_backbone     the network whose output is H
-#    569  build_optimizer    Adam, SGD, LARS or Muon
-#    606  Run                the run's folder, checkpoints, log and checks
-#    845  distribute         the model for several processes, or compiled
-#    629  Run.resume         the step to start from, usually 0
-#    342  Data.batches       the batches of an epoch, uint8
-#    860  step_seed          the seed of a step's random draws
-#    357  Data.augment       the random views of a batch
-#   1129  learning_rate      the schedule's factor at a step
-#    646  Run.guard          a failed decomposition becomes a clear error
-#   1145  gather             embeddings of all processes, with gradient
-#    650  Run.watch          note whether loss and gradients are finite
-#    657  Run.progress       stop if they were not; show the status line
-#    668  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    676  Run.mean_loss      the mean loss of the epoch
-#   1159  extract            H of a set of images
-#   1180  project            Z of H
-#   1191  collapse_metrics   how much of its space a set of embeddings fills
-#   1262  knn_accuracy       accuracy of a vote among the nearest training images
-#    685  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    727  Run.save_backbone  write backbone.pt
-#    735  Run.close          print the scores
+#    118  flag               a field of Args: default, help, bounds
+#    128  Args               the flags that all nine methods share
+#    210  world_size         the number of processes (MoCo)
+#    215  rank               this process's number among them (MoCo)
+#    224  gives_back         signal handlers, lock and processes, when train() ends
+#    247  set_up             device, precision, other processes
+#    271  load_data          read or draw the data set: Data
+#    520  build_backbone     the network whose output is H
+#    570  build_optimizer    Adam, SGD, LARS or Muon
+#    607  Run                the run's folder, checkpoints, log and checks
+#    846  distribute         the model for several processes, or compiled
+#    630  Run.resume         the step to start from, usually 0
+#    343  Data.batches       the batches of an epoch, uint8
+#    861  step_seed          the seed of a step's random draws
+#    358  Data.augment       the random views of a batch
+#   1130  learning_rate      the schedule's factor at a step
+#    647  Run.guard          a failed decomposition becomes a clear error
+#   1146  gather             embeddings of all processes, with gradient
+#    651  Run.watch          note whether loss and gradients are finite
+#    658  Run.progress       stop if they were not; show the status line
+#    669  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    677  Run.mean_loss      the mean loss of the epoch
+#   1160  extract            H of a set of images
+#   1181  project            Z of H
+#   1192  collapse_metrics   how much of its space a set of embeddings fills
+#   1263  knn_accuracy       accuracy of a vote among the nearest training images
+#    686  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    728  Run.save_backbone  write backbone.pt
+#    736  Run.close          print the scores
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1727  main               run train(); print an expected error as one line
-#   1410  parse_args         Args from the command line
-#   1901  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1731  main               run train(); print an expected error as one line
+#   1411  parse_args         Args from the command line
+#   1906  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1335  Command line: flags from Args, checks, and sizes to propose
-#   1623  Messages and errors
-#   1799  Several processes
-#   1941  Data sets by name
-#   2014  Folders of images
-#   2393  Streaming
-#   2499  Recipes of augmentation
-#   2567  ResNets, Vision Transformer, LARS, Muon
-#   2735  Run folder and signals
-#   2905  Resume
-#   3018  Files of a run
-#   3096  Trained weights
+#   1336  Command line: flags from Args, checks, and sizes to propose
+#   1627  Messages and errors
+#   1803  Several processes
+#   1946  Data sets by name
+#   2019  Folders of images
+#   2404  Streaming
+#   2513  Recipes of augmentation
+#   2581  ResNets, Vision Transformer, LARS, Muon
+#   2749  Run folder and signals
+#   2921  Resume
+#   3039  Files of a run
+#   3117  Trained weights
 
 import argparse
 import collections
@@ -82,6 +82,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import typing
@@ -207,13 +208,13 @@ class Args:
 
 
 def world_size():
-    """The number of processes that torchrun started; 1 without torchrun."""
-    return from_environment("WORLD_SIZE", 1)
+    """The number of processes, torchrun's or of a program's own group."""
+    return from_environment("WORLD_SIZE", dist.get_world_size() if dist.is_initialized() else 1)
 
 
 def rank():
-    """This process's number among them, from 0."""
-    return from_environment("RANK", 0)
+    """This process's number, from 0."""
+    return from_environment("RANK", dist.get_rank() if dist.is_initialized() else 0)
 
 
 TRAINING = threading.RLock()  # one train() at a time: the random draws of two would mix
@@ -270,8 +271,8 @@ DEFAULT_IMAGE_SIZE = {"stl10": 64, "tinyimagenet": 64, "folder": None}  # others
 def load_data(args, device, statistics=None):
     """Read or draw the data set of --dataset. Sets args.image_size if the flag was not given.
 
-    statistics: of a run (Data.statistics), if the scale of its pixels is to be kept. Returns Data.
-    Raises UserError if there are no usable images or a download fails."""
+    statistics: Data.statistics of a run whose scale of pixels is to be kept. Returns Data. Raises
+    UserError if there are no usable images or a download fails."""
     args.image_size = args.image_size or DEFAULT_IMAGE_SIZE.get(args.dataset, 32)
     if args.dataset == "patterns":
         train, labels, test, test_labels = make_patterns()
@@ -293,7 +294,7 @@ class Data:
     labelled_train   all but stl10's unlabelled; train_labels, int64 [N] or None
     test             test images, or the labelled training images if there are none
     test_labels      int64 [M] or None
-    labelled         True if training and test images have labels, so that kNN can be measured
+    labelled         True if training and test images have labels, for kNN
     bank, queries    at most 5000 training and 1000 test images, for the kNN after an epoch
     large_bank       at most 100,000 training images, for the kNN at the end
     size             side of a view in pixels
@@ -303,7 +304,7 @@ class Data:
                      class_names; of a folder also side, the pixels of its squares
     test_note, notes for the first line on the screen
     files            the names of the files of training and test images, None if there are none
-    fingerprint      a text that tells whether a resumed run has the same images"""
+    fingerprint      tells whether a resumed run has the same images"""
 
     def __init__(self, args, device, train, labels, test, test_labels, class_names,
                  unlabeled=None):
@@ -419,9 +420,9 @@ def colour_statistics(images, num_workers=0):
     index = torch.arange(0, len(images), -(-len(images) // 5000))
     mean, square = 0, 0
     for part in parts_of(images, index, 100, num_workers):
-        x = part.cpu().double() / 255
+        x = part.cpu().double().div_(255)
         mean = mean + x.mean((0, 2, 3)) * len(x)
-        square = square + x.square().mean((0, 2, 3)) * len(x)
+        square = square + x.square_().mean((0, 2, 3)) * len(x)
     mean, square = mean / len(index), square / len(index)
     return mean.tolist(), (square - mean.square()).clamp_min(1e-6).sqrt().tolist()
 
@@ -1448,7 +1449,7 @@ def check_values(args):
         else:
             text, words = "\0", words_of(name, metadata)
             if isinstance(value, (str, os.PathLike)):
-                text = str(os.fspath(value))  # numpy's text would not go into a checkpoint
+                text = str(os.path.expanduser(value))  # numpy's text would not go into a checkpoint
             known = text in words if words else text and "\0" not in text and len(text) <= 1000
             check(known, f"{option}: {value!r} is not known; try {default or 'a name'}")
             setattr(args, name, text)
@@ -1521,7 +1522,10 @@ def optimizer_of(args):
 
 def plain_torch(ending):
     """Undo, until the ExitStack closes, what a notebook may have set: where and of which kind new
-    tensors are, that they have no gradient, and autocast."""
+    tensors are, that they have no gradient, autocast, and products of less than fp32."""
+    with contextlib.suppress(RuntimeError):  # the precision was set for one backend alone
+        ending.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+    torch.set_float32_matmul_precision("highest")
     ending.callback(torch.set_default_dtype, torch.get_default_dtype())
     torch.set_default_dtype(torch.float32)
     if torch.get_default_device().type != "cpu":
@@ -1565,7 +1569,7 @@ def check_rules(args):
     now = as_flags({name: getattr(args, name) for name in mentioned(broken, sizes)})
     found, remedy = sizes_that_fit(args, sizes), ""
     if found is None and world_size() > 1:
-        world, os.environ["WORLD_SIZE"] = os.environ["WORLD_SIZE"], "1"  # for the rules
+        world, os.environ["WORLD_SIZE"] = str(world_size()), "1"  # for the rules
         found, remedy = sizes_that_fit(args, sizes), "--nproc_per_node=1 "
         os.environ["WORLD_SIZE"] = world
     remedy = "more images" if found is None else remedy + as_flags(found)
@@ -1667,8 +1671,8 @@ def write_words(stream, text):
     try:
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         stream.flush()
-    except (OSError, ValueError, AttributeError):  # such as `| head`, or a full disk
-        with contextlib.suppress(OSError, ValueError, AttributeError), to_nowhere(stream.fileno()):
+    except Exception:  # `| head`, a full disk, an object of a program
+        with contextlib.suppress(Exception), to_nowhere(stream.fileno()):
             stream.flush()  # else these words would fail again with the next
 
 
@@ -1697,7 +1701,7 @@ class StatusLine:
     def show(self, text):
         """Show a text in the status line, in a log at most every 30 seconds."""
         notebook = type(sys.stdout).__module__.startswith("ipykernel")
-        with contextlib.suppress(AttributeError, ValueError):  # no terminal, but closed or a Tee
+        with contextlib.suppress(Exception):  # no terminal, but closed or an object of a program
             if rank() == 0 and (notebook or sys.stdout.isatty()):
                 self.width = width = min(shutil.get_terminal_size().columns, 80) - 1
                 write_words(sys.stdout, f"\r{text[:width]:{width}}")
@@ -1821,7 +1825,8 @@ def check_launch():
 
 def set_up_gpu():
     """This process's GPU as a torch.device. Raises UserError if there are fewer than processes."""
-    local_rank = from_environment("LOCAL_RANK", 0) if world_size() > 1 else 0
+    own = torch.cuda.current_device()
+    local_rank = from_environment("LOCAL_RANK", own) if world_size() > 1 else 0
     gpus = torch.cuda.device_count()
     check(local_rank < gpus, "torchrun started more processes than there are GPUs; "
           f"try --nproc_per_node={gpus}")
@@ -2028,6 +2033,9 @@ def load_folder(args, device, root, statistics=None):
     skipped = collections.defaultdict(list)
     paths = list_images(root, skipped)
     splits = find_splits(root, paths)
+    for path in skipped.pop("labels.csv", ()):
+        if os.path.dirname(path) not in ("", *splits.values()):
+            warn(f"{os.path.join(root, path)} is not read; put one labels.csv into {root}")
     parts = {kind: with_classes(root, splits[kind], paths, skipped) for kind in splits}
     train, place, test, note = parts.pop("train"), os.path.join(root, splits["train"]), [], ""
     names = {name for _, name in train} - {None}
@@ -2075,7 +2083,10 @@ def list_images(root, skipped):
             continue
         seen.add(real)
         tops += filter(os.path.islink, [os.path.join(folder, name) for name in inside])
-        for name in itertools.filterfalse(IGNORED.match, set(names) - {"labels.csv"}):
+        if "labels.csv" in names:
+            names.remove("labels.csv")
+            skipped["labels.csv"].append(os.path.relpath(os.path.join(folder, "labels.csv"), root))
+        for name in itertools.filterfalse(IGNORED.match, names):
             path, kind = os.path.join(folder, name), os.path.splitext(name)[1].lower()
             if kind not in IMAGE_KINDS:
                 why = f"of a kind that is not read ({shown(kind) or 'no extension'})"
@@ -2228,7 +2239,7 @@ def kind_of(image):
     colours = re.search("RGBA?;16[LBN]", decoder)  # of 16 bits; their mode is RGB as of 8 bits
     if image.mode[0] not in "IF" and not colours:  # neither signed nor of 16 bits
         right = max(tags.get(258, (1,))) <= 8 and set(tags.get(339, (1,))) <= {1, 4}
-        return "8 bits" if right and ";16" not in decoder else None
+        return "8 bits" if right and not re.search("(?<!BGR);16", decoder) else None
     if "transparency" in image.info or tags.get(262) == 0 or (colours and tags.get(284) == 2):
         return None  # a transparent colour; white as 0; planes
     return {"I": "32 bits", "F": "floats"}.get(image.mode, "16 bits")
@@ -2447,6 +2458,9 @@ class Files:
     def read(self, tasks, num_workers):
         """The results of lists of tasks. A UserError comes without a process's traceback."""
         if not self.idle:
+            place = tempfile.gettempdir()  # with names of torch's sockets, of 107 bytes at most
+            check(num_workers == 0 or len(os.fsencode(place)) <= 70, f"TMPDIR={place} is too long "
+                  "for loader processes; try TMPDIR=/tmp or --num-workers 0")
             alone = copy.copy(self)
             alone.idle = ()  # else a cycle, for whose end torch waits 5 s
             self.idle.append(torch.utils.data.DataLoader(
@@ -2510,7 +2524,7 @@ GREY = ("grey", 0.2)  # probability
 
 # name -> views -> operations, in order. Further views start again at the first listed one.
 RECIPES = {
-    # W-MSE, CW-RGP (htdt/self-supervised). From memory, colours are changed before the crop.
+    # W-MSE, CW-RGP (htdt/self-supervised). If images are in memory, colours come before the crop.
     "w-mse": [(JITTER, ("grey", 0.1), BICUBIC_CROP, FLIP)],
     # MoCo v2 2003.04297, SimSiam 2011.10566
     "moco-v2": [(CROP, JITTER, GREY, BLUR, FLIP)],
@@ -2801,6 +2815,8 @@ def open_folder(args):
     folder = lock = None
     if rank() == 0:
         for folder in candidate_folders(args):
+            if args.resume:
+                refuse_strangers(folder)
             lock = lock_folder(folder)
             if lock and (args.resume or not is_taken(folder)):  # another may just have ended
                 at_end(lock.close)
@@ -2983,9 +2999,14 @@ def load_last(folder):
             return {**checkpoint, "file": name}
     check(not faults, f"{' '.join(faults[:1])}; no older checkpoint is readable: "
           "train again with another --out")
-    check(not is_taken(folder), f"{folder} has files of a run, but no last.pt; put it back, or try "
-          "another folder")
+    refuse_strangers(folder)
     return None
+
+
+def refuse_strangers(folder):
+    """Raise UserError if a folder without a checkpoint has files that a run would overwrite."""
+    check(holds_run(folder) or not is_taken(folder), f"{folder} has files of a run, but no "
+          "last.pt; put it back, or try another folder")
 
 
 def save_checkpoint(path, checkpoint, keep_as=None):
@@ -3120,7 +3141,8 @@ def load_backbone(run, device="cpu"):
             check_images(images)
             x = centre_view(images.float() / 255, statistics["size"])
         else:
-            images = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+            one = isinstance(images, (str, os.PathLike)) or not hasattr(images, "__iter__")
+            images = [images] if one else list(images)
             names = all(isinstance(path, (str, os.PathLike)) for path in images)
             check(images and names, "images are no files and no tensor; try a list of file names")
             x = torch.cat([prepare_file(os.fspath(path), statistics) for path in images])

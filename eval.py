@@ -11,10 +11,10 @@
 Contents, by line number (`python tests/test_common.py` writes them):
      84  command line             the flags, and what is refused before measuring
     206  a run and its data       from a checkpoint to networks; a hash shows that these stay
-    354  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
-    627  report                   what is printed, and written by --json
-    751  pictures and files       --views, --neighbors, --plot, --save
-    950  all runs                 one after the other
+    357  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
+    632  report                   what is printed, and written by --json
+    756  pictures and files       --views, --neighbors, --plot, --save
+    956  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -102,7 +102,7 @@ def parse_args(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its last.pt")
     add = parser.add_argument_group("what to measure").add_argument
     add("--features", type=feature_list, default=list(FEATURES), metavar="LIST",
-        help="of H (the backbone's output), Z (the projector's), W (Z after the method's "
+        help="any of H (the backbone's output), Z (the projector's), W (Z after the method's "
              "whitening), raw (pixels), untrained (H before training); try H,Z (default: all)")
     add("--probe-epochs", type=number(int, least=0, example=500), default=500, metavar="N",
         help="epochs of the linear probe, a layer trained on the features (default: 500); 0: none")
@@ -113,7 +113,7 @@ def parse_args(argv=None):
     add("--supervised", action="store_true", help="also train the run's backbone with all labels "
         "from its random start, as the run was trained without")
     add("--seed", type=number(int, least=0, most=2**31 - 1, example=0), default=0, metavar="N",
-        help="of the probe, its labels, the slices of W and the views (default: 0)")
+        help="of the probe, --finetune, their labels, slices of W and views (default: 0)")
     add = parser.add_argument_group("images").add_argument
     add("--dataset", choices=common.DATASETS, help="what to measure on (default: the run's own)")
     add("--data-dir", metavar="DIR",
@@ -271,6 +271,9 @@ def rebuild(run, weights, device):
     torch.manual_seed(args.seed)  # as the method's train() does
     run.untrained = build(args).to(device, memory_format=torch.channels_last).eval()
     run.model = build(args).to(device, memory_format=torch.channels_last).eval()
+    own, built = common.backbone_weights({"model": weights}), run.model.backbone.state_dict()
+    common.check(own.keys() == built.keys(), f"{run.path}: its backbone is not --backbone "
+                 f"{args.backbone}; load backbone.pt into your own")
     run.model.load_state_dict(weights)
 
 
@@ -478,7 +481,8 @@ def linear_probe(x, y, rows, x_test, y_test, epochs=500, seed=0, what="linear pr
     with torch.no_grad():
         best = [layer(part).topk(min(5, classes)).indices for part in x_test.split(1000)]
     hits = (torch.cat(best) == y_test[:, None]).cpu().double()  # [M, <= 5], the best guess first
-    top5 = hits.sum(1).mean().item() if classes > 5 else None
+    present = len(torch.cat([y, y_test]).unique())  # another folder's classes have higher numbers
+    top5 = hits.sum(1).mean().item() if present > 5 else None
     return hits[:, 0].mean().item(), top5
 
 
@@ -538,7 +542,8 @@ def finetuned(run, data, args):
 
 
 def supervised(run, data, args):
-    """Train the run's backbone from its random start with all labels, as the run was without.
+    """Train the run's backbone from its random start with all labels (of a run with --train-images,
+    those of its images), as the run was without. kNN and probe see these labels, too.
 
     Prints and returns the accuracies of its H, by the layer that was trained with it too."""
     recipe = SimpleNamespace(**vars(run.args))
@@ -552,7 +557,7 @@ def supervised(run, data, args):
     h, queries = extract(backbone, data, args, "supervised H")
     labels = data.train_labels, data.test_labels
     figures = {"own layer": own_accuracy(layer, queries, data),
-               "20-NN": common.knn_accuracy(h, labels[0], queries, labels[1])}
+               "20-NN": common.knn_accuracy(h[rows], labels[0][rows], queries, labels[1])}
     if args.probe_epochs:
         figures["linear"], _ = linear_probe(h, labels[0], rows, queries, labels[1],
                                             epochs=args.probe_epochs, seed=args.seed)
@@ -854,6 +859,7 @@ def write_features(path, split, run, data):
 
 def import_figure():
     """matplotlib's Figure. Raises UserError without matplotlib."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here; none is needed
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -5,12 +5,12 @@ Code: winci-ai/CW-RGP (official)
 
 Idea: Two views of an image should have the same embedding once the embeddings are whitened.
     Channel whitening makes samples uncorrelated over the channels, so batches may be small.
-    Random groups demand more: each must have rank w. Of equal images L is NaN, unless --eps > 0.
+    Random groups demand more: each must have rank w. With equal images L is NaN, unless --eps > 0.
 
 Loss: for views of a slice of w images, Z [w, d], and each of g random groups k of channels
     X = Z - mean over the channels, of all groups
     S_k = X_k X_k^T / (d / g - 1)                                                        [w, w]
-    Y_k = S_k^(-1/2) X_k, all groups back in place: Y                          (Eq. 2)   [w, d]
+    Y_k = S_k^(-1/2) X_k, all groups back in place: Y                                    [w, d]
     L = mean over the images of |y1 / |y1| - y2 / |y2||^2 = 2 - 2 cos(y1, y2)
 
 What prevents collapse:
@@ -32,6 +32,7 @@ Recipe: the same in all nine files, so that a diff shows ideas; methods/README.m
     Muon at a rate of 0.1 for the filters of `tiny`: it learns weak features as fast as strong ones.
     Adam at 3e-3 with weight decay 1e-6 for all else, and for other backbones.
     The rates rise for a tenth of the run (at most 500 steps; MoCo, BYOL: 150) and fall as a cosine.
+    SimSiam's predictor keeps its peak rate at all steps.
     The backbone sees one view at a time. A ResNet's residual blocks start as the identity, but
     not in the official code of MoCo, W-MSE, Shuffled-DBN and (below ResNet-50) BYOL.
 
@@ -45,7 +46,10 @@ from dataclasses import dataclass
 
 # common.py lies one folder up, or beside a copy of this file. It comes before torch, because it
 # says how torch's threads wait for each other.
-sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+FOLDER = os.path.dirname(os.path.realpath(__file__))
+if not os.path.isfile(os.path.join(FOLDER, "common.py")):
+    FOLDER = os.path.dirname(FOLDER)
+sys.path.insert(1, FOLDER)
 import common  # noqa: E402
 
 import torch  # noqa: E402
@@ -148,9 +152,9 @@ def cw_rgp_loss(views, groups=4, w_size=64, w_iter=4, eps=0.0, generator=None):
     slices = z[:, order.flatten()].unflatten(1, (-1, w_size))  # [s, w_iter N / w, w, d]
     draws = torch.rand(s, slices.shape[1], d, device=z.device, generator=generator)
     permutation = draws.argsort(-1)  # own groups for each slice and view, so L stays above 0
-    y = F.normalize(channel_whiten(slices, groups, permutation, eps), dim=-1)  # Eq. 2
+    y = F.normalize(channel_whiten(slices, groups, permutation, eps), dim=-1)
     pairs = itertools.combinations(y, 2)
-    losses = [(2 - 2 * (y1 * y2).sum(-1)).mean() for y1, y2 in pairs]  # Eq. 4
+    losses = [(2 - 2 * (y1 * y2).sum(-1)).mean() for y1, y2 in pairs]  # Eq. 2
     return sum(losses) / len(losses)
 
 

@@ -4,7 +4,7 @@ Paper: "On Feature Decorrelation in Self-Supervised Learning", arXiv 2105.00470
 Code: PatrickHua/FeatureDecorrelationSSL (the first author's)
 
 Idea: Two views of an image should have the same embedding once the embeddings are whitened.
-    Decorrelated batch norm (DBN) whitens groups of channels, so a batch suffices for all of them.
+    Decorrelated batch norm (DBN) whitens groups of channels, so a batch may be smaller than d.
     The groups change with every batch and view, so that no two channels can stay correlated.
 
 Loss: for views of a batch, Z [N, d], and each of g random groups k of channels
@@ -31,6 +31,7 @@ Recipe: the same in all nine files, so that a diff shows ideas; methods/README.m
     Muon at a rate of 0.1 for the filters of `tiny`: it learns weak features as fast as strong ones.
     Adam at 3e-3 with weight decay 1e-6 for all else, and for other backbones.
     The rates rise for a tenth of the run (at most 500 steps; MoCo, BYOL: 150) and fall as a cosine.
+    SimSiam's predictor keeps its peak rate at all steps.
     The backbone sees one view at a time. A ResNet's residual blocks start as the identity, but
     not in the official code of MoCo, W-MSE, Shuffled-DBN and (below ResNet-50) BYOL.
 
@@ -44,7 +45,10 @@ from dataclasses import dataclass
 
 # common.py lies one folder up, or beside a copy of this file. It comes before torch, because it
 # says how torch's threads wait for each other.
-sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+FOLDER = os.path.dirname(os.path.realpath(__file__))
+if not os.path.isfile(os.path.join(FOLDER, "common.py")):
+    FOLDER = os.path.dirname(FOLDER)
+sys.path.insert(1, FOLDER)
 import common  # noqa: E402
 
 import torch  # noqa: E402
@@ -62,7 +66,7 @@ class Args(common.Args):
     proj_hidden: int = 1024
     proj_dim: int = 512
     proj_layers: int = 2
-    groups: int = common.flag(0, "random groups of channels; 0 takes as few as fit", least=0)
+    groups: int = common.flag(0, "random groups of channels; 0: about 2 d / batch size", least=0)
     no_shuffle: bool = common.flag(False, "groups of neighbouring channels, always the same")
 
     def rules(self):

@@ -29,6 +29,7 @@ Recipe: the same in all nine files, so that a diff shows ideas; methods/README.m
     Muon at a rate of 0.1 for the filters of `tiny`: it learns weak features as fast as strong ones.
     Adam at 3e-3 with weight decay 1e-6 for all else, and for other backbones.
     The rates rise for a tenth of the run (at most 500 steps; MoCo, BYOL: 150) and fall as a cosine.
+    SimSiam's predictor keeps its peak rate at all steps.
     The backbone sees one view at a time. A ResNet's residual blocks start as the identity, but
     not in the official code of MoCo, W-MSE, Shuffled-DBN and (below ResNet-50) BYOL.
 
@@ -42,7 +43,10 @@ from dataclasses import dataclass
 
 # common.py lies one folder up, or beside a copy of this file. It comes before torch, because it
 # says how torch's threads wait for each other.
-sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+FOLDER = os.path.dirname(os.path.realpath(__file__))
+if not os.path.isfile(os.path.join(FOLDER, "common.py")):
+    FOLDER = os.path.dirname(FOLDER)
+sys.path.insert(1, FOLDER)
 import common  # noqa: E402
 
 import torch  # noqa: E402

@@ -952,9 +952,9 @@ def shared_loss(views, groups=4, w_size=64, w_iter=4, eps=0.0, generator=None):
     slices = z[:, order.flatten()].unflatten(1, (-1, w_size))  # [s, w_iter N / w, w, d]
     draws = torch.rand(1, slices.shape[1], d, device=z.device, generator=generator)
     permutation = draws.argsort(-1).expand(s, -1, -1)  # the groups of a slice, for all views
-    y = F.normalize(channel_whiten(slices, groups, permutation, eps), dim=-1)  # Eq. 2
+    y = F.normalize(channel_whiten(slices, groups, permutation, eps), dim=-1)
     pairs = itertools.combinations(y, 2)
-    losses = [(2 - 2 * (y1 * y2).sum(-1)).mean() for y1, y2 in pairs]  # Eq. 4
+    losses = [(2 - 2 * (y1 * y2).sum(-1)).mean() for y1, y2 in pairs]  # Eq. 2
     return sum(losses) / len(losses)
 
 
@@ -991,9 +991,9 @@ def fixed_loss(views, groups=4, w_size=64, w_iter=4, eps=0.0, generator=None):
     order = torch.rand(w_iter, n, device=z.device, generator=generator).argsort(-1)
     slices = z[:, order.flatten()].unflatten(1, (-1, w_size))  # [s, w_iter N / w, w, d]
     permutation = None  # groups of neighbouring channels
-    y = F.normalize(channel_whiten(slices, groups, permutation, eps), dim=-1)  # Eq. 2
+    y = F.normalize(channel_whiten(slices, groups, permutation, eps), dim=-1)
     pairs = itertools.combinations(y, 2)
-    losses = [(2 - 2 * (y1 * y2).sum(-1)).mean() for y1, y2 in pairs]  # Eq. 4
+    losses = [(2 - 2 * (y1 * y2).sum(-1)).mean() for y1, y2 in pairs]  # Eq. 2
     return sum(losses) / len(losses)
 
 
@@ -1054,9 +1054,9 @@ def detached_loss(views, groups=4, w_size=64, w_iter=4, eps=0.0, generator=None)
     slices = z[:, order.flatten()].unflatten(1, (-1, w_size))  # [s, w_iter N / w, w, d]
     draws = torch.rand(s, slices.shape[1], d, device=z.device, generator=generator)
     permutation = draws.argsort(-1)  # own groups for each slice and view, so L stays above 0
-    y = F.normalize(detached_whiten(slices, groups, permutation, eps), dim=-1)  # Eq. 2
+    y = F.normalize(detached_whiten(slices, groups, permutation, eps), dim=-1)
     pairs = itertools.combinations(y, 2)
-    losses = [(2 - 2 * (y1 * y2).sum(-1)).mean() for y1, y2 in pairs]  # Eq. 4
+    losses = [(2 - 2 * (y1 * y2).sum(-1)).mean() for y1, y2 in pairs]  # Eq. 2
     return sum(losses) / len(losses)
 
 

@@ -989,8 +989,8 @@ CHANNEL_WHITEN = {
 CW_RGP = [
     Function(
         call="channel_whiten", order="z groups permutation eps",
-        asked="Y_k = S_k^(-1/2) X_k (Eq. 2) for each group k of permuted channels, all back in "
-              "place; the gradient is finite where eigenvalues are equal",
+        asked="Y_k = S_k^(-1/2) X_k for each group k of permuted channels, all back in place; "
+              "the gradient is finite where eigenvalues are equal",
         variant=channel_whiten, cases=channel_whiten_cases, reference=ref.channel_whiten,
         tensor=True, share=5, hint=EQUAL,
         large=(dict(z=(8, 20_000)), dict(groups=2, permutation=None, eps=0.0)),

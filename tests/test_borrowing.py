@@ -393,7 +393,8 @@ def test_a_damaged_checkpoint_is_refused_by_init_too(trained, flags, tmp_path):
     assert is_one_line_error(result) and str(tmp_path / "last.pt") in result.err and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("images, words", [([], "try a list of file names"), (np.zeros((2, 3, 8, 8)), "try torch.uint8"), (np.zeros((8, 8, 3), np.uint8), "try torch.uint8")])
+@pytest.mark.parametrize("images, words", [([], "try a list of file names"), (None, "try a list of file names"),
+                                           (Image.new("RGB", (8, 8)), "try a list of file names"), (np.zeros((2, 3, 8, 8)), "try torch.uint8"), (np.zeros((8, 8, 3), np.uint8), "try torch.uint8")])
 def test_what_prepare_cannot_take_is_one_line(trained, images, words):
     with pytest.raises(common.UserError, match=words):
         common.load_backbone(trained)[1](images)

@@ -288,6 +288,31 @@ def test_rank_0_downloads_before_the_others_look(tmp_path):
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["True", "True"]
 
 
+def group_worker(rank, world, port, folder, environment):
+    """A program's own group, which tells nothing to the environment, or a launcher that tells the size only."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    simclr = importlib.import_module("simclr")
+    z = [torch.randn(8, 4, generator=torch.Generator().manual_seed(view)).chunk(world)[rank] for view in range(2)]
+    loss = simclr.nt_xent_loss(*map(common.gather, z))
+    run = simclr.train(simclr.Args(train_images=64, batch_size=32, epochs=1, precision="fp32", device="cpu", out=f"{folder}/run"))
+    torch.save((loss, run.rows[-1]["loss"], common.rank()), f"{folder}/{rank}")
+
+
+@pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "2"}], ids=["no variables", "the size only"])
+def test_a_group_of_a_program_is_one_of_torchrun(tmp_path, environment):
+    simclr = importlib.import_module("simclr")
+    alone = simclr.nt_xent_loss(*(torch.randn(8, 4, generator=torch.Generator().manual_seed(view)) for view in range(2)))
+    run = simclr.train(simclr.Args(train_images=64, batch_size=32, epochs=1, precision="fp32", device="cpu", out=str(tmp_path / "alone")))
+    in_processes(group_worker, 2, str(tmp_path), environment)
+    for number in (0, 1):
+        loss, of_run, rank = torch.load(tmp_path / str(number), weights_only=True)
+        assert rank == number and loss == pytest.approx(float(alone), rel=1e-6) and of_run == pytest.approx(run.rows[-1]["loss"], rel=1e-4)
+
+
 def agreeing_worker(rank, world, port, folder):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo")

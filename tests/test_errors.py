@@ -356,9 +356,10 @@ def test_files_that_a_run_would_replace_make_a_folder_taken(run, name, tmp_path)
     """A config.json of another program's model, and the one checkpoint that a user kept."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / name).write_text('{"my": "precious"}')
-    result = run.again("--out", tmp_path / "model")
-    refused(result, tmp_path / "model")
-    assert f"already holds a run; try --out {tmp_path / 'model'}-2" in result.err
+    for flag, words in (([], f"already holds a run; try --out {tmp_path / 'model'}-2"), (["--resume"], "no last.pt; put it back")):
+        result = run.again("--out", tmp_path / "model", *flag)
+        refused(result, tmp_path / "model")
+        assert words in result.err
     assert (tmp_path / "model" / name).read_text() == '{"my": "precious"}'
 
 

@@ -257,7 +257,7 @@ def test_a_backbone_that_does_not_fit_is_one_line(trained, tmp_path):
     weights = {name: w for name, w in checkpoint["model"].items() if "running_var" not in name}
     changed(trained, tmp_path / "last.pt", model=weights, args={**checkpoint["args"], "experiment": "no-such-experiment"})
     result = run_here("eval", [*QUICK, tmp_path / "last.pt"])
-    assert is_one_line_error(result) and "does not fit cw_rgp.py" in result.err
+    assert is_one_line_error(result) and "its backbone is not --backbone tiny; load backbone.pt into your own" in result.err
 
 
 def test_heads_that_do_not_fit_are_one_line(trained, tmp_path):
@@ -789,6 +789,19 @@ def test_streamed_images_train_a_classifier_too(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "MEMORY_LIMIT", 0)
     _, (report,) = evaluate(tmp_path, trained, "--features", "H", "--supervised", "--probe-epochs", "0", "--num-workers", "0")
     assert set(report["supervised"]) == {"own layer", "20-NN"}
+
+
+def test_supervised_figures_of_a_run_on_few_images_see_their_labels_only(trained, monkeypatch):
+    """With --train-images N, the vote and the probe have the N labels that the network had."""
+    args = evaluation.parse_args([*map(str, QUICK), str(trained), "--features", "H", "--probe-epochs", "1"])
+    run = evaluation.load_run(str(trained), torch.device("cpu"))
+    data = evaluation.load_data(run, args, torch.device("cpu"))
+    run.args.train_images, run.h, banks = 40, evaluation.extract(run.model.backbone, data, args, "H"), []
+    monkeypatch.setattr(common, "knn_accuracy", lambda bank, labels, *_, **__: banks.append((len(bank), labels)) or 0.0)
+    evaluation.supervised(run, data, args)
+    ((count, labels),) = banks
+    rows, _ = common.evenly_spaced(torch.arange(len(data.train_labels)), None, 40)
+    assert count == 40 < len(data.train_labels) and torch.equal(labels, data.train_labels[rows])
 
 
 def test_training_with_labels_needs_labels_and_a_batch_of_images(trained, small_folder, tmp_path):

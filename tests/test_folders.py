@@ -488,6 +488,27 @@ def test_another_spelling_of_labels_csv_is_counted(tmp_path, capsys, name):
     assert "skipped: 1 of a kind that is not read (.csv)" in first_line(capsys)
 
 
+@pytest.mark.parametrize("folder", ["a", "a/deep"])
+def test_a_labels_csv_that_is_not_read_is_named(tmp_path, capsys, folder):
+    fill_all(tmp_path, "a", "a/deep", "b")
+    (tmp_path / folder / "labels.csv").write_text("file,label\n0.png,malignant\n")
+    data = load(tmp_path)
+    assert data.class_names == ["a", "b"]
+    assert capsys.readouterr().err == f"{tmp_path / folder / 'labels.csv'} is not read; put one labels.csv into {tmp_path}\n"
+
+
+def test_a_bmp_of_16_bits_a_pixel_is_read(tmp_path):
+    """Pillow calls its pixels BGR;16: 5, 6 and 5 bits for a colour, not 16."""
+    fill_all(tmp_path, "a", "b")
+    header = struct.pack("<2sIHHI", b"BM", 66 + 512, 0, 0, 66) + struct.pack("<IiiHHIIiiII", 40, 16, 16, 1, 16, 3, 512, 0, 0, 0, 0)
+    colours = np.arange(256, dtype="<u2") * 255
+    (tmp_path / "a" / "5.bmp").write_bytes(header + struct.pack("<III", 0xF800, 0x07E0, 0x001F) + colours.tobytes())
+    data = load(tmp_path, "--test-fraction", 0, "--image-size", 16)
+    mine = data.files[0].index(os.path.join("a", "5.bmp"))
+    red = colours.reshape(16, 16)[::-1] >> 11
+    assert len(data.train) == 9 and np.abs(pixels(data, mine)[..., 0] / 255 - red / 31).max() < 0.01
+
+
 # ---- 2. Folders: labels.csv ----------------------------------------------------------------------
 
 

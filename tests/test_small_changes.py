@@ -588,6 +588,12 @@ def test_the_probe_decays_its_weights_as_a_penalty(monkeypatch):
     assert torch.allclose(kept[0][0][0].detach(), expected, atol=1e-6) and kept[0][1]["weight_decay"] == 5e-6
 
 
+def test_classes_without_images_are_not_counted_for_the_first_five():
+    """Another folder's classes come after the run's: three of them may be called 5, 6 and 7."""
+    y = torch.arange(5, 8).repeat(20)
+    assert evaluation.linear_probe(torch.randn(60, 3), y, torch.arange(60), torch.randn(6, 3), y[:6], epochs=1)[1] is None
+
+
 @pytest.mark.parametrize("classes, top5", [(5, False), (6, True)])
 def test_the_first_five_are_counted_where_there_are_more_than_five_classes(classes, top5):
     y = torch.arange(60) % classes

@@ -118,7 +118,19 @@ def plain(images, tmp_path_factory):  # noqa: F811
     return losses(out), said.replace(str(out), "run")
 
 
-@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, float64, elsewhere, autocast])
+@contextlib.contextmanager
+def coarse():
+    """Products of fp32 numbers in bf16, where the processor can."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, float64, elsewhere, autocast, coarse])
 def test_what_a_notebook_has_set_around_a_run_changes_no_number(images, plain, tmp_path, around):  # noqa: F811
     with around():
         before = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
@@ -689,6 +701,38 @@ def test_a_folder_that_is_no_text_at_all(images, tmp_path):  # noqa: F811
     out = os.fsencode(tmp_path) + b"/\xff\xfe"
     result = subprocess.run([sys.executable, SCRIPT, *arguments("moco", images, "x", "--epochs", "1", "--out"), out], capture_output=True, timeout=300)
     assert result.returncode == 0 and not result.stderr and os.path.exists(out + b"/backbone.pt"), result.stderr
+
+
+def test_a_home_folder_of_a_flag_is_the_users(images, tmp_path, monkeypatch):  # noqa: F811
+    """As --out=~/run comes from a shell, and "~/run" from a notebook."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").symlink_to(images)
+    run = train("~/pictures", "~/run", epochs=1)
+    assert run.folder == str(tmp_path / "run") and run.args.data_dir == str(tmp_path / "pictures")
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_folder_for_sockets_whose_name_is_too_long_is_one_line(images, tmp_path, workers):  # noqa: F811
+    """Their names have at most 107 bytes. The loader processes would wait for each other for ever."""
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    result = run_script(SCRIPT, *arguments("moco", images, tmp_path / "run", "--epochs", "1", "--stream", "--num-workers", workers), TMPDIR=str(long))
+    assert result.status == 0 if workers == 0 else is_one_line_error(result) and f"TMPDIR={long} is too long" in result.err, result.err
+
+
+@pytest.mark.parametrize("fault", [{"encoding": "unknown"}, {"isatty": True}, {"write": None}, {"flush": None}], ids=str)
+def test_a_stream_of_a_program_that_fails_does_not_end_a_run(monkeypatch, fault):
+    class Odd(io.StringIO):
+        encoding = "utf-8"
+
+    vars_of = {name: value if value is not None else staticmethod(lambda *_: 1 / 0) for name, value in fault.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", type("Odder", (Odd,), vars_of)())
+        common.say("hello")
+        common.STATUS.show("status")
 
 
 @pytest.mark.parametrize("stream", [None, "closed", "no encoding", "no file"])
