@@ -636,7 +636,8 @@ def test_figures_do_not_replace_a_checkpoint_but_older_figures(trained, tmp_path
     ("zero bytes", "no checkpoint"),
     ("other dict", "no checkpoint"), ("flipped bit", "damaged"), ("unknown method", "unknown method"),
     ("path as method", "unknown method"),
-    ("flag missing", "'proj_hidden'"), ("other weights", "does not fit cw_rgp.py"), ("not finite", "not finite")])
+    ("flag missing", "'proj_hidden'"), ("other weights", "its backbone is not --backbone tiny"),
+    ("other heads", "does not fit cw_rgp.py"), ("not finite", "not finite")])
 def test_bad_checkpoints(trained, tmp_path, kind, words):
     path, whole = tmp_path / "last.pt", (trained / "last.pt").read_bytes()
     flags = torch.load(trained / "last.pt", weights_only=True)["args"]
@@ -653,7 +654,9 @@ def test_bad_checkpoints(trained, tmp_path, kind, words):
         weights = torch.load(trained / "last.pt", weights_only=True)["model"]
         changed(trained, path, model={name: w * float("nan") if w.is_floating_point() else w for name, w in weights.items()})
     elif kind != "missing":
+        weights = torch.load(trained / "last.pt", weights_only=True)["model"]
         changed(trained, path, **{
+            "other heads": {"model": {name: w for name, w in weights.items() if name.startswith("backbone.")}},
             "unknown method": {"args": {**flags, "method": "dino"}}, "path as method": {"args": {**flags, "method": "../common"}},
             "flag missing": {"args": {name: value for name, value in flags.items() if name != "proj_hidden"}},
             "other weights": {"model": nn.Linear(2, 2).state_dict()}}[kind])
