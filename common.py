@@ -42,22 +42,22 @@ one piece. Part II is the rest. A default run enters it, too: command line, mess
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1731  main               run train(); print an expected error as one line
+#   1735  main               run train(); print an expected error as one line
 #   1411  parse_args         Args from the command line
-#   1906  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1910  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
 #   1336  Command line: flags from Args, checks, and sizes to propose
-#   1627  Messages and errors
-#   1803  Several processes
-#   1946  Data sets by name
-#   2019  Folders of images
-#   2404  Streaming
-#   2513  Recipes of augmentation
-#   2581  ResNets, Vision Transformer, LARS, Muon
-#   2749  Run folder and signals
-#   2921  Resume
-#   3039  Files of a run
-#   3117  Trained weights
+#   1631  Messages and errors
+#   1807  Several processes
+#   1950  Data sets by name
+#   2023  Folders of images
+#   2408  Streaming
+#   2517  Recipes of augmentation
+#   2585  ResNets, Vision Transformer, LARS, Muon
+#   2753  Run folder and signals
+#   2925  Resume
+#   3043  Files of a run
+#   3121  Trained weights
 
 import argparse
 import collections
@@ -1411,9 +1411,7 @@ def parser_of(name, type_, default, metadata):
 def parse_args(kind, argv=None, description=None):
     """An Args of class `kind` from argv, a list of words. description: a docstring for --help.
     Raises UserError."""
-    name = f"{kind.method}.py"
-    if kind.experiment:
-        name = f"experiments.py {kind.method}/{kind.experiment}"
+    name = script_of(kind)
     first_line = (description or name).strip().splitlines()[0]  # -OO: no docstring
     parser = OneLineParser(prog=name, description=first_line, allow_abbrev=False)
     group = parser.add_argument_group(f"{kind.method}'s own")
@@ -1431,6 +1429,12 @@ def parse_args(kind, argv=None, description=None):
         metavar = None if words else {int: "N", float: "X", str: "NAME"}[type_]
         group.add_argument(option, choices=words, default=default, metavar=metavar, help=help)
     return kind(**vars(parser.parse_args(argv)))
+
+
+def script_of(args):
+    """How the command of an Args begins."""
+    other = f"experiments.py {args.method}/{args.experiment}"
+    return other if args.experiment else f"{args.method}.py"
 
 
 def check_values(args):
@@ -3085,7 +3089,7 @@ def configuration(args, data):
     return {
         **vars(args),
         "data_statistics": data.statistics,
-        "command": f"{run_name(vars(args))}.py {as_flags(changed)}",
+        "command": f"{script_of(args)} {as_flags(changed)}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,

@@ -329,8 +329,8 @@ add(
 class LinearPredictor(byol.BYOL):
     def __init__(self, backbone, feature_dim, args):
         super().__init__(backbone, feature_dim, args)
-        if args.predictor == "mlp":
-            self.predictor = nn.Linear(args.proj_dim, args.proj_dim, bias=False)
+        common.check(args.predictor == "mlp", "--predictor none leaves nothing to change; try mlp")
+        self.predictor = nn.Linear(args.proj_dim, args.proj_dim, bias=False)
 
 
 add(
@@ -418,8 +418,7 @@ class GroupNorm(byol.BYOL):
 
 add(
     "byol/group-norm",
-    sentence="Group norm in the heads, which then use no batch statistics; collapsed on `patterns` "
-    "in both of two runs at 2212f11 (std 0.01).",
+    sentence="Group norm in the heads, which then use no batch statistics.",
     source="Richemond et al., arXiv 2010.10241: in the backbone too, with standardised weights; no "
     "collapse",
     model=GroupNorm,
@@ -458,6 +457,7 @@ def without_batch_statistics(network):
     changed = {
         nn.BatchNorm2d: ImageNorm2d,
         nn.Conv2d: StandardisedConv2d,
+        common.PatchConv2d: StandardisedConv2d,
         nn.Linear: StandardisedLinear,
     }
     for module in network.modules():
@@ -521,6 +521,7 @@ add(
 class FixedPredictor(simsiam.SimSiam):
     def __init__(self, backbone, feature_dim, args):
         super().__init__(backbone, feature_dim, args)
+        common.check(args.predictor == "mlp", "--predictor none leaves nothing to change; try mlp")
         self.predictor.requires_grad_(False)
 
 
@@ -536,6 +537,7 @@ add(
 class DecayedPredictorLR(simsiam.SimSiam):
     def __init__(self, backbone, feature_dim, args):
         super().__init__(backbone, feature_dim, args)
+        common.check(args.predictor == "mlp", "--predictor none leaves nothing to change; try mlp")
         self.predictor.constant_lr = False
 
 
@@ -643,10 +645,10 @@ add(
 class HeadNormAll(simsiam.SimSiam):
     def __init__(self, backbone, feature_dim, args):
         super().__init__(backbone, feature_dim, args)
-        if args.predictor == "mlp":
-            self.predictor = mlp(args.proj_dim, args.pred_hidden, args.proj_dim, layers=2)
-            self.predictor.append(nn.BatchNorm1d(args.proj_dim))
-            self.predictor.constant_lr = True
+        common.check(args.predictor == "mlp", "--predictor none leaves nothing to change; try mlp")
+        self.predictor = mlp(args.proj_dim, args.pred_hidden, args.proj_dim, layers=2)
+        self.predictor.append(nn.BatchNorm1d(args.proj_dim))
+        self.predictor.constant_lr = True
 
 
 add(
@@ -659,7 +661,7 @@ add(
 
 @dataclass(kw_only=True)
 class AlternatingArgs(simsiam.Args):
-    every: int = common.flag(10, "steps between two new sets of targets", least=1)
+    every: int = common.flag(10, "steps between two new sets of targets", least=1, most=10**6)
 
     def rules(self):
         yield not self.no_stop_gradient, "--no-stop-gradient does not go with fixed targets"
@@ -700,8 +702,8 @@ class Alternating(simsiam.SimSiam):
 
 add(
     "simsiam/alternating",
-    sentence="The targets are those of the network k steps ago (--every), so that theta and eta "
-    "are optimised in turn (paper: k of 1, 10, 100 give 68.1, 68.7, 68.9 %).",
+    sentence="The network of the targets is renewed in every k-th step (--every), so that theta "
+    "and eta are optimised in turn (paper: k of 1, 10, 100 give 68.1, 68.7, 68.9 %).",
     source="Chen and He, arXiv 2011.10566, section 5.2",
     model=Alternating,
     Args=AlternatingArgs,
@@ -754,8 +756,7 @@ class L2(barlow.BarlowTwins):
 add(
     "barlow/l2",
     sentence="Rows are brought to length sqrt(d), instead of channels to mean 0 and variance 1.",
-    source="only loosely after Tao et al. (UniGrad), arXiv 2112.05141, whose objective is another: "
-    "the cosine of the gradients is 0.40 at lambda 0.0051 and 0.88 at 50 / d, which is UniGrad's",
+    source="only loosely after Tao et al. (UniGrad), arXiv 2112.05141, whose objective is another",
     model=L2,
     beside={l2_loss: barlow.barlow_twins_loss},
 )
@@ -853,7 +854,7 @@ class TwoBranches(vicreg.VICReg):
 
 add(
     "vicreg/two-branches",
-    sentence="Every second view has a projector of its own, with one layer more.",
+    sentence="Every other view goes through a second projector, with one layer more.",
     source="Bardes et al., arXiv 2105.04906: the branches need not share weights or architecture",
     model=TwoBranches,
 )

@@ -55,7 +55,7 @@ def cross_entropy(scores, targets, temperature):
 
 @dataclass(kw_only=True)
 class DINOArgs(byol.Args):
-    predictor: str = "none"
+    predictor: str = common.flag("none", "mlp: a predictor as BYOL's", choices="mlp none")
     proj_dim: int = 256  # K prototypes, which are the last layer of the projector
     bottleneck: int = common.flag(64, "channels that meet the prototypes", least=2, most=2**14)
     no_centering: bool = common.flag(False, "no mean is subtracted: one prototype takes all")
@@ -109,8 +109,9 @@ def sinkhorn(scores, eps=0.05, rounds=3):
 
 @dataclass(kw_only=True)
 class SwAVArgs(simclr.Args):
-    temperature: float = 0.1
-    prototypes: int = common.flag(100, "K, directions that embeddings are compared with", least=2)
+    temperature: float = common.flag(0.1, "divides the scores, not those of the codes", least=1e-4)
+    prototypes: int = common.flag(100, "K, directions that embeddings are compared with", least=2,
+                                  most=2**14)
     no_sinkhorn: bool = common.flag(False, "codes are a softmax: one prototype takes all")
     no_stop_gradient: bool = common.flag(False, "let the gradient into the codes too: NaN in the "
                                          "SimSiam paper")
@@ -124,7 +125,8 @@ class SwAV(simclr.SimCLR):
 
     @torch.no_grad()
     def start_step(self, data, step):
-        """In the first epoch, keep the prototypes as they are."""
+        """In the first epoch, keep the prototypes as they are. Adam averages their gradients all
+        the same; in the official code it does not see them."""
         first = step < data.steps_per_epoch
         self.resting = self.prototypes.weight.clone() if first else None
 
@@ -174,6 +176,9 @@ def check_room(args, data):
     images = len(data.train)
     common.check(images <= args.bank_size, f"--bank-size {args.bank_size} is fewer than the "
                  f"{images} training images; try --bank-size {images}")
+
+
+Args = common.Args  # for gives_back, which refuses what is none
 
 
 @common.gives_back  # signal handlers and the lock on the folder, however it ends
@@ -278,10 +283,13 @@ def cluster_loss(scores, labels, sizes):
 
 @dataclass(kw_only=True)
 class DeepClusterArgs(simclr.Args):
-    clusters: int = common.flag(100, "K of k-means, some ten times the classes", least=2)
-    bank_size: int = common.flag(10_000, "training images that there is room for", least=2)
+    clusters: int = common.flag(100, "K of k-means, some ten times the classes", least=2,
+                                most=2**20)
+    bank_size: int = common.flag(10_000, "training images that there is room for", least=2,
+                                 most=2**24)
 
     def rules(self):
+        common.check(self.temperature == 0.5, "--temperature is not used; try it without")
         yield self.clusters <= self.bank_size, "--clusters must be at most --bank-size"
 
 
@@ -331,10 +339,11 @@ class DeepCluster(simclr.SimCLR):
 
 @dataclass(kw_only=True)
 class MovingAverageTargetArgs(simsiam.Args):
-    predictor: str = "none"
+    predictor: str = common.flag("none", "mlp: a predictor as SimSiam's", choices="mlp none")
     proj_dim: int = 256  # the bank is --bank-size x d
     target_momentum: float = common.flag(0.8, "share of an image's average kept", least=0, below=1)
-    bank_size: int = common.flag(10_000, "training images that there is room for", least=2)
+    bank_size: int = common.flag(10_000, "training images that there is room for", least=2,
+                                 most=2**24)
 
     def rules(self):
         yield not self.no_stop_gradient, "--no-stop-gradient does not go with targets in a bank"
@@ -397,7 +406,7 @@ def unigrad_loss(z, target, correlation, lambd=100.0):
 
 @dataclass(kw_only=True)
 class UniGradArgs(byol.Args):
-    predictor: str = "none"
+    predictor: str = common.flag("none", "mlp: a predictor as BYOL's", choices="mlp none")
     lambd: float = common.flag(100.0, "weight of the correlation", least=0, most=10**6)
 
 

@@ -1092,8 +1092,7 @@ SOFTMAX = dict(loss=experiments.softmax_similarity)
     ("head-norm-none", dict(), dict()),
     ("head-norm-none", dict(predictor="none"), dict()),
     ("head-norm-hidden", dict(), dict()),
-    ("head-norm-all", dict(), dict()),
-    ("head-norm-all", dict(predictor="none"), dict())], ids=lambda value: str(value).split(" at 0x")[0])
+    ("head-norm-all", dict(), dict())], ids=lambda value: str(value).split(" at 0x")[0])
 def test_simsiam_model(s, name, flags, hand):
     views = images(8, s)
     model = make(f"simsiam/{name}", **flags)
@@ -1158,7 +1157,7 @@ def byol_by_hand(views, predict=None):
 
 @VIEWS
 @pytest.mark.parametrize("name,flags", [
-    ("linear-predictor", dict()), ("linear-predictor", dict(predictor="none")),
+    ("linear-predictor", dict()),
     ("group-norm", dict()), ("group-norm", dict(predictor="none"))], ids=str)
 def test_byol_model(s, name, flags):
     views = images(8, s)
@@ -1200,9 +1199,35 @@ def test_byol_predictors(name, structure):
     assert head_structure(model.projector) == "L Na R L"
 
 
-def test_byol_direct_predictor_refuses_to_be_removed():
+@pytest.mark.parametrize("name", ["byol/direct-predictor", "byol/linear-predictor", "simsiam/fixed-predictor",
+                                  "simsiam/decayed-predictor-lr", "simsiam/head-norm-all"])
+def test_an_experiment_on_the_predictor_refuses_that_it_is_removed(name):
     with pytest.raises(common.UserError, match="--predictor none"):
-        make("byol/direct-predictor", predictor="none")
+        make(name, predictor="none")
+
+
+def test_no_batch_statistics_standardises_all_layers_of_tiny():
+    """The convolutions of `tiny` are of a class of ours."""
+    model = make("byol/no-batch-statistics", lambda: common.build_backbone("tiny", 16)[0], features=common.build_backbone("tiny", 16)[1])
+    kinds = [type(module).__name__ for module in model.modules()]
+    assert kinds.count("StandardisedConv2d") == 2 * 5  # online and target
+    assert not {"Conv2d", "PatchConv2d", "Linear", "BatchNorm1d", "BatchNorm2d"} & set(kinds)
+
+
+def test_the_command_of_an_experiment_can_be_run():
+    assert common.script_of(experiments.find("simclr/swav").Args()) == "experiments.py simclr/swav"
+
+
+def test_deepcluster_has_no_temperature():
+    with pytest.raises(common.UserError, match="--temperature is not used"):
+        common.check_rules(experiments.find("simclr/deepcluster").Args(temperature=0.1))
+
+
+@pytest.mark.parametrize("name,flag", [("simclr/swav", "prototypes"), ("simclr/deepcluster", "clusters"), ("simsiam/moving-average-target", "bank_size"),
+                                       ("simclr/deepcluster", "bank_size"), ("simsiam/alternating", "every")])
+def test_sizes_of_experiments_have_an_end(name, flag):
+    with pytest.raises(common.UserError, match=common.option_of(flag)):
+        common.check_values(experiments.find(name).Args(**{flag: 10**17}))
 
 
 def test_byol_group_norm_heads_see_no_batch():
