@@ -936,11 +936,16 @@ def refuse(message):
 def answers_in(name):
     """The content of answers/NAME.json."""
     path = HERE / "answers" / f"{name}.json"
+    needed = {"methods", "parts", "knn"} if name == "task" else answers_in("task")["parts"]
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        lacking = ", ".join(sorted(set(needed) - set(content)))
+        if lacking:
+            raise ValueError(f"no {lacking} in it")
+        return content
     except FileNotFoundError:
         refuse(f"there is no answers/{name}.json; run the check.py in the folder of handout.py")
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         refuse(f"answers/{name}.json cannot be read ({error}); take it from the homework again")
 
 

@@ -584,9 +584,10 @@ def test_a_student_works_in_the_folder_with_check_and_pytest(tmp_path):
                         (["simlcr", "--train"], "try simclr")):
         result = run_script("check.py", *argv, cwd=home)
         assert result.status == 2 and is_one_line_error(result) and known in result.err, result.err
-    (home / "answers" / "task.json").write_text('{"methods": [')
-    result = run_script("check.py", cwd=home)
-    assert is_one_line_error(result) and "answers/task.json cannot be read" in result.err
+    for damaged in ('{"methods": [', "{}", "null"):
+        (home / "answers" / "task.json").write_text(damaged)
+        result = run_script("check.py", cwd=home)
+        assert is_one_line_error(result) and "answers/task.json cannot be read" in result.err
     result = run_script(ROOT / "tests" / "check.py", cwd=home)
     assert is_one_line_error(result) and "answers" in result.err
 
