@@ -563,7 +563,7 @@ def start(place, seconds):
             worker.kill()
     if b'"ready"' not in said:
         words = (place / "worker.txt").read_text(errors="replace").split("\n")
-        reason = next(filter(None, map(str.strip, reversed(words))), "no word of why")
+        reason = next(filter(None, map(str.strip, reversed(words))), f"not a word in {seconds} s")
         refuse(f"{sys.executable} could not import torch to run the functions ({reason})")
     notes = []
     for line in said.decode(errors="replace").splitlines():
@@ -952,6 +952,8 @@ def answers_in(name):
 def homework():
     """All (method, part) that are asked, in order."""
     task = answers_in("task")
+    if not (HERE / "common.py").is_file():
+        refuse("there is no common.py beside check.py; take it from the homework again")
     return [(method, part) for method in task["methods"] for part in task["parts"]]
 
 
@@ -1056,6 +1058,7 @@ def main():
     parser.add_argument("--train", action="store_true", help="train it, three minutes at most")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--answer", nargs=2, help=argparse.SUPPRESS)
+    parser.error = lambda message: refuse(f"{message}; see check.py --help")
     args = parser.parse_args()
     if args.work:
         return work(args.work)

@@ -581,15 +581,20 @@ def test_a_student_works_in_the_folder_with_check_and_pytest(tmp_path):
     result = run_script("-mpytest", "-q", "-p", "no:cacheprovider", cwd=home)
     assert result.status == 0 and "2 passed" in result.out, result.out
     for argv, known in ((["simclr", "model"], "try simclr loss"), (["simclr", "loss", "typo: value"], "try nt_xent_loss: value"),
-                        (["simlcr", "--train"], "try simclr")):
+                        (["simlcr", "--train"], "try simclr"), (["simclr", "loss", "value", "more"], "see check.py --help")):
         result = run_script("check.py", *argv, cwd=home)
         assert result.status == 2 and is_one_line_error(result) and known in result.err, result.err
+    task = (home / "answers" / "task.json").read_text()
     for damaged in ('{"methods": [', "{}", "null"):
         (home / "answers" / "task.json").write_text(damaged)
         result = run_script("check.py", cwd=home)
         assert is_one_line_error(result) and "answers/task.json cannot be read" in result.err
     result = run_script(ROOT / "tests" / "check.py", cwd=home)
     assert is_one_line_error(result) and "answers" in result.err
+    (home / "answers" / "task.json").write_text(task)
+    (home / "common.py").unlink()
+    result = run_script("check.py", cwd=home)
+    assert is_one_line_error(result) and "no common.py beside check.py" in result.err
 
 
 def test_the_workflow_for_github_classroom_has_a_step_for_each_row_of_points():
