@@ -24,11 +24,11 @@ Deviations:
     As in that demo, parts of a batch stand for GPUs: see SplitBatchNorm and `keys`.
 
 Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
-    Batches of 256 (BYOL: 128), two views by the W-MSE recipe, bf16 where the processor has it.
+    Batches of 256 (BYOL: 128), two views by W-MSE's augmentation, bf16 where the processor has it.
     With more than two views, the loss is the mean over all pairs of views.
-    Muon at a rate of 0.1 for the filters of `tiny`: it learns weak features as fast as strong ones.
+    Muon at 0.1 for filters of `tiny`, the default: it learns weak features as fast as strong ones.
     Adam at 3e-3 with weight decay 1e-6 for all else, and for other backbones.
-    The rates rise for a tenth of the run (at most 500 steps; MoCo, BYOL: 150) and fall as a cosine.
+    Rates rise for a tenth of the run, at most 500 steps (MoCo, BYOL: 150), and fall as a cosine.
     SimSiam's predictor keeps its peak rate at all steps.
     The backbone sees one view at a time. A ResNet's residual blocks start as the identity, but
     not in the official code of MoCo, W-MSE, Shuffled-DBN and (below ResNet-50) BYOL.
@@ -74,7 +74,7 @@ class Args(common.Args):
     def rules(self):
         whole = self.batch_size % self.bn_splits == 0 and self.batch_size > self.bn_splits
         whole &= self.bn_splits == 1 or self.bn_splits % common.world_size() == 0
-        yield whole, "--bn-splits must cut a process's --batch-size into equal parts of 2 or more"
+        yield whole, "--bn-splits must give each process equal parts of --batch-size, of 2 or more"
 
 
 def parse_args(argv=None):
@@ -123,7 +123,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         parts = x.chunk(self.splits // common.world_size())
         running = torch.stack([self.running_mean, self.running_var]).repeat(len(parts), 1, 1)
         rest = self.weight, self.bias, True, self.momentum, self.eps
-        out = [F.batch_norm(part, *own, *rest) for part, own in zip(parts, running)]  # moves own
+        out = [F.batch_norm(part, *own, *rest) for part, own in zip(parts, running)]  # updates own
         mean, variance = common.mean_over_ranks(running.mean(0))
         self.running_mean.copy_(mean)
         self.running_var.copy_(variance)
@@ -159,9 +159,9 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def keys(self, x):
-        """Images [n, 3, H, W] -> keys [N, d] of the global batch, by shuffling BN (section 3.3):
+        """Views [n, 3, size, size] -> keys [N, d] of all processes, by shuffling BN (section 3.3):
         if a query and its key shared batch statistics, these would tell that they match."""
-        x = common.gather(x)  # [N, 3, H, W]
+        x = common.gather(x)  # [N, 3, size, size]
         order = torch.randperm(len(x), device=x.device)
         mine = order.chunk(common.world_size())[common.rank()]
         x = x[mine].contiguous(memory_format=torch.channels_last)
@@ -169,7 +169,7 @@ class MoCo(nn.Module):
         return F.normalize(common.gather(k), dim=1)[order.argsort()]  # in the order of x again
 
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         args = self.args
         h = [self.backbone(x) for x in views[:-1]]  # the last view is not a query
         q = [self.projector(v) for v in h]  # (s - 1) x [n, d]
@@ -225,7 +225,7 @@ def train(args, build=build):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            run.watch(step, loss)  # adds up the loss, notes numbers that are not finite; no waiting
+            run.watch(step, loss)  # adds up the loss, notes what is not finite; it rarely waits
             step += 1
 
             if step % args.log_every == 0:
@@ -238,7 +238,7 @@ def train(args, build=build):
         row = {"epoch": epoch, "step": step, "loss": run.mean_loss(), "lr": factor * args.lr}
         row["knn"] = ""
         if epoch == args.epochs or (args.eval_every and epoch % args.eval_every == 0):
-            h = common.extract(model.backbone, data, data.queries, args.precision)  # [M, dim of H]
+            h = common.extract(model.backbone, data, data.queries, args.precision)  # [M, features]
             z = common.project(model.projector, h, args.precision)  # [M, d]
             row.update(common.collapse_metrics(z))
             row["rank_h"] = common.collapse_metrics(h)["rank_1pct"]
@@ -251,14 +251,14 @@ def train(args, build=build):
     run.save_backbone()
     scores = {}
     if data.labelled:
-        torch.manual_seed(args.seed)  # the weights with which this run started
+        torch.manual_seed(args.seed)  # the random weights of this seed, without --init
         untrained = build(args).backbone.to(device)
         pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(32, data.size)), nn.Flatten())
         networks = {"kNN": model.backbone, "raw pixels": pixels, "untrained backbone": untrained}
         labels = data.large_bank_labels
         for name, encoder in networks.items():
-            bank = common.extract(encoder, data, data.large_bank, args.precision)  # [N, dim of H]
-            queries = common.extract(encoder, data, data.test, args.precision)  # [M, dim of H]
+            bank = common.extract(encoder, data, data.large_bank, args.precision)  # [N, features]
+            queries = common.extract(encoder, data, data.test, args.precision)  # [M, features]
             scores[name] = common.knn_accuracy(bank, labels, queries, data.test_labels)
     run.close(scores)
     return run

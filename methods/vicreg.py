@@ -27,11 +27,11 @@ Deviations:
     The terms have the official code's scale; in Eq. 5 and 6, s is d times and v twice as large.
 
 Recipe: the same in all nine files, so that a diff shows ideas; methods/README.md has the papers'.
-    Batches of 256 (BYOL: 128), two views by the W-MSE recipe, bf16 where the processor has it.
+    Batches of 256 (BYOL: 128), two views by W-MSE's augmentation, bf16 where the processor has it.
     With more than two views, the loss is the mean over all pairs of views.
-    Muon at a rate of 0.1 for the filters of `tiny`: it learns weak features as fast as strong ones.
+    Muon at 0.1 for filters of `tiny`, the default: it learns weak features as fast as strong ones.
     Adam at 3e-3 with weight decay 1e-6 for all else, and for other backbones.
-    The rates rise for a tenth of the run (at most 500 steps; MoCo, BYOL: 150) and fall as a cosine.
+    Rates rise for a tenth of the run, at most 500 steps (MoCo, BYOL: 150), and fall as a cosine.
     SimSiam's predictor keeps its peak rate at all steps.
     The backbone sees one view at a time. A ResNet's residual blocks start as the identity, but
     not in the official code of MoCo, W-MSE, Shuffled-DBN and (below ResNet-50) BYOL.
@@ -129,7 +129,7 @@ class VICReg(nn.Module):
         self.projector = mlp(*sizes)
 
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         args = self.args
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = [self.projector(v) for v in h]  # s x [n, d]
@@ -182,7 +182,7 @@ def train(args, build=build):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            run.watch(step, loss)  # adds up the loss, notes numbers that are not finite; no waiting
+            run.watch(step, loss)  # adds up the loss, notes what is not finite; it rarely waits
             step += 1
 
             if step % args.log_every == 0:
@@ -195,7 +195,7 @@ def train(args, build=build):
         row = {"epoch": epoch, "step": step, "loss": run.mean_loss(), "lr": factor * args.lr}
         row["knn"] = ""
         if epoch == args.epochs or (args.eval_every and epoch % args.eval_every == 0):
-            h = common.extract(model.backbone, data, data.queries, args.precision)  # [M, dim of H]
+            h = common.extract(model.backbone, data, data.queries, args.precision)  # [M, features]
             z = common.project(model.projector, h, args.precision)  # [M, d]
             row.update(common.collapse_metrics(z))
             row["rank_h"] = common.collapse_metrics(h)["rank_1pct"]
@@ -208,14 +208,14 @@ def train(args, build=build):
     run.save_backbone()
     scores = {}
     if data.labelled:
-        torch.manual_seed(args.seed)  # the weights with which this run started
+        torch.manual_seed(args.seed)  # the random weights of this seed, without --init
         untrained = build(args).backbone.to(device)
         pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(32, data.size)), nn.Flatten())
         networks = {"kNN": model.backbone, "raw pixels": pixels, "untrained backbone": untrained}
         labels = data.large_bank_labels
         for name, encoder in networks.items():
-            bank = common.extract(encoder, data, data.large_bank, args.precision)  # [N, dim of H]
-            queries = common.extract(encoder, data, data.test, args.precision)  # [M, dim of H]
+            bank = common.extract(encoder, data, data.large_bank, args.precision)  # [N, features]
+            queries = common.extract(encoder, data, data.test, args.precision)  # [M, features]
             scores[name] = common.knn_accuracy(bank, labels, queries, data.test_labels)
     run.close(scores)
     return run

@@ -126,7 +126,7 @@ def anchor_loss(z1, z2, temperature=0.5):
 
 class StopGradient(simclr.SimCLR):
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         args = self.args
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = self.projector(torch.cat(h)).chunk(len(h))  # s x [n, d], all views as one batch
@@ -169,7 +169,7 @@ class Predictor(simclr.SimCLR):
         self.predictor = mlp(args.proj_dim, args.proj_hidden, args.proj_dim, layers=2, bias=True)
 
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = self.projector(torch.cat(h)).chunk(len(h))  # s x [n, d], all views as one batch
         p = self.predictor(torch.cat(z)).chunk(len(z))  # s x [n, d]
@@ -233,7 +233,7 @@ add(
 
 class Symmetric(moco.MoCo):
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         args = self.args
         h = [self.backbone(x) for x in views]  # every view is a query
         q = [self.projector(v) for v in h]  # s x [n, d]
@@ -294,7 +294,7 @@ class SlowKeys(moco.MoCo):
         return F.normalize(common.gather(k), dim=1)[order.argsort()]  # in the order of x again
 
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         h = [self.backbone(x) for x in views[:-1]]  # the last view is not a query
         q = [self.projector(v) for v in h]  # (s - 1) x [n, d]
         self.update_target()  # Eq. 2, with the weights before this step
@@ -369,7 +369,7 @@ class DirectPredictor(byol.BYOL):
             return direct_predictor(self.correlation)
 
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = [self.projector(v) for v in h]  # s x [n, d]
         w = self.predict(z)  # [d, d], without gradient
@@ -560,7 +560,7 @@ def softmax_similarity(p, z):
 
 class SoftmaxSimilarity(simsiam.SimSiam):
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = [self.projector(v) for v in h]  # s x [n, d]
         p = [self.predictor(v) for v in z]  # s x [n, d]
@@ -586,7 +586,7 @@ add(
 
 class Asymmetric(simsiam.SimSiam):
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = [self.projector(v) for v in h]  # s x [n, d]
         p = [self.predictor(v) for v in z]  # s x [n, d]
@@ -685,7 +685,7 @@ class Alternating(simsiam.SimSiam):
         self.steps += 1
 
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = [self.projector(v) for v in h]  # s x [n, d]
         p = [self.predictor(v) for v in z]  # s x [n, d]
@@ -742,7 +742,7 @@ def l2_loss(z1, z2, lambd=0.0051):
 
 class L2(barlow.BarlowTwins):
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         args = self.args
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = [self.projector(v) for v in h]  # s x [n, d]
@@ -776,7 +776,7 @@ def without_a_loss(z1, z2, lambd=0.0051):
 
 class WithoutA(barlow.BarlowTwins):
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = [self.projector(v) for v in h]  # s x [n, d]
         with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
@@ -812,7 +812,7 @@ add(
 
 class PaperScaling(vicreg.VICReg):
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         args = self.args
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = [self.projector(v) for v in h]  # s x [n, d]
@@ -840,7 +840,7 @@ class TwoBranches(vicreg.VICReg):
         self.other_projector = mlp(*sizes, layers=args.proj_layers + 1)
 
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         heads = itertools.cycle([self.projector, self.other_projector])
         z = [head(v) for head, v in zip(heads, h)]  # s x [n, d]
@@ -868,7 +868,7 @@ class OneWay(wmse.WMSE):
     """With more than two views, each pair has its own partition of the batch."""
 
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         args = self.args
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = self.projector(torch.cat(h)).chunk(len(h))  # s x [n, d], all views as one batch
@@ -916,7 +916,7 @@ class ShuffledChannelsArgs(wmse.Args):
 
 class ShuffledChannels(wmse.WMSE):
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         args = self.args
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = self.projector(torch.cat(h)).chunk(len(h))  # s x [n, d], all views as one batch
@@ -961,7 +961,7 @@ def shared_loss(views, groups=4, w_size=64, w_iter=4, eps=0.0, generator=None):
 
 class SharedPermutation(cw_rgp.CWRGP):
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         args = self.args
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = self.projector(torch.cat(h)).chunk(len(h))  # s x [n, d], all views as one batch
@@ -1000,7 +1000,7 @@ def fixed_loss(views, groups=4, w_size=64, w_iter=4, eps=0.0, generator=None):
 
 class FixedPermutation(cw_rgp.CWRGP):
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         args = self.args
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = self.projector(torch.cat(h)).chunk(len(h))  # s x [n, d], all views as one batch
@@ -1063,7 +1063,7 @@ def detached_loss(views, groups=4, w_size=64, w_iter=4, eps=0.0, generator=None)
 
 class DetachedWhitening(cw_rgp.CWRGP):
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         args = self.args
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = self.projector(torch.cat(h)).chunk(len(h))  # s x [n, d], all views as one batch
@@ -1100,7 +1100,7 @@ class CovarianceTermArgs(cw_rgp.Args):
 
 class CovarianceTerm(cw_rgp.CWRGP):
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         args = self.args
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = self.projector(torch.cat(h)).chunk(len(h))  # s x [n, d], all views as one batch

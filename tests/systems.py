@@ -80,7 +80,7 @@ class DINO(byol.BYOL):
         return targets
 
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = [self.projector(v) for v in h]  # s x [n, d]
         p = [self.predictor(v) for v in z]  # s x [n, d]
@@ -144,7 +144,7 @@ class SwAV(simclr.SimCLR):
         return codes if self.args.no_stop_gradient else codes.detach()
 
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = self.projector(torch.cat(h)).chunk(len(h))  # s x [n, d], all views as one batch
         with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
@@ -321,7 +321,7 @@ class DeepCluster(simclr.SimCLR):
         """No parameter rests."""
 
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = self.projector(torch.cat(h)).chunk(len(h))  # s x [n, d], all views as one batch
         scores = [self.classifier(v) for v in z]  # s x [n, K]
@@ -373,7 +373,7 @@ class MovingAverageTarget(simsiam.SimSiam):
         return targets
 
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = [self.projector(v) for v in h]  # s x [n, d]
         p = [self.predictor(v) for v in z]  # s x [n, d]
@@ -423,7 +423,7 @@ class UniGrad(byol.BYOL):
         return self.correlation
 
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = [self.projector(v) for v in h]  # s x [n, d]
         p = [self.predictor(v) for v in z]  # s x [n, d]
@@ -464,7 +464,7 @@ class CCASSGArgs(barlow.Args):
 
 class CCASSG(barlow.BarlowTwins):
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = [self.projector(v) for v in h]  # s x [n, d]
         with torch.autocast(h[0].device.type, enabled=False):  # the loss in float32 or better
@@ -524,7 +524,7 @@ class ICLArgs(cw_rgp.Args):
 
 class ICL(cw_rgp.CWRGP):
     def forward(self, views):
-        """s views [n, 3, H, W] of the same images -> the loss of the global batch, a scalar."""
+        """s views [n, 3, size, size] of the same images -> the global batch's loss, a scalar."""
         args = self.args
         h = [self.backbone(x) for x in views]  # s x [n, feature_dim]
         z = self.projector(torch.cat(h)).chunk(len(h))  # s x [n, d], all views as one batch
