@@ -1,7 +1,7 @@
-"""The specification: every loss and metric written a second time, slowly, in float64 numpy, from the papers' equations.
+"""The specification: every loss and figure written a second time, slowly, in float64 numpy, from the papers' equations.
 
 Nothing here looks at the implementation. Rows are samples, [N, d]. Loops are explicit on purpose: one line, one symbol.
-numpy's matrix routines are used for three things only: eigenvectors (eigh), singular values and log-determinants.
+numpy's matrix routines are used for eigenvectors (eigh), singular values and, in two gradients, matrix products.
 """
 import itertools
 import math
@@ -63,13 +63,12 @@ def log_sum_exp(values):
 
 
 # ---------------------------------------------------------------------------------------------- contrastive losses
-def nt_xent(views, temperature, normalise=True):
+def nt_xent(views, temperature):
     """SimCLR, Chen et al. 2002.05709 eq. 1: l(i,j) = -log exp(s_ij/T) / sum_{k != i} exp(s_ik/T), mean over the 2N anchors.
 
     The denominator has 2N - 1 terms: the positive is in, the anchor itself is out.
-    More than two views: mean over all unordered pairs of views of the two-view loss (htdt/self-supervised; papers.md 2.1).
-    normalise=False takes the rows as they are (free variables of papers.md 5.6)."""
-    views = [unit_rows(v) if normalise else _f64(v) for v in views]
+    More than two views: mean over all unordered pairs of views of the two-view loss (htdt/self-supervised)."""
+    views = [unit_rows(v) for v in views]
     losses = []
     for a, b in itertools.combinations(range(len(views)), 2):
         z = np.concatenate([views[a], views[b]])
@@ -83,9 +82,9 @@ def nt_xent(views, temperature, normalise=True):
     return sum(losses) / len(losses)
 
 
-def info_nce(q, k, queue, temperature, normalise=True):
+def info_nce(q, k, queue, temperature):
     """MoCo, He et al. 1911.05722 eq. 1: cross-entropy of [q.k+, q.queue_1 .. q.queue_K] / T with label 0, mean over q."""
-    q, k, queue = (unit_rows(q), unit_rows(k), _f64(queue)) if normalise else (_f64(q), _f64(k), _f64(queue))
+    q, k, queue = unit_rows(q), unit_rows(k), _f64(queue)
     total = 0.0
     for n in range(len(q)):
         logits = [dot(q[n], k[n]) / temperature] + [dot(q[n], queue[j]) / temperature for j in range(len(queue))]
@@ -155,13 +154,13 @@ def vicreg_invariance(z1, z2, per_feature=True):
     return total / z1.shape[1] if per_feature else total
 
 
-def vicreg_variance(z, gamma=1.0, eps=1e-4):
-    """1/d sum_j max(0, gamma - sqrt(Var_j + eps)), Var with N - 1 (eq. 1 and 2)."""
+def vicreg_variance(z, eps=1e-4):
+    """1/d sum_j max(0, 1 - sqrt(Var_j + eps)), Var with N - 1 (eq. 1 and 2)."""
     x = centre_columns(z)
     total = 0.0
     for j in range(x.shape[1]):
         variance = sum(x[n, j] ** 2 for n in range(len(x))) / (len(x) - 1)
-        total += max(0.0, gamma - math.sqrt(variance + eps))
+        total += max(0.0, 1 - math.sqrt(variance + eps))
     return total / x.shape[1]
 
 
@@ -241,7 +240,7 @@ def shrink(sigma, eps):
 
 
 def whiten(z, kind, eps=0.0):
-    """Whiten one slice [w, d] over its samples, W-MSE (2007.06346; papers.md 2.7 steps 3 and 4).
+    """Whiten one slice [w, d] over its samples, W-MSE (2007.06346).
 
     Sigma = X^T X / (w - 1) of the centred X, Sigma' = (1 - eps) Sigma + eps I, then for each sample x
       cholesky  L^-1 x, L L^T = Sigma'       zca  Sigma'^-1/2 x       pca  Lambda^-1/2 U^T x
@@ -280,7 +279,7 @@ def mean_pair_distance(views):
 
 
 def wmse(views, partition, kind="cholesky", eps=0.0):
-    """W-MSE, Ermolov et al. 2007.06346 (papers.md 2.7). partition[round][slice] is an index array; every view uses the same one."""
+    """W-MSE, Ermolov et al. 2007.06346. partition[round][slice] is an index array; every view uses the same one."""
     views = [_f64(v) for v in views]
     rounds = []
     for slices in partition:
@@ -300,7 +299,7 @@ def group_channels(d, groups, permutation):
 
 
 def decorrelate(z, groups, permutation=None):
-    """Shuffled decorrelated batch normalisation of [N, d], Hua et al. 2105.00470 (papers.md 2.8 steps 2 to 4).
+    """Shuffled decorrelated batch normalisation of [N, d], Hua et al. 2105.00470.
 
     Per group: centre over the batch, Sigma = X^T X / N (biased), no eps, ZCA, back to the channels' own places."""
     x = centre_columns(z)
@@ -321,7 +320,7 @@ def shuffled_dbn(z1, z2, groups, permutation1=None, permutation2=None):
 
 
 def channel_whiten(z, groups, permutation=None, eps=0.0):
-    """CW-RGP, Weng et al. 2210.03586, one slice [w, d] (papers.md 2.9 steps 2 to 5).
+    """CW-RGP, Weng et al. 2210.03586, one slice [w, d].
 
     Each sample is centred over all its d channels (before grouping); per group of d/g channels the w x w covariance
     between *samples*, divisor d/g - 1; Y = X_k Sigma'^-1/2 mixes samples, never channels."""
@@ -365,65 +364,57 @@ def std_sqrt_d(z):
     return math.sqrt(d) * sum(stds) / d
 
 
-def singular_values(z, centre=True):
-    """Descending, of the column-centred features (or of the features as they are)."""
-    return np.linalg.svd(centre_columns(z) if centre else _f64(z), compute_uv=False)
+def singular_values(z):
+    """Descending, of the column-centred features, without those below float32's resolution of the features themselves."""
+    limit = max(np.shape(z)) * 2.0**-23 * np.linalg.svd(_f64(z), compute_uv=False)[0]
+    return [s for s in np.linalg.svd(centre_columns(z), compute_uv=False) if s > limit]
 
 
-def numeric_rank(z):
-    """Number of sigma_i > max(m, d) * machine eps * sigma_1. Centring a constant leaves rounding noise of size eps |z|,
-    so sigma_1 is first compared with the uncentred scale: all noise counts as rank 0."""
-    sigma = singular_values(z)
-    limit = max(np.shape(z)) * np.finfo(np.float64).eps
-    if sigma[0] <= limit * singular_values(z, centre=False)[0]:
-        return 0
-    return sum(1 for s in sigma if s > limit * sigma[0])
+def rank(z):
+    return len(singular_values(z))
 
 
-def practical_rank(z):
+def rank_1pct(z):
     """Number of sigma_i > 1e-2 sigma_1 (0 for a constant)."""
     sigma = singular_values(z)
-    return 0 if numeric_rank(z) == 0 else sum(1 for s in sigma if s > 1e-2 * sigma[0])
-
-
-def stable_rank_seed(z):
-    """r = sum_i sigma_i / sigma_1 (seed 000: first power)."""
-    sigma = singular_values(z)
-    return 0.0 if numeric_rank(z) == 0 else sum(s / sigma[0] for s in sigma)
+    return sum(1 for s in sigma if s > 1e-2 * sigma[0])
 
 
 def stable_rank(z):
+    """r = sum_i sigma_i / sigma_1 (CW-RGP, Definition 1: first power)."""
+    sigma = singular_values(z)
+    return sum(s / sigma[0] for s in sigma)
+
+
+def stable_rank_sq(z):
     """|A|_F^2 / |A|_2^2 = sum_i sigma_i^2 / sigma_1^2 (the usual one)."""
     sigma = singular_values(z)
-    return 0.0 if numeric_rank(z) == 0 else sum((s / sigma[0]) ** 2 for s in sigma)
+    return sum((s / sigma[0]) ** 2 for s in sigma)
 
 
-def rankme(z, centre=True):
-    """exp of the entropy of sigma_i / sum sigma (Garrido et al. 2210.02885, without its 1e-7). Say whether it is centred.
-    A constant, centred, has no singular value left: 1 by convention, as an uncentred constant gives."""
-    sigma = singular_values(z, centre)
-    if centre and numeric_rank(z) == 0:
-        return 1.0
-    share = [s / sum(sigma) for s in sigma]
-    return math.exp(-sum(p * math.log(p) for p in share if p > 0))
+def rankme(z):
+    """exp of the entropy of p_i = sigma_i / sum sigma + 1e-7, not centred (Garrido et al. 2210.02885)."""
+    sigma = np.linalg.svd(_f64(z), compute_uv=False)
+    p = [s / sum(sigma) + 1e-7 for s in sigma]
+    return math.exp(-sum(x * math.log(x) for x in p))
 
 
-def mean_abs_correlation(z):
-    """sum_{i != j} |R_ij| / (d (d - 1)); a constant feature has no correlation: nan."""
+def corr(z):
+    """sum_{i != j} |R_ij| / (d (d - 1)); a pair with a constant feature counts as 1."""
     x = centre_columns(z)
     s = second_moment(x, len(x))
     d = len(s)
-    if any(s[i, i] <= 0 for i in range(d)):
-        return float("nan")
-    return sum(abs(s[i, j]) / math.sqrt(s[i, i] * s[j, j]) for i in range(d) for j in range(d) if i != j) / (d * (d - 1))
+
+    def entry(i, j):
+        return abs(s[i, j]) / math.sqrt(s[i, i] * s[j, j]) if s[i, i] > 0 and s[j, j] > 0 else 1.0
+
+    return sum(entry(i, j) for i in range(d) for j in range(d) if i != j) / (d * (d - 1))
 
 
-def gaussian_entropy(z, eps=0.0, divisor=None):
-    """1/2 log det(2 pi e (Sigma + eps I)); Sigma with divisor N (seed 002: C = 1/N sum (z - mean)(z - mean)^T)."""
+def entropy(z, eps=1e-4):
+    """1/2 log det(2 pi e (Sigma + eps I)) = 1/2 sum_i log(2 pi e (lambda_i + eps)), Sigma with divisor N - 1."""
     x = centre_columns(z)
-    sigma = second_moment(x, divisor or len(x)) + eps * np.eye(x.shape[1])
-    sign, logdet = np.linalg.slogdet(2 * math.pi * math.e * sigma)
-    return 0.5 * logdet if sign > 0 else float("-inf")
+    return sum(math.log(2 * math.pi * math.e * (v + eps)) for v in np.linalg.eigh(second_moment(x, len(x) - 1))[0]) / 2
 
 
 def uniformity(z):
@@ -431,12 +422,6 @@ def uniformity(z):
     u = unit_rows(z)
     terms = [math.exp(-2 * sum((a - b) ** 2 for a, b in zip(u[i], u[j]))) for i, j in itertools.combinations(range(len(u)), 2)]
     return math.log(sum(terms) / len(terms))
-
-
-def alignment(z1, z2):
-    """mean_n |u_n - u_n+|^2 on l2-normalised rows."""
-    u, v = unit_rows(z1), unit_rows(z2)
-    return sum(sum((a - b) ** 2 for a, b in zip(u[n], v[n])) for n in range(len(u))) / len(u)
 
 
 # ---------------------------------------------------------------------------------------------- kNN
@@ -525,7 +510,7 @@ def through_standardise(z, grad, eps=1e-5):
 
 
 def moco_gradient(q, k, queue, temperature):
-    """papers.md 5.6, unit rows as free variables: dL/dq_n = 1/(T N) [ -k_n + sum_j s_j k_j ], j over the positive too."""
+    """Unit rows as free variables: dL/dq_n = 1/(T N) [ -k_n + sum_j s_j k_j ], j over the positive too."""
     q, k, queue = _f64(q), _f64(k), _f64(queue)
     out = np.zeros_like(q)
     for n in range(len(q)):
@@ -540,7 +525,7 @@ def moco_gradient(q, k, queue, temperature):
 
 
 def simclr_gradient(z1, z2, temperature, brackets="both"):
-    """papers.md 5.6, unit rows as free variables: 1/(2NT) { [-z_n+ + sum_m s_nm z_m] + [-z_n+ + sum_m s_mn z_m] }.
+    """Unit rows as free variables: 1/(2NT) { [-z_n+ + sum_m s_nm z_m] + [-z_n+ + sum_m s_mn z_m] }.
 
     brackets: both, own (n as anchor: what is left when targets are detached) or target (n as target of the others).
     Returns the gradients of z1 and z2."""
@@ -563,14 +548,6 @@ def simclr_gradient(z1, z2, temperature, brackets="both"):
                 target += s[m, n] * z[m]
         out[n] = {"both": own + target, "own": own, "target": target}[brackets] / (2 * n_images * temperature)
     return out[:n_images], out[n_images:]
-
-
-def linear_predictor_loss(z1, z2, weight):
-    """L = -1/N sum_n p_n . z2_n, p = W z1 / |W z1|, z2 unit rows (papers.md 5.6)."""
-    total = 0.0
-    for n in range(len(z1)):
-        total -= dot(unit([dot(row, z1[n]) for row in weight]), z2[n])
-    return total / len(z1)
 
 
 def linear_predictor_gradient(z1, z2, weight):
@@ -605,14 +582,14 @@ def vicreg_invariance_gradient(x, y):
     return 2 * (x - y) / (x.shape[0] * x.shape[1])
 
 
-def vicreg_variance_gradient(z, gamma=1.0, eps=1e-4):
-    """-(x_c / sigma_j) 1[sigma_j < gamma] / (D (n - 1)): one branch, without the official code's half."""
+def vicreg_variance_gradient(z, eps=1e-4):
+    """-(x_c / sigma_j) 1[sigma_j < 1] / (D (n - 1)): one branch, without the official code's half."""
     x = centre_columns(z)
     n_rows, d = x.shape
     out = np.zeros_like(x)
     for j in range(d):
         sigma = math.sqrt(sum(x[n, j] ** 2 for n in range(n_rows)) / (n_rows - 1) + eps)
-        if sigma < gamma:
+        if sigma < 1:
             for n in range(n_rows):
                 out[n, j] = -x[n, j] / sigma / (d * (n_rows - 1))
     return out
@@ -638,7 +615,7 @@ def vicreg_gradient(z1, z2, inv_weight, var_weight, cov_weight):
 
 
 def inverse_root_backward(sigma, grad):
-    """dL/dSigma from G = dL/dPhi, Phi = Sigma^-1/2 (papers.md 2.10): U [K o (U^T G U)] U^T,
+    """dL/dSigma from G = dL/dPhi, Phi = Sigma^-1/2: U [K o (U^T G U)] U^T,
     K_ij = -1 / (sqrt(l_i) sqrt(l_j) (sqrt(l_i) + sqrt(l_j))), G symmetrised. No eigen-gap appears."""
     values, u = np.linalg.eigh(sigma)
     root = np.sqrt(values)

@@ -221,7 +221,7 @@ def test_draws_follow_the_recipe(name):
 
 
 def test_the_recipes_are_the_papers():
-    """papers.md 2.0, typed a second time."""
+    """The papers' and official codes' operations, typed a second time."""
     j, f = ("jitter", 0.4, 0.4, 0.4, 0.1, 0.8), ("flip", 0.5)
     blur = ("blur", 0.5, 0.1, 2.0)
     by = (("crop", 0.08, 1.0, "bicubic"), f, ("jitter", 0.4, 0.4, 0.2, 0.1, 0.8), ("grey", 0.2))

@@ -842,7 +842,7 @@ def test_vicreg_paper_scaling_by_hand():
 
 
 def test_simclr_stop_gradient_closed_form():
-    """papers.md 5.6: the bracket of being others' target is gone, and the value is the same."""
+    """The bracket of being others' target is gone, and the value is the same."""
     z1, z2 = embeddings(5, 4)
     value, got = value_and_gradients(lambda a, b: experiments.anchor_loss(a, b, 0.3), [z1, z2])
     want = ref.simclr_gradient(unit(z1), unit(z2), 0.3, "own")

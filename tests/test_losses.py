@@ -413,7 +413,7 @@ def test_simsiam_loss_leaves_the_stop_gradient_to_the_caller():
     assert all(g.abs().max() > 1e-3 for g in torch.autograd.grad(simsiam.negative_cosine(p, z), (p, z)))
 
 
-# ---------------------------------------------------------------------------------------------- closed forms (papers.md 5.6)
+# ---------------------------------------------------------------------------------------------- closed forms
 def test_simclr_closed_form_gradient():
     z1, z2 = embeddings(5, 4)
     got = value_and_gradients(lambda a, b: simclr.nt_xent_loss(a, b, 0.3), [z1, z2])[1]

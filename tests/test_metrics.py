@@ -5,6 +5,7 @@ import math
 import common
 import numpy as np
 import pytest
+import reference
 import torch
 from conftest import run_here
 
@@ -29,6 +30,24 @@ def with_covariance(covariance, n=200, seed=0):
 
 
 # ---- collapse_metrics ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n, d, dtype", [(40, 7, torch.float64), (9, 12, torch.float64), (30, 5, torch.float32)])
+@pytest.mark.parametrize("kind", ["full", "shifted", "low rank", "steep", "dead channel"])
+def test_figures_agree_with_the_reference(n, d, dtype, kind):
+    z = torch.randn(n, d, generator=seeded(3), dtype=torch.float64)
+    if kind == "shifted":
+        z += torch.linspace(-5, 5, d)
+    if kind == "low rank":
+        z = z[:, :3] @ torch.randn(3, d, generator=seeded(4), dtype=torch.float64)
+    if kind == "steep":
+        z *= 0.3 ** torch.arange(d)
+    if kind == "dead channel":
+        z[:, 2] = 0.25
+    z = z.to(dtype)
+    figures = common.collapse_metrics(z)
+    for name in FIGURES[1:]:
+        assert figures[name] == pytest.approx(getattr(reference, name)(z), rel=1e-9, abs=1e-9), name
 
 
 @pytest.mark.parametrize("d", [2, 16, 65])

@@ -280,7 +280,7 @@ def test_unigrad_correlation_is_a_slow_average_of_the_targets():
 # ---------------------------------------------------------------------- whitening
 @pytest.mark.parametrize("kind,floor", [("zca", 0.0), ("cholesky", 0.3), ("pca", 1.5)])
 def test_shuffled_channels_set_equal_views_apart_unless_zca(kind, floor):
-    """papers.md 2.9: the artefact of the released code. Without the shuffle the loss is 0."""
+    """The artefact of the released code. Without the shuffle the loss is 0."""
     z = torch.tensor(embeddings(64, 8)[0])
     plain = wmse.wmse_loss([z, z.clone()], 64, 1, kind).item()
     shuffled = shuffled_loss([z, z.clone()], 64, 1, kind, 0.0, generator(1)).item()
