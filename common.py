@@ -208,7 +208,7 @@ class Args:
 
 
 def world_size():
-    """The number of processes, torchrun's or of a program's own group."""
+    """The number of processes: torchrun's, or those of a program's group."""
     return from_environment("WORLD_SIZE", dist.get_world_size() if dist.is_initialized() else 1)
 
 
@@ -247,7 +247,7 @@ def at_end(function):
 def set_up(args):
     """Choose the device and join the other processes.
 
-    Returns a copy of args in which the precision and the optimizer's rates are filled in, and the
+    Returns a copy of args in which precision, optimizer and rates are filled in, and the
     torch.device. Raises UserError if there is no such device."""
     if isinstance(args, Args):  # not eval.py's
         args = copy.copy(args)
@@ -291,7 +291,7 @@ class Data:
 
     train            images to train on: uint8 [N, 3, H, W] on the device, or `Files` if too many
     images_found     their number without --train-images
-    labelled_train   all but stl10's unlabelled; train_labels, int64 [N] or None
+    labelled_train   all but stl10's unlabelled; train_labels, int64 or None
     test             test images, or the labelled training images if there are none
     test_labels      int64 [M] or None
     labelled         True if training and test images have labels, for kNN
@@ -520,7 +520,7 @@ def texture(name, u, v):
 def build_backbone(name, image_size, width=32):
     """(network, feature_dim). H = network(x) is [N, feature_dim].
 
-    name: `tiny` or `vit_tiny`, with channels by `width`, or a torchvision ResNet. Raises
+    name: `tiny` or `vit_tiny`, whose channels scale with `width`, or a torchvision ResNet. Raises
     UserError for other names or images that do not fit."""
     if name == "tiny":
         return Tiny(width), 32 * width
@@ -629,7 +629,7 @@ class Run:
 
     def resume(self):
         """The step to start from: 0, or with --resume that of the last good checkpoint, which it
-        loads. Writes config.json. Raises UserError if it is of another run."""
+        loads. Writes config.json. Raises UserError if that is another run's."""
         checkpoint = None
         if self.args.resume:
             checkpoint = load_last(self.folder)
@@ -649,7 +649,7 @@ class Run:
         return self.finite.guard(step)
 
     def watch(self, step, loss):
-        """Add up the loss [] and note whether all numbers are finite, without waiting."""
+        """Add up the loss [] and note whether all numbers are finite. It rarely waits."""
         self.finite.note(step, loss)
         self.loss_sum += loss.detach()
         if STATUS.overdue():  # it waits: --log-every steps can be slow
@@ -829,7 +829,7 @@ class FiniteWatch:
 
     @contextlib.contextmanager
     def guard(self, step):
-        """Turn a failed eigen-decomposition or Cholesky into the same UserError."""
+        """Turn a failed eigen-decomposition into the same UserError."""
         try:
             yield
         except torch.linalg.LinAlgError:
@@ -1144,7 +1144,7 @@ def learning_rate(args, step, total_steps, steps_per_epoch):
 
 
 def gather(z):
-    """[n, d] of this process -> [N, d] of the global batch, with gradient, float32 or better."""
+    """[n, ...] of this process -> [N, ...] of the global batch, with gradient, at least fp32."""
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     if not dist.is_initialized():
         return z
@@ -1179,7 +1179,7 @@ def extract(network, data, images, precision="fp32", batch_size=None, what="meas
 
 
 def project(projector, h, precision="fp32"):
-    """Z = projector(H) in eval mode: [N, feature_dim] -> float32 [N, d]."""
+    """projector(h), such as Z of H, in eval mode: [N, ...] -> float32 [N, d]."""
     was_training = projector.training
     projector.eval()
     bf16 = precision == "bf16"
@@ -1195,9 +1195,9 @@ def collapse_metrics(z, eps=1e-4):
     dim             dimensions that N rows can fill, min(d, N - 1)
     std_sqrt_d      standard deviation of the l2-normalised rows, mean over the channels, times
                     sqrt(d): 1 if isotropic, 0 if constant (SimSiam)
-    rank            singular values s of centred z above float32's resolution of z itself,
+    rank            how many singular values s of centred z exceed float32's resolution of z,
                     max(N, d) * 2^-23 * the largest of z
-    rank_1pct       singular values above a hundredth of the largest
+    rank_1pct       how many exceed a hundredth of the largest
     stable_rank     (sum of s) / s_1, the "stable-rank" of the CW-RGP paper (Definition 1)
     stable_rank_sq  (sum of s^2) / s_1^2, the usual stable rank
     rankme          exp(entropy of s / sum s) of z, not centred (Garrido et al. 2023,
@@ -1239,8 +1239,8 @@ def collapse_metrics(z, eps=1e-4):
 
 
 def alignment(model, data, args):
-    """Mean squared distance of the l2-normalised Z of two views, the same at every call, of at most
-    256 queries in eval mode (Wang and Isola 2020)."""
+    """Mean squared distance of the l2-normalised Z of two views of at most 256 queries, in eval
+    mode (Wang and Isola 2020). The views are always the same."""
     images = evenly_spaced(data.queries, None, 256)[0]
     if isinstance(images, Files):
         (images,) = images.crops(torch.arange(len(images))[None], args, 0, data.device)
@@ -1303,7 +1303,7 @@ def collapse_in_words(figures, dim, dim_h):
     """A sentence if the figures of Z, and rank_h of H, show a collapse, else an empty string.
 
     figures: of collapse_metrics, and rank_h. dim, dim_h: of Z, of H. Two images or fewer cannot
-    tell. The runs in methods/README.md, `What collapses`, are the reason for the limits."""
+    show it. The runs in methods/README.md, `What collapses`, are the reason for the limits."""
     if dim < 2:
         return ""
     if figures["std_sqrt_d"] < 0.1:
@@ -1400,7 +1400,7 @@ def words_of(name, metadata):
     return sorted(RECIPES) if name == "augment" else metadata["choices"]
 
 
-def parser_of(name, type_, default, metadata):
+def parser_of(type_, default, metadata):
     """The function that turns a flag's text or value into its type, or raises ArgumentTypeError."""
     bounds = {key: metadata[key] for key in ("least", "most", "above", "below", "example")}
     if bounds["example"] is None:
@@ -1445,7 +1445,7 @@ def check_values(args):
             continue
         if type_ in (int, float):
             try:
-                setattr(args, name, parser_of(name, type_, default, metadata)(value))
+                setattr(args, name, parser_of(type_, default, metadata)(value))
             except argparse.ArgumentTypeError as error:
                 raise UserError(f"{option}: {error}") from None
         elif type_ is bool:

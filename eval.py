@@ -10,11 +10,11 @@
 
 Contents, by line number (`python tests/test_common.py` writes them):
      84  command line             the flags, and what is refused before measuring
-    206  a run and its data       from a checkpoint to networks; a hash shows that these stay
-    357  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
-    632  report                   what is printed, and written by --json
-    756  pictures and files       --views, --neighbors, --plot, --save
-    956  all runs                 one after the other
+    207  a run and its data       from a checkpoint to networks; a hash shows that these stay
+    358  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
+    631  report                   what is printed, and written by --json
+    755  pictures and files       --views, --neighbors, --plot, --save
+    955  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
@@ -25,7 +25,7 @@ Features:
     untrained  H of the random weights of the run's seed, without --init: the two baselines
 
 Figures: all images, without augmentation, in eval mode, at the last checkpoint. An image larger
-than in training is cropped at its centre: 87.5 % of the side of STL-10's are kept here, 91.4 % in
+than in training is cropped at its centre: 87.5 % of an STL-10 image's side is kept here, 91.4 % in
 the W-MSE code (which resizes to 70 pixels and crops 64).
     5-NN       accuracy of a majority vote among the 5 nearest training images, by Euclidean
                distance (W-MSE, arXiv 2007.06346; official code htdt/self-supervised)
@@ -110,10 +110,10 @@ def parse_args(argv=None):
         metavar="X", help="share of each class's labels that the probe sees (default: 1)")
     add("--finetune", type=number(float, above=0, most=1, example=0.1), metavar="X",
         help="also train the whole network further, with this share of each class's labels")
-    add("--supervised", action="store_true", help="also train the run's backbone with all labels "
-        "from its random start, as the run was trained without")
+    add("--supervised", action="store_true", help="also train the run's backbone from its "
+        "random start with all labels, otherwise as in the run")
     add("--seed", type=number(int, least=0, most=2**31 - 1, example=0), default=0, metavar="N",
-        help="of the probe, --finetune, their labels, slices of W and views (default: 0)")
+        help="for the probe, --finetune, their labels, slices of W, views (default: 0)")
     add = parser.add_argument_group("images").add_argument
     add("--dataset", choices=common.DATASETS, help="what to measure on (default: the run's own)")
     add("--data-dir", metavar="DIR",
@@ -140,7 +140,8 @@ def parse_args(argv=None):
                  "--dataset folder needs --data-dir DIR, the folder of your images")
     common.check(args.data_dir != "", "--data-dir needs the name of a folder; try it without")
     check_outputs(args)
-    common.check(args.save or args.split == "all", "--split is of --save; try --save features.npz")
+    common.check(args.save or args.split == "all",
+                 "--split belongs to --save; try --save features.npz")
     common.check(len(args.runs) == 1 or not (args.neighbors or args.views or args.save),
                  f"--neighbors, --views, --save: of one run; try {args.runs[0]}")
     return args
@@ -423,9 +424,7 @@ def whitened(run, z, seed):
 
 def sample(x, limit=10_000):
     """At most `limit` evenly spaced rows of x [N, d]."""
-    count = min(limit, len(x))
-    rows = torch.linspace(0, len(x) - 1, count, dtype=torch.float64)
-    return x[rows.long().to(x.device)]
+    return common.evenly_spaced(x, None, limit)[0]
 
 
 def labelled_rows(labels, fraction, seed=0):

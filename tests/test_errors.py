@@ -63,7 +63,7 @@ def captured_parser():
 
 
 ACTIONS = captured_parser()._actions
-NUMBERS = {common.option_of(flag[0]): SimpleNamespace(type=common.parser_of(*flag)) for flag in common.flags_of(cw_rgp.Args) if flag[1] in (int, float)}
+NUMBERS = {common.option_of(flag[0]): SimpleNamespace(type=common.parser_of(*flag[1:])) for flag in common.flags_of(cw_rgp.Args) if flag[1] in (int, float)}
 CHOICES = [action.option_strings[0] for action in ACTIONS if action.choices]
 ZERO_IS_FINE = {"--weight-decay", "--warmup", "--seed", "--num-workers", "--eval-every", "--save-every", "--keep-every", "--eps", "--test-fraction"}
 

@@ -119,7 +119,7 @@ def test_every_bound_holds_and_excludes_what_it_says(method):
         allowed = documented(method)[name][2]
         if type_ not in (int, float):
             continue
-        parse = common.parser_of(name, type_, default, metadata)
+        parse = common.parser_of(type_, default, metadata)
         step = 1 if type_ is int else 1e-9
         low, high = (float(number) for number in allowed[1:-1].split(", "))
         inside = [low if allowed[0] == "[" else low + step]
