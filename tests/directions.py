@@ -198,7 +198,7 @@ claim("A10-floor", "our observation", "Separate random groups for each view leav
       "the loss.", versus("cw_rgp", "cw_rgp/shared-permutation", "loss"), 1, 0.02)
 claim("A11-icl", "Weng et al. 2022, section 2 and Table 1", "CW-RGP is better than ICL.",
       versus("cw_rgp", "cw_rgp/icl", "knn"), 1, 0.02,
-      paper="91.9 CW-RGP, 88.1 ICL (CIFAR-10, linear, as later papers quote)")
+      paper="91.9 CW-RGP (its README), 88.1 ICL (as later papers quote; CIFAR-10, linear)")
 claim("A14", FIGURE_2, "Whitening keeps the rank of the encoding H high.",
       versus(ZCA, BN, "rank_h"), 1, 100)
 claim("A15-barlow", "Weng et al. 2022, section 2", "Soft whitening avoids dimensional collapse: "
