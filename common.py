@@ -6,7 +6,7 @@ Part I is what train() and the models call, in the order of the calls, except th
 one piece. Part II is the rest. A default run enters it, too: command line, messages, files, Muon.
 """
 
-# ==== Contents (`python tests/test_common.py` writes the line numbers) ====
+# ==== Contents ====
 #
 # Part I, what a method file calls:
 #
@@ -19,45 +19,45 @@ one piece. Part II is the rest. A default run enters it, too: command line, mess
 #    271  load_data          read or draw the data set: Data
 #    520  build_backbone     the network whose output is H
 #    570  build_optimizer    Adam, SGD, LARS or Muon
-#    607  Run                the run's folder, checkpoints, log and checks
-#    846  distribute         the model for several processes, or compiled
-#    630  Run.resume         the step to start from, usually 0
+#    609  Run                the run's folder, checkpoints, log and checks
+#    845  distribute         the model for several processes, or compiled
+#    632  Run.resume         the step to start from, usually 0
 #    343  Data.batches       the batches of an epoch, uint8
-#    861  step_seed          the seed of a step's random draws
+#    860  step_seed          the seed of a step's random draws
 #    358  Data.augment       the random views of a batch
-#   1130  learning_rate      the schedule's factor at a step
-#    647  Run.guard          a failed decomposition becomes a clear error
-#   1146  gather             embeddings of all processes, with gradient
-#    651  Run.watch          note whether loss and gradients are finite
-#    658  Run.progress       stop if they were not; show the status line
-#    669  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
-#    677  Run.mean_loss      the mean loss of the epoch
-#   1160  extract            H of a set of images
-#   1181  project            Z of H
-#   1192  collapse_metrics   how much of its space a set of embeddings fills
-#   1263  knn_accuracy       accuracy of a vote among the nearest training images
-#    686  Run.end_epoch      write metrics.csv and last.pt, print a line
-#    728  Run.save_backbone  write backbone.pt
-#    736  Run.close          print the scores
+#   1129  learning_rate      the schedule's factor at a step
+#    649  Run.guard          a failed decomposition becomes a clear error
+#   1145  gather             embeddings of all processes, with gradient
+#    653  Run.watch          note whether loss and gradients are finite
+#    660  Run.progress       stop if they were not; show the status line
+#    671  Run.save_if_due    a checkpoint inside an epoch, or after Ctrl-C
+#    679  Run.mean_loss      the mean loss of the epoch
+#   1159  extract            H of a set of images
+#   1180  project            Z of H
+#   1191  collapse_metrics   how much of its space a set of embeddings fills
+#   1262  knn_accuracy       accuracy of a vote among the nearest training images
+#    688  Run.end_epoch      write metrics.csv and last.pt, print a line
+#    730  Run.save_backbone  write backbone.pt
+#    738  Run.close          print the scores
 #
 # Part II, the three names of it that a method file calls, and its sections:
 #
-#   1735  main               run train(); print an expected error as one line
-#   1411  parse_args         Args from the command line
-#   1910  mean_over_ranks    the mean of a tensor over the processes (MoCo)
+#   1738  main               run train(); print an expected error as one line
+#   1412  parse_args         Args from the command line
+#   1913  mean_over_ranks    the mean of a tensor over the processes (MoCo)
 #
-#   1336  Command line: flags from Args, checks, and sizes to propose
-#   1631  Messages and errors
-#   1807  Several processes
-#   1950  Data sets by name
-#   2023  Folders of images
-#   2408  Streaming
-#   2517  Recipes of augmentation
-#   2585  ResNets, Vision Transformer, LARS, Muon
-#   2753  Run folder and signals
-#   2925  Resume
-#   3043  Files of a run
-#   3121  Trained weights
+#   1337  Command line: flags from Args, checks, and sizes to propose
+#   1634  Messages and errors
+#   1810  Several processes
+#   1953  Data sets by name
+#   2026  Folders of images
+#   2410  Streaming
+#   2519  Recipes of augmentation
+#   2587  ResNets, Vision Transformer, LARS, Muon
+#   2758  Run folder and signals
+#   2930  Resume
+#   3048  Files of a run
+#   3126  Trained weights
 
 import argparse
 import collections
@@ -101,7 +101,7 @@ import torch.distributed as dist  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import torchvision  # noqa: E402
-from PIL import Image, ImageOps  # noqa: E402  (come with torchvision)
+from PIL import Image, ImageOps  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_map_only  # noqa: E402
 from torchvision.transforms.v2 import functional  # noqa: E402
@@ -139,7 +139,7 @@ class Args:
                         "the others are downloaded when first used", choices=" ".join(DATASETS))
     data_dir: str = flag("data", "folder of the data set, or where to download it to")
     test_fraction: float = flag(0.2, "share of each class of a folder without test images that is "
-                                "held out to measure kNN, and never trained on", least=0, below=1)
+                                "held out for kNN, never trained on", least=0, below=1)
     train_images: int | None = flag(None, "train on N evenly spaced images only (default: all)",
                                     least=2, example=1000)
     image_size: int | None = flag(None, "side of a view in pixels (default: that of the images, "
@@ -300,10 +300,10 @@ class Data:
     size             side of a view in pixels
     must_be_cropped  True if images in memory have another size
     mean, std        of the colours in 0 ... 1, float32 [3, 1, 1] on the device
-    statistics       what the network needs, in plain values: mean, std, scale (see survey), size,
+    statistics       what the network needs: mean, std, scale (see survey), size,
                      class_names; of a folder also side, the pixels of its squares
     test_note, notes for the first line on the screen
-    files            the names of the files of training and test images, None if there are none
+    files            names of the files of training and test images, or None
     fingerprint      tells whether a resumed run has the same images"""
 
     def __init__(self, args, device, train, labels, test, test_labels, class_names,
@@ -441,7 +441,7 @@ def make_patterns(seed=0, train=10_000, test=2_000):
     Only the texture tells the class. Period, phase, tilt, warp, light and noise have the same
     distribution in all classes, and half of every image is ink. All images have nearly the same
     two colours, and the light changes several times across an image. Otherwise a network can learn
-    a hue or a bright side, which survive the augmentation, in place of the texture. BYOL did."""
+    a hue or a bright side, which survive the augmentation, in place of the texture."""
     rng = np.random.default_rng(seed)
     labels = np.arange(train + test) % 10  # balanced; each split is then shuffled by itself
     train_labels = labels[:train][np.argsort(rng.random(train))]
@@ -570,10 +570,12 @@ class Tiny(nn.Module):
 def build_optimizer(model, args):
     """Adam, SGD, LARS or Muon over the parameters that have a gradient, in groups.
 
-    Biases and norm layers have the peak rate --lr-bias, and LARS neither decays nor adapts them.
-    Under Muon the filters of convolutions have --lr-filters. The rate of a group at a step is
-    group["peak_lr"] times the schedule's factor, or times 1 if group["constant"]: the parameters of
-    a module with the attribute `constant_lr = True` (SimSiam's predictor)."""
+    Biases and norm layers have the peak rate --lr-bias; LARS neither decays nor adapts them. Muon's
+    filters have --lr-filters. A group's rate at a step is group["peak_lr"] times the schedule's
+    factor, or times 1 if group["constant"]: the parameters of a module with the attribute
+    `constant_lr = True` (SimSiam's predictor)."""
+    if args.lr_bias is None:
+        args = completed(args, next(model.parameters()).device)
     constant = set()
     for module in model.modules():
         if getattr(module, "constant_lr", False):
@@ -649,7 +651,7 @@ class Run:
         return self.finite.guard(step)
 
     def watch(self, step, loss):
-        """Add up the loss [] and note whether all numbers are finite. It rarely waits."""
+        """Add up the loss [] and note whether all numbers are finite."""
         self.finite.note(step, loss)
         self.loss_sum += loss.detach()
         if STATUS.overdue():  # it waits: --log-every steps can be slow
@@ -777,14 +779,11 @@ class Clock:
 
 
 class FiniteWatch:
-    """The step in which each network's output, the loss and each gradient was first not finite.
-
-    Noted on the device, without waiting."""
+    """The step in which each network's output, the loss and each gradient was first not finite."""
 
     NEVER = 2**31 - 1
 
     def __init__(self, model, data, folder):
-        """folder: the run's."""
         self.data, self.folder = data, folder
         self.outputs = {}  # of each child of the model, in this step
         for name, child in model.named_children():
@@ -860,7 +859,7 @@ def distribute(model, args):
 
 def step_seed(seed, step):
     """The seed of a step's permutations and partitions, the same in all processes."""
-    # 32 bits, because torch's CPU generator ignores all higher ones
+    # 32 bits: torch's CPU generator ignores higher ones
     return int(np.random.SeedSequence((seed, 3, step)).generate_state(1)[0])
 
 
@@ -1051,10 +1050,10 @@ def resize_matrix(ends, length, size, interpolation):
     first + origin + step (s + 1/2). A negative step mirrors."""
     first, last, origin, step = ends[:, None].unbind(-1)  # [n, 1] each
     scale = step.abs().clamp_min(1)  # > 1 widens the kernel: antialiasing
-    pixel = torch.arange(length, device=ends.device) + 0.5  # [length]
+    pixel = torch.arange(length, dtype=ends.dtype, device=ends.device) + 0.5  # [length]
     inside = (pixel > first) & (pixel < last)  # [n, length]
     pixel = torch.where(inside, pixel - first, 1e9)  # weight 0 outside the box
-    centre = origin + step * (torch.arange(size, device=ends.device) + 0.5)  # [n, size]
+    centre = origin + step * (torch.arange(size, dtype=ends.dtype, device=ends.device) + 0.5)
     t = pixel[:, None, :].sub(centre[:, :, None]).div_(scale[:, None]).abs_()  # [n, size, length]
     if interpolation == "bilinear":
         w = t.neg_().add_(1).clamp_min_(0)  # 1 - |t|
@@ -1265,12 +1264,14 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=20, temperature=0.0
 
     With a temperature: cosine similarity, and a neighbour votes with weight exp(cos / temperature)
     (Wu et al. 2018, arXiv 1805.01978). With temperature=None: Euclidean distance, one vote each,
-    and a tie goes to the smallest label (W-MSE code). The labels are int64 [N] and [M]."""
+    and a tie goes to the smallest label (W-MSE code). Labels: int64."""
     k = min(k, len(bank))
     classes = int(max(bank_labels.max(), query_labels.max())) + 1
     bank, queries = bank.float(), queries.float()
     if temperature is not None:
         bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    else:  # close embeddings far from 0 lose digits
+        bank, queries = bank - bank.mean(0), queries - bank.mean(0)
     squares = bank.square().sum(1)  # [N]
     correct = 0
     for rows, labels in zip(queries.split(1000), query_labels.split(1000)):
@@ -1280,7 +1281,7 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=20, temperature=0.0
         else:
             nearest, index = (rows @ bank.T).topk(k, dim=1)
             weights = ((nearest - nearest[:, :1]) / temperature).exp()  # [m, k]
-        votes = torch.zeros(len(rows), classes, device=rows.device)
+        votes = weights.new_zeros(len(rows), classes)
         votes.scatter_add_(1, bank_labels[index], weights)
         correct += (votes.argmax(1) == labels).sum()  # argmax: the first of equal maxima
     return float(correct) / len(queries)
@@ -1303,7 +1304,7 @@ def collapse_in_words(figures, dim, dim_h):
     """A sentence if the figures of Z, and rank_h of H, show a collapse, else an empty string.
 
     figures: of collapse_metrics, and rank_h. dim, dim_h: of Z, of H. Two images or fewer cannot
-    show it. The runs in methods/README.md, `What collapses`, are the reason for the limits."""
+    show it. methods/README.md, `What collapses`, has the runs behind the limits."""
     if dim < 2:
         return ""
     if figures["std_sqrt_d"] < 0.1:
@@ -1349,7 +1350,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def number(kind, least=None, most=None, above=None, below=None, example=None):
-    """A `type` for argparse: int or float within bounds, else ArgumentTypeError with a message."""
+    """A `type` for argparse: int or float within bounds, else ArgumentTypeError."""
     bounds = [("at least", operator.ge, least), ("above", operator.gt, above),
               ("at most", operator.le, most), ("below", operator.lt, below)]
     bounds = [bound for bound in bounds if bound[2] is not None]
@@ -1526,10 +1527,12 @@ def optimizer_of(args):
 
 def plain_torch(ending):
     """Undo, until the ExitStack closes, what a notebook may have set: where and of which kind new
-    tensors are, that they have no gradient, autocast, and products of less than fp32."""
+    tensors are, that they have no gradient, autocast, and products of less than fp32. The random
+    state comes back."""
     with contextlib.suppress(RuntimeError):  # the precision was set for one backend alone
         ending.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
     torch.set_float32_matmul_precision("highest")
+    ending.callback(torch.set_rng_state, torch.get_rng_state())
     ending.callback(torch.set_default_dtype, torch.get_default_dtype())
     torch.set_default_dtype(torch.float32)
     if torch.get_default_device().type != "cpu":
@@ -1830,7 +1833,7 @@ def check_launch():
 def set_up_gpu():
     """This process's GPU as a torch.device. Raises UserError if there are fewer than processes."""
     own = torch.cuda.current_device()
-    local_rank = from_environment("LOCAL_RANK", own) if world_size() > 1 else 0
+    local_rank = from_environment("LOCAL_RANK", own) if world_size() > 1 else own
     gpus = torch.cuda.device_count()
     check(local_rank < gpus, "torchrun started more processes than there are GPUs; "
           f"try --nproc_per_node={gpus}")
@@ -2189,8 +2192,8 @@ def data_from_files(args, device, root, train, test, skipped, note="", statistic
     """Data from lists of (path, class or None). Images that fit there are decoded into memory once,
     others are Files. Raises UserError if there are too few."""
     median, scale, measured = survey(root, train, statistics)
-    args.image_size = args.image_size or min(64, median)
-    side = args.image_size if median <= args.image_size else math.ceil(args.image_size * 8 / 7)
+    size = args.image_size = args.image_size or min(64, median)
+    side = (statistics or {}).get("side") or (size if median <= size else math.ceil(size * 8 / 7))
     copies = 1 if device.type == "cuda" else from_environment("LOCAL_WORLD_SIZE", 1)
     stream = args.stream or 3 * side**2 * (len(train) + len(test)) * copies > MEMORY_LIMIT
     loaded = []
@@ -2220,13 +2223,12 @@ def data_from_files(args, device, root, train, test, skipped, note="", statistic
         seen = {hash(image.tobytes()) for image in loaded[0].numpy()}
         same = sum(hash(image.tobytes()) in seen for image in loaded[1].numpy())
         if same:
-            warn(f"{same} of {len(test)} test images are training images, too, and count in kNN; "
-                 "remove them")
+            warn(f"{same} of {len(test)} test images are training images, too; remove them")
     number_of, parts = {name: i for i, name in enumerate(class_names)}, []
     for images, pixels in zip((train, test), loaded, strict=True):
         labels = [number_of[name] for _, name in images if name in number_of]
         paths = [os.path.join(root, path) for path, _ in images]
-        part = Files(paths, args.image_size, side, scale) if stream else pixels
+        part = Files(paths, size, side, scale) if stream else pixels
         parts += [part if images else None, labels or None]
     data = Data(args, device, *parts, class_names)
     crc = zlib.crc32(repr((train, test)).encode())
@@ -2462,7 +2464,7 @@ class Files:
     def read(self, tasks, num_workers):
         """The results of lists of tasks. A UserError comes without a process's traceback."""
         if not self.idle:
-            place = tempfile.gettempdir()  # with names of torch's sockets, of 107 bytes at most
+            place = tempfile.gettempdir()  # torch's sockets there have names of 107 bytes at most
             check(num_workers == 0 or len(os.fsencode(place)) <= 70, f"TMPDIR={place} is too long "
                   "for loader processes; try TMPDIR=/tmp or --num-workers 0")
             alone = copy.copy(self)
@@ -2562,7 +2564,7 @@ def check_crops(args, data):
     crops = all(any(op[0] == "crop" for op in view) for view in RECIPES[args.augment])
     check(crops or not data.must_be_cropped,
           f"--augment {args.augment} does not crop, and the images are not of --image-size "
-          f"{data.size}; try --augment crop-flip")
+          f"{data.size}; try --augment crop-flip, or such images")
 
 
 def blur(x, sigma):
@@ -2595,7 +2597,7 @@ def build_resnet(name, image_size):
     """(network, feature_dim) of torchvision's ResNet `name`. Raises UserError if there is none.
 
     The last batch norm of a block starts at zero (SimSiam, Barlow Twins, VICReg, CW-RGP code). The
-    stem is SimCLR's (appendix B.9) and the W-MSE code's, but drawn as the other convolutions."""
+    stem is SimCLR's (appendix B.9) and the W-MSE code's."""
     check_backbone(name)
     network = torchvision.models.get_model(name, weights=None, zero_init_residual=True)
     if image_size <= 64:
@@ -2706,6 +2708,7 @@ class Muon(torch.optim.Adam):
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.6, dtype=torch.float32):
         super().__init__(params, lr=lr, weight_decay=weight_decay, fused=True)
+        self._step_supports_amp_scaling = False  # so a GradScaler can skip a step
         self.momentum, self.dtype = momentum, dtype
 
     @torch.no_grad()
@@ -2717,8 +2720,10 @@ class Muon(torch.optim.Adam):
                 if group["filters"] and w.grad is not None:
                     self.step_filters(w, group["lr"])
         self.param_groups = [group for group in groups if not group["filters"]]
-        super().step()  # Adam's
-        self.param_groups = groups
+        try:
+            super().step()  # Adam's
+        finally:
+            self.param_groups = groups
 
     def step_filters(self, w, lr):
         """The step of one convolution's filters w [filters, channels, height, width]."""
@@ -2916,7 +2921,7 @@ def identical_images(data, step):
     """How many images of a step's global batch equal another."""
     epoch, number = divmod(step, data.steps_per_epoch)
     order = np.random.default_rng((data.args.seed, 1, epoch)).permutation(len(data.train))
-    rows = torch.from_numpy(order).split(data.args.batch_size)[number]  # as in Data.batches
+    rows = torch.from_numpy(order).split(data.args.batch_size)[number]
     views = torch.cat([part.cpu().flatten(1) for part in data.eval_views(data.train, rows, 100)])
     counts = views.unique(dim=0, return_counts=True)[1]
     return int(counts[counts > 1].sum())
@@ -3045,7 +3050,7 @@ def load_checkpoint(path):
 
 def write_file(path, content, keep_as=None):
     """Write bytes to a temporary name, flush, rename; keep the old file as `keep_as`. Raises
-    UserError if that fails, for example on a full disk. The old file then stays."""
+    UserError if that fails. The old file then stays."""
     temporary = path + ".tmp"
     try:
         with open(temporary, "wb") as file:

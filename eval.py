@@ -142,6 +142,8 @@ def parse_args(argv=None):
     check_outputs(args)
     common.check(args.save or args.split == "all",
                  "--split belongs to --save; try --save features.npz")
+    common.check(args.probe_epochs or args.label_fraction == 1, "--label-fraction is of the linear "
+                 "probe; try --probe-epochs 500")
     common.check(len(args.runs) == 1 or not (args.neighbors or args.views or args.save),
                  f"--neighbors, --views, --save: of one run; try {args.runs[0]}")
     return args
@@ -781,18 +783,14 @@ def plain(data, images, index):
 def draw_views(path, data):
     """Eight training images, one a row: as they are measured, then eight random views.
 
-    A recipe with two kinds of views alternates. Raises UserError if there are no views: for
-    a recipe without a crop, of larger images than the run was trained on."""
+    A recipe with two kinds of views alternates."""
     count = min(8, len(data.train))
     index = torch.linspace(0, len(data.train) - 1, count).long()
     if isinstance(data.train, common.Files):
         batch = next(data.train.crops(index[None], data.args, 0, data.device))
     else:
         batch = data.train[index.to(data.device)]
-    try:
-        views = data.augment(batch, step=0)
-    except ValueError as error:
-        raise common.UserError(f"--views: {error}") from error
+    views = data.augment(batch, step=0)
     columns = [plain(data, data.train, index)] + [colours(data, view) for view in views]
     write_sheet(path, torch.stack(columns, 1))
 
@@ -932,7 +930,7 @@ def draw_plot(path, spectra, methods=()):
     names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
     for folder, name, (path_of_run, *sigmas) in zip(folders, names, spectra):
         label = name if names.count(name) == 1 else path_of_run
-        label = label.replace("$", r"\$")  # `$` begins maths
+        label = common.shown(label).replace("$", r"\$")  # `$` begins maths
         label = f" {label}" if label.startswith("_") else label  # `_` is left out of a legend
         for panel, sigma in zip(panels, sigmas):
             sigma = sigma.clamp_min(max(1e-12, 1e-8 * sigma[0].item()))  # no log of 0
@@ -974,6 +972,8 @@ def run(args):
                      "--split test: there are no test images; try --split train")
         common.check(data.labelled or not (args.finetune or args.supervised), "--finetune, "
                      "--supervised need labelled training and test images; try it without")
+        if args.finetune or args.supervised or args.views:
+            common.check_crops(trained.args, data)
         count, batch = len(data.labelled_train), trained.args.batch_size
         common.check(count >= batch or not args.supervised, f"--supervised: {count} training "
                      f"images are fewer than the run's batch of {batch}; try it on more images")

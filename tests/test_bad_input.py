@@ -86,7 +86,7 @@ OF_EVAL = [
     ("run --plot nowhere/p.png", "--plot nowhere/p.png", "try a folder"), ("run --neighbors n", "--neighbors n", "try n.png"),
     ("run --views nowhere/v.png", "--views nowhere/v.png", "try a folder"),
     ("run --json nowhere/r.json", "--json nowhere/r.json", "try a folder"),
-    ("run other --views v.png", "--views", "try run"), ("run --probe", "--probe", HELP), ("run --epochs 5", "--epochs", HELP),
+    ("run other --views v.png", "--views", "try run"), ("run --label-fraction 0.1 --probe-epochs 0", "--label-fraction", "try --probe-epochs 500"), ("run --probe", "--probe", HELP), ("run --epochs 5", "--epochs", HELP),
 ]
 # Each shared flag's cases go to the nine methods in turn, so that every script and every case is there without their product.
 CASES = ([(method, *case) for method, case in zip(itertools.cycle(METHODS), SHARED)] + OF_METHOD + [("eval", *case) for case in OF_EVAL])

@@ -171,6 +171,18 @@ def test_files_of_many_sizes_are_prepared_as_for_knn(tmp_path, sides):
     torch.testing.assert_close(prepare([tmp_path / "images" / name for name in run.data.files[0]]), measured.contiguous())
 
 
+@pytest.mark.parametrize("side", [20, 100])
+def test_files_of_another_folder_are_measured_as_they_are_prepared(trained, tmp_path, side):
+    """Whatever the sizes there: the run's own decides."""
+    for i in range(8):
+        pixels = np.random.default_rng(i).integers(0, 256, (side, side + 8, 3), dtype=np.uint8)
+        write_image(tmp_path / "images" / "ab"[i % 2] / f"{i}.png", pixels)
+    found, _ = saved(tmp_path / "f.npz", trained, "--data-dir", tmp_path / "images")
+    network, prepare = common.load_backbone(trained)
+    h = network(prepare([tmp_path / "images" / name for name in found["file_names"]]))
+    np.testing.assert_allclose(found["H"], h.numpy(), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("shape", [(32, 60), (60, 32)])
 def test_of_an_image_as_short_as_the_views_the_centre_is_taken_as_it_is(trained, tmp_path, shape):
     _, prepare = common.load_backbone(trained)

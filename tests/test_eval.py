@@ -422,14 +422,17 @@ def test_another_data_set(trained, tmp_path, monkeypatch):
     assert report["dataset"] == "patterns" and report["trained_on"] == "folder" and report["test_images"] == 20
 
 
-def test_a_run_without_crops_is_measured_on_larger_images_too(small_folder, tmp_path):
-    """Training on them would need crops; the figures do not. Only --views does, and says so."""
-    argv = [*SMALL, *SMALL_OF["vicreg"], "--epochs", "1", "--augment", "none", "--dataset", "folder", "--data-dir", small_folder, "--out", tmp_path / "run"]
+def test_a_run_without_crops_is_measured_on_larger_images_too(monkeypatch, tmp_path):
+    """Training on them would need crops; the figures do not. Views of them do, and are refused before all is measured."""
+    draw = common.make_patterns
+    monkeypatch.setattr(common, "make_patterns", lambda: draw(0, 64, 20))
+    argv = [*SMALL, *SMALL_OF["vicreg"], "--epochs", "1", "--augment", "none", "--out", tmp_path / "run"]
     assert run_here("vicreg", argv).status == 0
-    larger = make_folder(tmp_path / "larger", side=48)
-    assert evaluate(tmp_path, tmp_path / "run", "--dataset", "folder", "--data-dir", larger)[1]
-    result = run_here("eval", [*QUICK, tmp_path / "run", "--dataset", "folder", "--data-dir", larger, "--views", tmp_path / "views.png"])
-    assert is_one_line_error(result) and "--views: " in result.err and "no crop" in result.err
+    larger = ["--dataset", "folder", "--data-dir", make_folder(tmp_path / "larger", side=48)]
+    assert evaluate(tmp_path, tmp_path / "run", *larger)[1]
+    for flags in (["--views", tmp_path / "views.png"], ["--finetune", 1], ["--supervised"]):
+        result = run_here("eval", [*QUICK, tmp_path / "run", *larger, *flags])
+        assert is_one_line_error(result) and "does not crop" in result.err and "5-NN" not in result.out
 
 
 def test_without_labels_the_accuracies_are_left_out(trained, small_folder, tmp_path):
@@ -563,6 +566,7 @@ def test_the_figures_are_written_before_the_plot(trained, tmp_path, monkeypatch)
 
 def test_a_run_on_patterns_asks_for_its_reference(trained, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="the plot is the one thing that needs it")
+    draw = common.make_patterns
     draw = common.make_patterns
     monkeypatch.setattr(common, "make_patterns", lambda: draw(0, 64, 20))
     argv = [*SMALL, *SMALL_OF["vicreg"], "--epochs", "1", "--out", tmp_path / "run"]

@@ -999,7 +999,7 @@ def test_test_images_that_are_training_images_are_counted(tmp_path):
                 write_image(tmp_path / "images" / "test" / name / f"again-{i}.png", image)
         write_image(tmp_path / "images" / "test" / name / "new.png", draw_image(np.random.default_rng(50 + number), number, 32))
     result, _ = small_run(tmp_path / "images", tmp_path / "run", "--batch-size", 8)
-    assert result.status == 0 and result.err == "4 of 6 test images are training images, too, and count in kNN; remove them\n", result.err
+    assert result.status == 0 and result.err == "4 of 6 test images are training images, too; remove them\n", result.err
     assert "k = 12, cosine" in result.out  # as many as there are
 
 

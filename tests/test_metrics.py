@@ -29,6 +29,15 @@ def with_covariance(covariance, n=200, seed=0):
     return math.sqrt(n - 1) * q @ torch.linalg.cholesky(covariance).T
 
 
+@pytest.mark.parametrize("offset", [0, 3000])
+def test_euclidean_neighbours_do_not_depend_on_where_the_embeddings_lie(offset):
+    """In |x|^2 - 2 x.y + |y|^2 the offset would take all digits of float32."""
+    bank = torch.randn(300, 16, generator=seeded(), dtype=torch.float64) + offset
+    queries = torch.randn(80, 16, generator=seeded(1), dtype=torch.float64) + offset
+    nearest = (queries[:, None] - bank).square().sum(2).argmin(1)
+    assert common.knn_accuracy(bank, torch.arange(300), queries, nearest, k=1, temperature=None) > 0.98
+
+
 # ---- collapse_metrics ----------------------------------------------------------------------------
 
 

@@ -219,6 +219,39 @@ def test_muon_computes_in_the_precision_of_the_networks(precision, monkeypatch):
     assert seen == [torch.float32 if precision == "fp32" else torch.bfloat16]
 
 
+def muon_of_tiny():
+    """A backbone with gradients, and Muon as a program makes it from Args that set_up() has not seen."""
+    torch.manual_seed(0)
+    network, _ = common.build_backbone("tiny", 32, width=2)
+    network(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    return network, common.build_optimizer(network, importlib.import_module("simclr").Args())
+
+
+def test_the_optimizer_of_args_that_are_not_completed_is_that_of_training():
+    _, optimizer = muon_of_tiny()
+    rates = {group["filters"]: group["peak_lr"] for group in optimizer.param_groups}
+    assert rates == {True: 0.1, False: 3e-3} and type(optimizer) is common.Muon
+
+
+def test_a_scaler_that_finds_infinity_skips_the_filters_too():
+    network, optimizer = muon_of_tiny()
+    before = [w.clone() for w in network.parameters()]
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    for w in network.parameters():
+        w.grad.fill_(math.inf)
+    scaler.step(optimizer)
+    assert all(map(torch.equal, before, network.parameters()))
+
+
+def test_an_interrupted_step_of_muon_loses_no_group(monkeypatch):
+    network, optimizer = muon_of_tiny()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.optim.Adam, "step", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        optimizer.step()
+    assert [group["filters"] for group in optimizer.param_groups].count(True) == 1
+
+
 def test_tinys_filters_start_with_kaimings_deviation_by_their_outputs():
     torch.manual_seed(0)
     for module in common.build_backbone("tiny", 32, width=32)[0].modules():

@@ -134,8 +134,10 @@ def coarse():
 def test_what_a_notebook_has_set_around_a_run_changes_no_number(images, plain, tmp_path, around):  # noqa: F811
     with around():
         before = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
+        numbers = torch.default_generator.get_state()
         train(images, tmp_path / "run")
         assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()) == before
+        assert torch.equal(torch.default_generator.get_state(), numbers)  # a notebook's draws go on
         figures = run_here("eval", [tmp_path / "run", "--device", "cpu", "--precision", "fp32", "--probe-epochs", "2"])
     assert figures.status == 0, figures.err
     assert (losses(tmp_path / "run"), figures.out.replace(str(tmp_path / "run"), "run")) == plain
