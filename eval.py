@@ -10,11 +10,11 @@
 
 Contents, by line number (`python tests/test_common.py` writes them):
      84  command line             the flags, and what is refused before measuring
-    207  a run and its data       from a checkpoint to networks; a hash shows that these stay
-    358  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
-    631  report                   what is printed, and written by --json
-    755  pictures and files       --views, --neighbors, --plot, --save
-    955  all runs                 one after the other
+    209  a run and its data       from a checkpoint to networks; a hash shows that these stay
+    360  features and accuracies  what is measured: whitening in slices, the linear probe, protocols
+    633  report                   what is printed, and written by --json
+    757  pictures and files       --views, --neighbors, --plot, --save
+    953  all runs                 one after the other
 
 Features:
     H          backbone(x), the representation that papers evaluate
