@@ -140,17 +140,17 @@ def parse_args(argv=None):
                  "--dataset folder needs --data-dir DIR, the folder of your images")
     common.check(args.data_dir != "", "--data-dir needs the name of a folder; try it without")
     check_outputs(args)
+    return args
+
+
+def check_outputs(args):
+    """Raise UserError if a flag lacks another, an output cannot be written, or two are one file."""
     common.check(args.save or args.split == "all",
                  "--split belongs to --save; try --save features.npz")
     common.check(args.probe_epochs or args.label_fraction == 1, "--label-fraction is of the linear "
                  "probe; try --probe-epochs 500")
     common.check(len(args.runs) == 1 or not (args.neighbors or args.views or args.save),
                  f"--neighbors, --views, --save: of one run; try {args.runs[0]}")
-    return args
-
-
-def check_outputs(args):
-    """Raise UserError if an output cannot be written, or two go to the same file."""
     written = {}
     for flag in ("plot", "neighbors", "views", "json", "save"):
         path = getattr(args, flag)
@@ -954,6 +954,19 @@ def draw_plot(path, spectra, methods=()):
 # ==============================================================================
 
 
+def check_data(run, data, args):
+    """Raise UserError, before measuring, if the flags ask for what a run or its images lack."""
+    common.check(args.split != "test" or test_count(data),
+                 "--split test: there are no test images; try --split train")
+    common.check(data.labelled or not (args.finetune or args.supervised), "--finetune, "
+                 "--supervised need labelled training and test images; try it without")
+    if args.finetune or args.supervised or args.views:
+        common.check_crops(run.args, data)
+    count, batch = len(data.labelled_train), run.args.batch_size
+    common.check(count >= batch or not args.supervised, f"--supervised: {count} training "
+                 f"images are fewer than the run's batch of {batch}; try it on more images")
+
+
 @common.gives_back
 def run(args):
     """Measure all runs that the flags name. Raises UserError."""
@@ -968,15 +981,7 @@ def run(args):
     for path in args.runs:
         trained = load_run(path, device)
         data = load_data(trained, args, device)
-        common.check(args.split != "test" or test_count(data),
-                     "--split test: there are no test images; try --split train")
-        common.check(data.labelled or not (args.finetune or args.supervised), "--finetune, "
-                     "--supervised need labelled training and test images; try it without")
-        if args.finetune or args.supervised or args.views:
-            common.check_crops(trained.args, data)
-        count, batch = len(data.labelled_train), trained.args.batch_size
-        common.check(count >= batch or not args.supervised, f"--supervised: {count} training "
-                     f"images are fewer than the run's batch of {batch}; try it on more images")
+        check_data(trained, data, args)
         with unchanged(trained.model) as digest:
             reports.append(evaluate(trained, data, args))
             if args.finetune:
