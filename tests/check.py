@@ -428,6 +428,8 @@ def confine(folder, plan):
     os.setpgid(0, 0)
     control_process(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the process that forked it
     os.chdir(folder)
+    os.environ.update(dict.fromkeys(("HOME", "TMPDIR", "MPLCONFIGDIR"), str(folder)))
+    tempfile.tempdir = str(folder)
     null = os.open(os.devnull, os.O_RDONLY)
     output = os.open("output.txt", os.O_WRONLY | os.O_CREAT)
     for number, stream in enumerate((null, output, output)):
@@ -454,7 +456,7 @@ def fence(folder):
     readable = [os.path.realpath(place) for place in readable]
     home = os.path.realpath(folder)
     forbidden = ("os.fork", "os.exec", "os.spawn", "os.posix_spawn", "os.system", "os.kill",
-                 "subprocess", "socket", "ctypes", "pty", "signal.pthread_kill", "os.putenv")
+                 "subprocess", "socket", "ctypes", "pty", "signal.pthread_kill")
     changes = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink",
                "os.truncate", "os.chmod", "os.chown", "shutil")
 
@@ -656,7 +658,8 @@ def judge_group(group, answered, note):
     if not mistake and wrong[values]:
         mistake = recognise(group, answered, values, True)
     slopes = slopes_of(answered)
-    if slopes and not close(*slopes, 1e-4) and not misses["gradient"]:
+    rounding = 1e-4 if wrong[values] else 1e-2  # of a loss in float32
+    if slopes and not close(*slopes, rounding) and not misses["gradient"]:
         misses["gradient"] = [pair for pair in answered if "direction" in pair[0]]
     if not any(misses.values()):  # each draw is possible; are all of them made?
         misses["value"] = answered if mistake else [p for p in answered if is_constant(*p)]
@@ -766,7 +769,7 @@ def in_short(misses, note):
         return error
     if not any(name in output for name in misses[0][0]["values"]):
         if note.startswith("time"):
-            return f"stopped at the {note}: is there an endless loop?"
+            return f"stopped at the {note}: perhaps an endless loop"
         return f"Python ended before it gave an answer ({note or 'it left early'})"
     return ""
 
@@ -922,7 +925,7 @@ def grade(parts, root, seconds, strict=False):
         if part in there:
             rows.append(judge_anything(part, *next(ran)))
         else:
-            error = {"error": f"methods/{part['method']}.py is missing"}
+            error = {"error": f"methods/{part['method']}.py is missing, or cannot be read"}
             rows.append(judge(part, [error] * len(part["cases"]), ""))
     return rows
 

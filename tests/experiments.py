@@ -664,7 +664,8 @@ class AlternatingArgs(simsiam.Args):
     every: int = common.flag(10, "steps between two new sets of targets", least=1, most=10**6)
 
     def rules(self):
-        yield not self.no_stop_gradient, "--no-stop-gradient does not go with fixed targets"
+        common.check(not self.no_stop_gradient, "--no-stop-gradient has no use; try it without")
+        return super().rules()
 
 
 class Alternating(simsiam.SimSiam):

@@ -564,8 +564,8 @@ def submissions_in(folder):
         common.check(len(others) < 2, f"--grade {folder}: {stray[0]} lies beside folders that have "
                      f"it, too ({common.listed(others)}); move it away")
         if others:
-            common.warn(f"graded as one student's folder, since {stray[0]} lies in it; move it away "
-                        f"if {others[0]} is a student")
+            common.warn(f"graded as one student's folder, since {stray[0]} lies in it; move it "
+                        f"away if {others[0]} is a student")
         return [(folder.resolve().name, folder)]
     rest = [path.name for path in inside if path not in found]
     if rest:
@@ -641,8 +641,9 @@ def grade(folder, methods, parts, seed, out, train=False):
         writer.writerows(table)
         common.write_file(str(out / "grades.csv"), text.getvalue().encode())
         write_results(out if len(submissions) == 1 else out / student, rows)
-        common.say(f"{table[-1]['student']}: {table[-1]['points']} of {table[-1]['of']} points, "
-                   f"{table[-1]['extra']} extra")
+        row = table[-1]
+        common.say(f"{common.shown(row['student'])}: {row['points']} of {row['of']} points, "
+                   f"{row['extra']} extra")
     common.say(f"{out}/grades.csv, and results.json for each student")
 
 

@@ -346,7 +346,8 @@ class MovingAverageTargetArgs(simsiam.Args):
                                  most=2**24)
 
     def rules(self):
-        yield not self.no_stop_gradient, "--no-stop-gradient does not go with targets in a bank"
+        common.check(not self.no_stop_gradient, "--no-stop-gradient has no use; try it without")
+        return super().rules()
 
 
 class MovingAverageTarget(simsiam.SimSiam):

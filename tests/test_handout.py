@@ -503,7 +503,7 @@ def test_whatever_a_file_does_it_gains_nothing_and_costs_that_part_only(tmp_path
     for (name, (_, words)), found in zip(HOSTILE.items(), rows):
         assert check.total(found) == 0, name
         assert words in found[0]["text"] and len(found[0]["text"]) < 400, (name, found[0]["text"])
-    assert missing[0]["text"] == "methods/simclr.py is missing" and check.total(missing) == 0
+    assert missing[0]["text"] == "methods/simclr.py is missing, or cannot be read" and check.total(missing) == 0
     assert lost(right) == []
 
 
@@ -744,3 +744,16 @@ def test_the_usual_mistakes_are_printed_by_the_command_of_the_page(tmp_path):
     command = [sys.executable, str(ROOT / "tests" / "mistakes.py")]
     result = subprocess.run(command, cwd=tmp_path, env=surroundings, capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout == mistakes.table(), result.stderr
+
+
+def test_what_a_notebook_has_at_its_top_and_a_loss_in_float32_lose_no_points(tmp_path):
+    """A line for the environment is no reason for 0 points, nor is rounding for "value and gradient do not belong together"."""
+    top = 'import os\nimport tempfile\nos.environ["KMP_DUPLICATE_LIB_OK"] = "True"\ntempfile.mkdtemp()\n'
+    texts = [("simclr", "loss", SOURCES["simclr"].replace("import itertools\n", top + "import itertools\n", 1))]
+    for method in ("moco", "barlow"):
+        source = SOURCES[method]
+        assert ".to(torch.promote_types(" in source
+        texts.append((method, "loss", re.sub(r"(\w+)\.to\(torch\.promote_types\(\1\.dtype, torch\.float32\)\)", r"\1.float()", source)))
+    assert texts[0][2] != SOURCES["simclr"] and all(".float()" in text for _, _, text in texts[1:])
+    for rows in grade_texts(tmp_path, texts):
+        assert not lost(rows), lost(rows)

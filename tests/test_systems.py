@@ -66,8 +66,8 @@ def test_a_bank_that_is_too_small_is_named(name, argv):
 @pytest.mark.parametrize("line,words", [
     ("simclr/deepcluster --clusters 65", "--clusters 65 are more than the 64 training images"),
     ("simclr/deepcluster --clusters 8 --bank-size 4", "--clusters 8 --bank-size 4"),
-    ("simsiam/moving-average-target --no-stop-gradient", "--no-stop-gradient does not go with"),
-    ("simsiam/alternating --no-stop-gradient", "--no-stop-gradient does not go with"),
+    ("simsiam/moving-average-target --no-stop-gradient", "--no-stop-gradient has no use"),
+    ("simsiam/alternating --no-stop-gradient", "--no-stop-gradient has no use"),
     ("cw_rgp/icl --groups 2", "--groups must be 1"), ("moco/slow-keys --slow none", "--slow"),
     ("byol/no-batch-statistics --proj-hidden 100", "try --proj-hidden 96")])
 def test_what_does_not_fit_is_named(line, words, argv):
