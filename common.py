@@ -1018,10 +1018,10 @@ def to_device(lists, device):
     """Lists of numpy arrays -> lists of int64 or float32 tensors, in one asynchronous transfer."""
     flat = [a for arrays in lists for a in arrays]
     packed = np.concatenate([np.zeros(0)] + [a.reshape(-1) for a in flat])
-    packed = torch.from_numpy(packed.astype(np.float32))  # exact for row numbers below 2^24
+    packed = torch.from_numpy(packed.astype(np.float32))  # exact below 2^24
     if device.type == "cuda":
         packed = packed.pin_memory()  # without it the copy would wait
-    parts = packed.to(device, non_blocking=True).split([a.size for a in flat])
+    parts = packed.to(device, non_blocking=packed.is_pinned()).split([a.size for a in flat])
     tensors = []
     for part, a in zip(parts, flat):
         part = part.view(a.shape)
@@ -2454,7 +2454,7 @@ class Files:
         tasks = ([(image, step, first + i, recipe, args.seed) for i, image in enumerate(images)]
                  for step, images in enumerate(self.rows[batches].tolist(), first_step))
         for views in self.read(tasks, args.num_workers):
-            yield [view.to(device, non_blocking=True) for view in views]
+            yield [view.to(device, non_blocking=view.is_pinned()) for view in views]
 
     def centres(self, index, batch_size, num_workers):
         """Centre squares of the images `index`: yields uint8 [n, 3, side, side]."""
@@ -3119,7 +3119,7 @@ def git_revision():
     """The git revision of these scripts, or an empty string."""
     command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError):  # no git
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, errors="replace").stdout.strip()
     return ""
 
 
@@ -3207,7 +3207,7 @@ def start_from(path, model):
         finite = all(w.isfinite().all() for w in found.values())
     except UserError:
         raise
-    except Exception as error:  # torch raises many kinds
+    except Exception as error:
         raise UserError(f"--init {path} is no file of weights ({type(error).__name__}); "
                         "try runs/<run>/backbone.pt") from error
     check(finite, f"--init {path}: not finite; try an earlier checkpoint")

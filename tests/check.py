@@ -1054,7 +1054,7 @@ def compare_knn(accuracy, known):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "check.py").split("\n")[0])
     parser.add_argument("method", nargs="?", help="simclr, for example (default: all)")
     parser.add_argument("part", nargs="?", help="loss, model or training (default: all)")
     parser.add_argument("row", nargs="?", help="one line of the report, as `whiten: value`")

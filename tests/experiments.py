@@ -26,7 +26,7 @@ import textwrap
 from dataclasses import dataclass
 
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-sys.path[1:1] = [ROOT, os.path.join(ROOT, "methods")]
+sys.path[1:1] = [ROOT, os.path.join(ROOT, "methods"), os.path.join(ROOT, "tests")]
 import barlow  # noqa: E402
 import byol  # noqa: E402
 import common  # noqa: E402

@@ -769,7 +769,7 @@ def classroom(methods, parts):
 
 def parse_args(argv=None):
     """The command line. Raises UserError."""
-    parser = common.OneLineParser(description=__doc__.split("\n")[0])
+    parser = common.OneLineParser(description=(__doc__ or "handout.py").split("\n")[0])
     parser.add_argument("methods", nargs="*", metavar="method", help=", ".join(METHODS))
     parser.add_argument("--parts", help="some of loss,model,training (default: loss; with --grade "
                         "those that are marked in the files)")

@@ -168,7 +168,7 @@ def rows_of(data, step):
     order = np.random.default_rng((data.args.seed, 1, epoch)).permutation(len(data.train))
     size = data.args.batch_size
     rows = torch.from_numpy(order[batch * size:(batch + 1) * size])
-    return rows.to(data.device, non_blocking=True)
+    return rows.to(data.device, non_blocking=data.device.type == "cuda")
 
 
 def check_room(args, data):

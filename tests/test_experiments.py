@@ -8,7 +8,9 @@ import functools
 import inspect
 import itertools
 import math
+import os
 import re
+import subprocess
 import sys
 import textwrap
 from types import SimpleNamespace
@@ -1773,3 +1775,9 @@ def test_two_processes_equal_one(tmp_path):
             assert one.keys() == states[name].keys()
             for key, value in one.items():
                 assert close(states[name][key], value, 1e-6), (name, key)
+
+
+def test_a_python_that_leaves_the_scripts_folder_out_of_its_path_runs_them_too():
+    command = [sys.executable, ROOT / "tests" / "experiments.py", "byol/dino", "--show"]
+    result = subprocess.run(command, env={**os.environ, "PYTHONSAFEPATH": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout, result.stderr
